@@ -1,0 +1,1 @@
+"""Data that ships with the package: presets, named machines, the embedded tiny checkpoint."""

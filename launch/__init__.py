@@ -1,0 +1,1 @@
+"""The command line: settings in, processes out. Imports no torch at module level."""

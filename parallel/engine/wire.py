@@ -1,0 +1,138 @@
+"""Messages between processes: frozen values, msgpack on a stream socket.
+
+Two conversations use it. Front end and leader rank: Generate and Cancel one way; Tokens and Refused back. Every process
+and the supervisor: Hello, then Progress, Ready or Failed. A process whose supervisor connection ends must end too, so
+that nothing outlives the command, not even after kill -9.
+
+Knows nothing of sockets or event loops: bytes in, values out.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from .request import Request, Sampling, Token
+
+MESSAGE_LIMIT_BYTES = 64 << 20  # a 131,072-token prompt is under 1 MB
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Front end -> leader: start this request."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Front end -> leader: nobody reads this request any more; it ends with a Token that says cancelled, or nothing."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Leader -> front end: what one step gave, for all streams."""
+
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Leader -> front end: this request cannot run; the message has the numbers."""
+
+    request_id: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Any process -> supervisor, first: who it is. role: "rank" or "http"."""
+
+    role: str
+    rank: int
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Rank -> supervisor while loading."""
+
+    rank: int
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Any process -> supervisor: it can work. memory: bytes by part as measured, for the comparison with the plan."""
+
+    rank: int
+    digest: str
+    memory: dict[str, int]
+    load_s: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Any process -> supervisor, last: why it ends (exit_code 2: the user can put it right)."""
+
+    rank: int
+    message: str
+    hint: str
+    exit_code: int
+
+
+Message = Generate | Cancel | Tokens | Refused | Hello | Progress | Ready | Failed
+_TYPES: dict[str, type] = {
+    kind.__name__: kind for kind in (Generate, Cancel, Tokens, Refused, Hello, Progress, Ready, Failed)
+}
+
+
+def encode(message: Message) -> bytes:
+    name = type(message).__name__
+    if isinstance(message, Tokens):  # sent every step: no field names on the wire
+        body: Any = [(token.request_id, token.id, token.finish_reason) for token in message.tokens]
+    else:
+        body = dataclasses.asdict(message)
+    packed: bytes | None = msgpack.packb([name, body])
+    assert packed is not None
+    return packed
+
+
+class Decoder:
+    """Bytes of one connection -> messages. Raises ValueError on anything that is not a message."""
+
+    def __init__(self) -> None:
+        self._unpacker = msgpack.Unpacker(max_buffer_size=MESSAGE_LIMIT_BYTES, use_list=True)
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        self._unpacker.feed(data)
+        for value in self._unpacker:
+            yield _decode(value)
+
+
+def _decode(value: Any) -> Message:
+    try:
+        name, body = value
+        if name == "Tokens":
+            return Tokens(tuple(Token(*fields) for fields in body))
+        if name == "Generate":
+            fields = body["request"]
+            return Generate(
+                Request(
+                    **fields
+                    | {
+                        "prompt_tokens": tuple(fields["prompt_tokens"]),
+                        "stop_tokens": tuple(fields["stop_tokens"]),
+                        "sampling": Sampling(**fields["sampling"]),
+                    }
+                )
+            )
+        return _TYPES[name](**body)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"not a message: {error!r}") from None

@@ -1,0 +1,32 @@
+"""The errors that a person can cause, and what each one exits with.
+
+    UserError            what was asked cannot be done: one line with numbers, then a hint     exit 2
+    +-- NoPlanError      no layout fits this machine (raised by `planning.planner`)            exit 6
+    +-- RankDiedError    a rank ended or hung while it was needed                              exit 7
+
+Anything else that is raised is our own mistake and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """Something a person can put right.
+
+    message: one line that names the thing and its numbers, no full stop.
+    hint: what to do about it; shown on a line of its own.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class RankDiedError(UserError):
+    """A rank ended or hung while it was needed; the message names the rank, the host and what it was doing."""
+
+    exit_code = 7

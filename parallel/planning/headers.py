@@ -1,0 +1,103 @@
+"""What a checkpoint folder holds, from the headers of its files alone, checked against the shard table.
+
+Runs in milliseconds before anything is started, so that a damaged download is named by file and tensor instead of failing
+in a rank. Reads no tensor data and needs no torch.
+
+Format: 8 bytes of little-endian header length, a JSON header, the data (https://github.com/huggingface/safetensors).
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .shards import Row, table
+from .spec import Spec
+
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library
+_FETCH_AGAIN = "the download is incomplete or damaged: fetch the file again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor is: its file, and its dtype and shape as the header declares them."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_inventory(folder: Path) -> dict[str, Entry]:
+    """Published tensor name -> Entry for every tensor of the checkpoint in `folder`.
+
+    Raises UserError, with file and tensor named, for a missing or truncated file or a broken index or header.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder", "MODEL is a checkpoint folder, a hub id, or tiny")
+    index = folder / INDEX
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            named = {str(tensor): str(file) for tensor, file in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: no readable weight_map", _FETCH_AGAIN) from None
+    elif (folder / SINGLE_FILE).exists():
+        named = {tensor: SINGLE_FILE for tensor in _read_header(folder / SINGLE_FILE)}
+    else:
+        raise UserError(f"{folder} holds neither {INDEX} nor {SINGLE_FILE}", "name the folder of a checkpoint")
+    inventory: dict[str, Entry] = {}
+    for file in sorted(set(named.values())):
+        path = folder / file
+        if not path.exists():
+            tensor = next(tensor for tensor, where in named.items() if where == file)
+            raise UserError(f"{index} names {file} for {tensor}, and there is no such file", _FETCH_AGAIN)
+        header = _read_header(path)
+        for tensor, where in named.items():
+            if where == file:
+                if tensor not in header:
+                    raise UserError(f"{path}: no tensor {tensor}, though {INDEX} says so", _FETCH_AGAIN)
+                inventory[tensor] = Entry(path, header[tensor]["dtype"], tuple(header[tensor]["shape"]))
+    return inventory
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Tensor name -> {dtype, shape, data_offsets}; the file's size is checked against the offsets."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 0 < length <= min(size - 8, _HEADER_LIMIT_BYTES):
+            raise UserError(f"{path}: {size} bytes with a header of {length}", _FETCH_AGAIN)
+        raw = file.read(length)
+    try:
+        header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        for entry in header.values():
+            entry["dtype"], list(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path}: the header is no safetensors header", _FETCH_AGAIN) from None
+    if size < 8 + length + end:
+        short = next(name for name, entry in header.items() if 8 + length + entry["data_offsets"][1] > size)
+        raise UserError(f"{path}: truncated, {size} bytes of {8 + length + end}; first missing: {short}", _FETCH_AGAIN)
+    return header
+
+
+def check_inventory(spec: Spec, inventory: dict[str, Entry], folder: Path) -> None:
+    """Raise UserError unless `inventory` has every row of the shard table with its dtype and shape."""
+    for row in table(spec):
+        entry = inventory.get(row.published)
+        if entry is None:
+            raise UserError(f"{folder}: no tensor {row.published}", _wanted(row))
+        if entry.dtype != row.dtype:
+            raise UserError(f"{entry.path}: {row.published} is {entry.dtype}, wanted {row.dtype}", _wanted(row))
+        if entry.shape != row.shape:
+            found, wanted = list(entry.shape), list(row.shape)
+            raise UserError(f"{entry.path}: {row.published} is {found}, wanted {wanted}", _wanted(row))
+
+
+def _wanted(row: Row) -> str:
+    return f"config.json asks for {row.published} {row.dtype} {list(row.shape)} in the published MXFP4 layout"

@@ -1,0 +1,106 @@
+"""The plan: what will run, where, and what it costs, decided before anything starts.
+
+A frozen value, JSON both ways. Nothing in it is "auto": every rank reads the same file and compares digests. Does not know
+how it was chosen (`planner`), only why, in words.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from .shards import Mesh
+from .spec import Spec, spec_from_json, spec_to_json
+
+DType = Literal["bf16", "fp16", "fp32", "fp64"]
+DTYPE_BYTES: dict[DType, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank will hold. The first three are on the rank's device (host memory if the device is the CPU);
+    host_bytes is what it keeps in host memory besides."""
+
+    rank: int
+    weights_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One resolved plan. `ep` divides `ranks`; a replica is `ranks` ranks, `dp` the number of replicas."""
+
+    model: str  # as the user named it
+    checkpoint: str | None  # folder with the weights; None when only planning
+    spec: Spec
+    machine: str
+    device: Literal["cuda", "cpu"]
+    dp: int
+    ranks: int
+    ep: int
+    dtype: DType  # of matrix products and attention weights
+    residual_dtype: DType  # of the hidden state between layers
+    kv_dtype: DType
+    offload: Literal["none"]
+    context_tokens: int  # longest sequence, prompt and answer together
+    kv_tokens: int  # tokens of KV cache that full-attention layers can hold, over all sequences
+    page_tokens: int  # tokens in one KV page
+    step_tokens: int  # most tokens in one forward pass: longer prompts go in chunks
+    memory: tuple[RankMemory, ...]
+    why: tuple[str, ...]
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(self.ranks, self.ep)
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.ranks
+
+    @property
+    def digest(self) -> str:
+        """8 hex characters over the whole plan; ranks compare it before the first step."""
+        canonical = json.dumps(self._fields(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+    def _fields(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"spec": spec_to_json(self.spec), "why": list(self.why)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, and the derived ones that programs read: digest, tp, etp, world_size."""
+        derived = {
+            "digest": self.digest,
+            "tp": self.mesh.tp,
+            "etp": self.mesh.etp,
+            "world_size": self.world_size,
+        }
+        return derived | self._fields()
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Plan":
+        """Reads what `to_json` wrote; raises UserError if the digest says that the text was changed."""
+        names = {field.name for field in dataclasses.fields(Plan)}
+        kept = {name: value for name, value in fields.items() if name in names}
+        plan = Plan(
+            **kept
+            | {
+                "spec": spec_from_json(kept["spec"]),
+                "memory": tuple(RankMemory(**row) for row in kept["memory"]),
+                "why": tuple(kept["why"]),
+            }
+        )
+        if plan.digest != fields["digest"]:
+            raise UserError(f"plan {fields['digest']} was edited: its digest is now {plan.digest}", "plan again")
+        return plan
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> "Plan":
+        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,1 @@
+"""Batch templates, as package data. Empty so far: no command reaches it."""
