@@ -7,6 +7,9 @@
 Anything else that is raised is our own mistake and keeps its traceback.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(ValueError):
     """Something a person can put right.
@@ -26,7 +29,28 @@ class UserError(ValueError):
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
+class NoPlanError(UserError):
+    """No layout fits. tried: one line a layout, by how much it falls short or why it cannot be had yet."""
+
+    exit_code = 6
+
+    def __init__(self, message: str, tried: tuple[str, ...], hint: str) -> None:
+        super().__init__(message, hint)
+        self.tried = tried
+
+    def __str__(self) -> str:
+        return "\n".join((self.message, *(f"tried: {line}" for line in self.tried), f"hint: {self.hint}"))
+
+
 class RankDiedError(UserError):
     """A rank ended or hung while it was needed; the message names the rank, the host and what it was doing."""
 
     exit_code = 7
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt `word`: the nearest of `known` if one is near, then all of them."""
+    names = sorted(known)
+    near = get_close_matches(word, names, n=1)
+    question = f"did you mean {near[0]}? " if near else ""
+    return f"{question}known: {', '.join(names)}"

@@ -1,0 +1,123 @@
+"""The command line: the Click group, and errors as one line, a hint and an exit code.
+
+Commands are a table of names, modules and help lines, imported when they are used, so that `--help` loads none of them.
+Knows no command's options.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ..parallel.errors import NoPlanError, UserError, did_you_mean
+
+PROGRAM = "gptoss-launch"
+
+# name: (module in launch.commands whose `command` is the Click command, help line)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "plan": ("plan", "Show what would run here, or on a named machine, and why."),
+    "serve": ("serve", "Serve a model through the OpenAI API."),
+    "generate": ("generate", "Answer one prompt in the terminal."),
+    "checkpoint": ("checkpoint", "Write random checkpoints in the published layout."),
+}
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f".commands.{COMMANDS[cmd_name][0]}", __package__).command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise UserError(f"no command {args[0]!r}", did_you_mean(args[0], COMMANDS))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        number = version(PROGRAM)
+    except PackageNotFoundError:
+        number = "not installed, run from its source"
+    click.echo(f"{PROGRAM} {number}")
+    ctx.exit()
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def group() -> None:
+    """Plan, serve and fine-tune gpt-oss-20b and 120b on your own GPUs."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code. Errors that a person can cause go to stderr, others are raised."""
+    try:
+        code = group.main(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        tried = error.tried if isinstance(error, NoPlanError) else ()
+        _complain(error.message, tried, error.hint)
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    except click.UsageError as error:
+        _complain(*_usage(error))
+        return error.exit_code
+    except click.ClickException as error:
+        _complain(error.format_message(), (), "")
+        return error.exit_code
+    except click.Abort:
+        return _INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has left, as in `plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _usage(error: click.UsageError) -> tuple[str, tuple[str, ...], str]:
+    """(message, nothing tried, hint) of what Click says."""
+    path = error.ctx.command_path if error.ctx else PROGRAM
+    help_line = f"{path} --help lists what it takes"
+    if isinstance(error, click.NoSuchOption):
+        params = error.ctx.command.params if error.ctx else []
+        known = [name for param in params if isinstance(param, click.Option) for name in param.opts]
+        return f"no option {error.option_name}", (), did_you_mean(error.option_name, known)
+    return error.format_message().rstrip("."), (), help_line
+
+
+def _complain(message: str, tried: tuple[str, ...], hint: str) -> None:
+    click.echo(f"error: {message}", err=True)
+    for line in tried:
+        click.echo(f"tried: {line}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""MODEL -> its architecture and the folder with its weights, and from there the plan.
+
+MODEL is a local folder, a hub id, or `tiny` (the checkpoint that ships with the package). The two published models can
+be planned with neither weights nor network. Loads no torch.
+"""
+
+import importlib.resources
+import re
+from pathlib import Path
+from typing import Any
+
+from ..parallel.errors import UserError, did_you_mean
+from ..parallel.planning.headers import check_inventory, read_inventory
+from ..parallel.planning.machine import probe, read_machine
+from ..parallel.planning.plan import Plan
+from ..parallel.planning.planner import Asked
+from ..parallel.planning.planner import plan as choose_plan
+from ..parallel.planning.spec import PUBLISHED, Spec, read_config
+from .settings import Settings
+
+TINY = "tiny"
+CONFIG = "config.json"
+NOT_WANTED = ["original/*", "metal/*"]  # the same weights again in other layouts
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
+    """The plan for MODEL on the machine that the settings name, else on this one.
+
+    need_weights: the plan will be run here, so the checkpoint is found, if need be downloaded, and checked.
+    """
+    spec, folder = resolve(model, need_weights=need_weights)
+    machine = read_machine(settings.machine) if settings.machine else probe()
+    asked = Asked(
+        dtype=settings.dtype,
+        gpu_memory_bytes=settings.gpu_memory_bytes,
+        host_memory_bytes=settings.host_memory_bytes,
+        context_tokens=settings.context_tokens,
+        dp=settings.dp,
+        ranks=settings.ranks,
+        ep=settings.ep,
+    )
+    plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)
+    if need_weights and settings.machine and plan.device == "cuda" and not probe().gpus:
+        raise UserError(f"the plan for {machine.name} needs a GPU, and there is none here", "leave out --machine")
+    return plan
+
+
+def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
+    """(architecture, folder with config.json or None) of MODEL.
+
+    need_weights: the folder is never None, and its tensors are checked against the shard table. Raises UserError.
+    """
+    folder = _local_folder(model)
+    if folder is None:
+        if not _HUB_ID.fullmatch(model):
+            raise UserError(f"no model {model!r}", f"MODEL is a folder, a hub id, or tiny; {_nearest(model)}")
+        if not need_weights and model in PUBLISHED:
+            return PUBLISHED[model], None
+        folder = _from_hub(model, need_weights)
+    spec = read_config(folder / CONFIG)
+    if need_weights:
+        check_inventory(spec, read_inventory(folder), folder)
+    return spec, folder
+
+
+def _local_folder(model: str) -> Path | None:
+    if model == TINY:
+        return Path(str(importlib.resources.files("gptoss_launch.configs") / TINY))
+    folder = Path(model).expanduser()
+    return folder.resolve() if folder.is_dir() else None
+
+
+def _nearest(model: str) -> str:
+    return did_you_mean(model, [TINY, *PUBLISHED])
+
+
+def _from_hub(model: str, need_weights: bool) -> Path:
+    """The folder of a hub id: from the local Hugging Face cache, else downloaded."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"{model} is no folder, and downloading needs huggingface_hub", _INSTALL) from None
+    wanted: dict[str, Any] = {"ignore_patterns": NOT_WANTED} if need_weights else {"allow_patterns": [CONFIG]}
+    try:
+        cached = Path(huggingface_hub.snapshot_download(model, local_files_only=True, **wanted))
+        if need_weights:
+            read_inventory(cached)  # the cache may hold only part of it
+        return cached
+    except (OSError, ValueError):  # not there, or (UserError) not whole
+        pass
+    try:
+        return Path(huggingface_hub.snapshot_download(model, **wanted))
+    except Exception as error:  # whatever the network stack raises: httpx, OSError, ValueError
+        reason = " ".join(str(error).split())
+        raise UserError(f"{model} could not be downloaded: {reason}", _COPY.format(_nearest(model))) from error
+
+
+_INSTALL = "pip install 'gptoss-launch[serve]', or name a folder"
+_COPY = "without a network, copy the checkpoint's folder here and name the folder; {}"

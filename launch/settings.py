@@ -1,0 +1,211 @@
+"""Settings: defaults < preset or YAML file < flags, each key typed and known.
+
+The dataclasses are the one place where a setting, its default and its help live; the Click options and the YAML reader
+are made from them. A YAML key is the flag's name with underscores. Does not know what the settings are used for.
+"""
+
+import dataclasses
+import importlib.resources
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..parallel.errors import UserError, did_you_mean
+from ..parallel.planning.machine import parse_size
+from ..parallel.planning.plan import DType
+
+DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
+
+PRESETS = "serve"  # folder in gptoss_launch.configs
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{value!r} is no text")
+    return value
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(value)).expanduser()
+
+
+def _size(value: Any) -> int:
+    return parse_size(str(value))
+
+
+def _number(low: int, high: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        text = str(value).strip()
+        if isinstance(value, bool) or not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise UserError(f"{value!r} is no whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UserError(f"{value!r} is no number of seconds")
+    return seconds
+
+
+def _dtype(value: Any) -> DType:
+    if value not in DTYPES:
+        raise UserError(f"{value!r} is none of {', '.join(DTYPES)}")
+    return value
+
+
+_MOST = 2**31 - 1
+
+
+def _key(default: Any, flag: str, metavar: str, read: Callable[[Any], Any], help: str) -> Any:
+    """A setting. flag: its name on the command line, without dashes. read: flag text or YAML value -> typed value."""
+    return field(default=default, metadata={"flag": flag, "metavar": metavar, "read": read, "help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What plan, serve and generate have in common. None: the planner chooses."""
+
+    machine: str | None = _key(
+        None, "machine", "NAME", _text, "Plan for a machine of configs/machines, or a YAML file."
+    )
+    dtype: DType | None = _key(None, "dtype", "|".join(DTYPES), _dtype, "Compute dtype.")
+    gpu_memory_bytes: int | None = _key(
+        None, "gpu-memory", "SIZE", _size, "Free memory a GPU, in place of what is found; 0: no GPU."
+    )
+    host_memory_bytes: int | None = _key(
+        None, "host-memory", "SIZE", _size, "Free host memory, in place of what is found."
+    )
+    context_tokens: int | None = _key(
+        None, "context", "N", _number(1, _MOST), "Longest prompt and answer together, in tokens."
+    )
+    dp: int | None = _key(None, "dp", "N", _number(1, _MOST), "Replicas.")
+    ranks: int | None = _key(None, "ranks", "R", _number(1, _MOST), "Ranks of one replica.")
+    ep: int | None = _key(None, "ep", "N", _number(1, _MOST), "How many ways experts are placed; divides R.")
+
+
+@dataclass(frozen=True)
+class ServeSettings(Settings):
+    """What serve needs besides."""
+
+    host: str = _key("127.0.0.1", "host", "ADDRESS", _text, "Address to listen on.")
+    port: int = _key(8000, "port", "N", _number(0, 65535), "Port to listen on; 0 takes a free one.")
+    api_key_file: Path | None = _key(
+        None, "api-key-file", "FILE", _path, "File whose first line clients must send as their key."
+    )
+    served_name: str | None = _key(None, "served-name", "NAME", _text, "Model name in the API; MODEL when left out.")
+    drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+# --- as Click options
+
+
+class _Reads(click.ParamType):
+    """A Click type that reads with a setting's own reader."""
+
+    def __init__(self, name: str, read: Callable[[Any], Any]) -> None:
+        self.name = name
+        self._read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._read(value)
+        except UserError as error:
+            self.fail(error.message, param, ctx)
+
+
+def settings_options(kind: type[Settings]) -> Callable[[Any], Any]:
+    """Decorator: an option for each setting of `kind`, then --config and --json.
+
+    The command gets them as keyword arguments by field name, None where a flag was not given, and hands all but
+    `config` and `json` to `load_settings`.
+    """
+
+    def decorate(command: Any) -> Any:
+        options = [_option(one) for one in dataclasses.fields(kind)]
+        options.append(
+            click.option("--config", metavar="FILE", help="YAML file, or a preset of configs/serve; flags win.")
+        )
+        options.append(click.option("--json", is_flag=True, help="One JSON object on stdout, nothing else there."))
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _option(setting: "dataclasses.Field[Any]") -> Callable[[Any], Any]:
+    key = setting.metadata
+    default = "" if setting.default is None else f"  [default: {setting.default}]"
+    return click.option(
+        f"--{key['flag']}",
+        setting.name,
+        type=_Reads(key["flag"], key["read"]),
+        metavar=key["metavar"],
+        help=key["help"] + default,
+    )
+
+
+# --- as YAML
+
+
+def load_settings(kind: type[SettingsT], config: str | None, flags: dict[str, Any]) -> SettingsT:
+    """Settings of `kind` from its defaults, the YAML file or preset `config`, and `flags` (None: not given).
+
+    A file may hold any setting of serve, also where `kind` is smaller: one file describes a model for all commands.
+    Raises UserError that names file and key.
+    """
+    from_file = {} if config is None else read_settings_file(config)
+    names = {one.name for one in dataclasses.fields(kind)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    assert given.keys() <= names, f"{given.keys() - names} are no settings of {kind.__name__}"
+    return kind(**{name: value for name, value in (from_file | given).items() if name in names})
+
+
+def preset_names() -> tuple[str, ...]:
+    folder = importlib.resources.files("gptoss_launch.configs") / PRESETS
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+def read_settings_file(config: str) -> dict[str, Any]:
+    """Field name -> value for every key in a YAML file, or in the preset of that name."""
+    import yaml
+
+    if config in preset_names():
+        where = f"configs/{PRESETS}/{config}.yaml"
+        text = (importlib.resources.files("gptoss_launch.configs") / PRESETS / f"{config}.yaml").read_text(
+            encoding="utf-8"
+        )
+    else:
+        where = config
+        try:
+            text = Path(config).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {config}: not readable: {error}", did_you_mean(config, preset_names())) from None
+    try:
+        keys = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: no YAML: {' '.join(str(error).split())}", "one `key: value` a line") from None
+    if not isinstance(keys, dict):
+        raise UserError(f"{where}: a {type(keys).__name__}, not a mapping", "one `key: value` a line")
+    known = {one.metadata["flag"].replace("-", "_"): one for one in dataclasses.fields(ServeSettings)}
+    values = {}
+    for key, value in keys.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}", did_you_mean(str(key), known))
+        try:
+            values[known[key].name] = known[key].metadata["read"](value)
+        except UserError as error:
+            raise UserError(f"{where}: {key}: {error.message}", known[key].metadata["help"]) from None
+    return values

@@ -1,0 +1,44 @@
+"""Plans as tables for people. Knows nothing of where they are printed."""
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from ..parallel.planning.machine import format_size
+from ..parallel.planning.plan import Plan
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """What runs where, bytes a rank by part, and a `why` line for each decision."""
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_column(style="bold")
+    facts.add_column()
+    layout = f"{plan.dp} x {plan.ranks} ranks (tp {plan.mesh.tp}, ep {plan.mesh.ep}, etp {plan.mesh.etp})"
+    for name, value in (
+        ("plan", plan.digest),
+        ("model", plan.model),
+        ("machine", plan.machine),
+        ("replicas", layout),
+        ("device", plan.device),
+        ("dtype", f"{plan.dtype}, hidden states {plan.residual_dtype}, KV cache {plan.kv_dtype}"),
+        ("offload", plan.offload),
+        ("context", f"{plan.context_tokens} tokens"),
+        ("KV cache", f"{plan.kv_tokens} tokens"),
+    ):
+        facts.add_row(name, value)
+    memory = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("rank", "weights", "KV cache", "workspace", f"all on {plan.device}", "host memory besides"):
+        memory.add_column(heading, justify="right")
+    for rank in plan.memory:
+        parts = (rank.weights_bytes, rank.kv_bytes, rank.workspace_bytes)
+        memory.add_row(str(rank.rank), *(format_size(size) for size in (*parts, sum(parts), rank.host_bytes)))
+    why = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    why.add_column(style="dim")
+    why.add_column(overflow="fold")
+    for line in plan.why:
+        why.add_row("why", line)
+    return Group(facts, "", memory, "", why)
+
+
+def print_plan(plan: Plan, *, to_stderr: bool = False) -> None:
+    """To stdout for `plan`, whose result it is; to stderr where it is news on the way to something else."""
+    Console(stderr=to_stderr, highlight=False).print(plan_table(plan), soft_wrap=False)

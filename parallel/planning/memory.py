@@ -1,0 +1,135 @@
+"""Predicted bytes by part for one rank: weights, KV cache, workspace, and what the process costs besides.
+
+Works for any rank of any mesh through the shard table. Knows nothing of machines or of how a layout is chosen.
+"""
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Literal
+
+from .pages import local_kv_heads, page_bytes, pool_pages
+from .plan import DTYPE_BYTES, DType, RankMemory
+from .shards import Mesh, Row, local_shape, table
+from .spec import Spec
+
+Device = Literal["cuda", "cpu"]
+
+SCORES_LIMIT_BYTES = (
+    256 << 20
+)  # attention goes over queries in tiles whose scores stay under this (kernels/attention.py)
+
+
+@dataclass(frozen=True)
+class ProcessCost:
+    """What one rank's process takes besides tensors."""
+
+    device_bytes: int  # CUDA context, loaded kernels, cuBLAS workspace
+    host_bytes: int  # Python, torch and its libraries
+
+
+PROCESS: dict[Device, ProcessCost] = {
+    "cuda": ProcessCost(device_bytes=600 << 20, host_bytes=3 << 30),
+    "cpu": ProcessCost(device_bytes=0, host_bytes=1 << 30),
+}
+
+# How many copies of a thing live at the same time at the worst moment, read off the plain operations in kernels/.
+SCORE_TILES = 4  # last tile's weights, this tile's scores, their difference to the maximum, its exponential
+KEY_COPIES = 4  # keys and values of this tile and of the last one
+WIDE_KEY_COPIES = 2  # one of them in fp32, and once more where the product reorders it
+DEQUANTIZED_COPIES = 3  # last matrix, looked-up values, their product with the scales
+INNER_COPIES = 6  # gate_up's product counts two; gate, up, sigmoid, result
+HIDDEN_COPIES = 6  # rows of one expert, its output, normalised input, attention's output and two in passing
+WIDE_HIDDEN_COPIES = 4  # norm: value, square, product; experts: the sum
+LOGIT_COPIES = 8  # fp64, [1, vocab]: sorted, order, probabilities, their sums, race
+ALLOCATOR_SLACK = 1.1  # freed blocks of other sizes that torch's allocator keeps
+
+KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # what the loader keeps in fp32 (model/checkpoint.py)
+WIDE_BYTES = 4  # fp32
+INDEX_BYTES = 4  # int32, for one byte of packed weights while it is looked up
+
+
+def stored_element_bytes(row: Row, dtype: DType) -> int:
+    """Packed experts (U8) stay as they are, norms and sinks are fp32 at least, the rest has the compute dtype."""
+    if row.dtype == "U8":
+        return 1
+    return max(DTYPE_BYTES[dtype], WIDE_BYTES if row.name.split(".")[-1] in KEPT_WIDE else 0)
+
+
+def weights_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType) -> int:
+    """Sum over the shard table of this rank's elements as they are stored."""
+    return sum(prod(local_shape(row, mesh, rank)) * stored_element_bytes(row, dtype) for row in table(spec))
+
+
+def workspace_bytes(
+    spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dtype: DType, context_tokens: int, step_tokens: int
+) -> int:
+    """Most bytes that live during a step besides weights and KV, for the plain operations in kernels/.
+
+    hidden states that live all along + the largest of (attention, experts, head), times the allocator's slack:
+      hidden     T x H x (2 residual + HIDDEN_COPIES x compute + WIDE_HIDDEN_COPIES x fp32)
+      attention  SCORE_TILES x min(limit, heads x T x C x fp32), keys and values of C tokens, q, k, v of T tokens
+      experts    one expert's larger matrix (gate_up) DEQUANTIZED_COPIES times, its bytes as indexes, T rows inside
+      head       LOGIT_COPIES x vocab fp64
+    with T step_tokens, C context_tokens, H hidden.
+    """
+    element, residual = DTYPE_BYTES[dtype], DTYPE_BYTES[residual_dtype]
+    here, hidden = _widths(spec, mesh, rank), spec.hidden
+    lasting = step_tokens * hidden * (2 * residual + HIDDEN_COPIES * element + WIDE_HIDDEN_COPIES * WIDE_BYTES)
+    heads = here.q // spec.head_dim
+    scores = min(SCORES_LIMIT_BYTES, heads * step_tokens * context_tokens * WIDE_BYTES)
+    attention = (
+        SCORE_TILES * scores
+        + context_tokens * here.kv * (KEY_COPIES * element + WIDE_KEY_COPIES * WIDE_BYTES)
+        + step_tokens * (here.q + 2 * here.kv) * (2 * element + WIDE_BYTES)
+    )
+    matrix = here.gate_up * hidden
+    experts = (
+        matrix * DEQUANTIZED_COPIES * element
+        + matrix // 2 * INDEX_BYTES
+        + step_tokens * here.gate_up // 2 * INNER_COPIES * element
+    )
+    head = LOGIT_COPIES * spec.vocab * DTYPE_BYTES["fp64"]
+    return ceil((lasting + max(attention, experts, head)) * ALLOCATOR_SLACK)
+
+
+def rank_memory(
+    spec: Spec,
+    mesh: Mesh,
+    rank: int,
+    device: Device,
+    dtype: DType,
+    residual_dtype: DType,
+    kv_dtype: DType,
+    context_tokens: int,
+    kv_tokens: int,
+    page_tokens: int,
+    step_tokens: int,
+) -> RankMemory:
+    """All parts of one rank. The process's own cost on the device (PROCESS) is not in it: torch does not count it."""
+    pages = pool_pages(spec, kv_tokens, step_tokens, page_tokens)
+    return RankMemory(
+        rank=rank,
+        weights_bytes=weights_bytes(spec, mesh, rank, dtype),
+        kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, page_tokens),
+        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, context_tokens, step_tokens),
+        host_bytes=PROCESS[device].host_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Columns that one rank computes."""
+
+    q: int
+    kv: int
+    gate_up: int
+
+
+def _widths(spec: Spec, mesh: Mesh, rank: int) -> _Widths:
+    rows = {row.name: row for row in table(spec)}
+
+    return _Widths(
+        q=local_shape(rows["layers.0.q.weight"], mesh, rank)[0],
+        kv=local_kv_heads(spec, mesh, rank) * spec.head_dim,
+        gate_up=local_shape(rows["layers.0.gate_up.blocks"], mesh, rank)[1],
+    )
