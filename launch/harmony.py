@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..parallel.errors import UserError
-from .harmony_header import CONSTRAIN, Role, Segment, is_hopeless, read_header
+from .harmony_header import CONSTRAIN, Role, Segment, is_cut_word, is_hopeless, read_header
 from .harmony_tools import BUILTIN_SECTIONS, FunctionTool, tools_section
 from .tokenizer import Tokenizer
 
@@ -206,8 +206,9 @@ class StreamParser:
 
     prefix_role: the author that the prompt ended with (`<|start|>assistant`), or None if the stream begins with
         <|start|>. It is also the author of text that comes without any header.
-    repairs: how often the stream left the format, e.g. a message without a channel, a lost <|message|>, text
-        between two messages, a special token where none belongs, an id that is in no vocabulary.
+    repairs: how often the stream left the format: one for each header that had to be guessed (no channel, no
+        <|message|>, words that belong nowhere), for each lost <|start|> or <|end|>, for each special token where
+        none belongs and for each id that is in no vocabulary. Output cut short by max_tokens is not one.
 
     Text is held back only while it may still be a header; in a message each token's text comes out at once, but
     for the bytes of an unfinished character. Bytes that never become one are U+FFFD.
@@ -244,10 +245,15 @@ class StreamParser:
         return list(step(self))
 
     def finish(self) -> list[Delta]:
-        """The stream is over: ends an unfinished message, and delivers text held back as a possible header."""
+        """The stream is over: ends an unfinished message, and delivers text held back as a possible header.
+
+        A header that was cut short is dropped: half a function's name is no call.
+        """
         deltas = []
-        if self._header and read_header(self._header, self._header_role, complete=False).text:
-            deltas += self._begin(complete=False)
+        if self._header is not None:
+            text = read_header(self._header, self._header_role, complete=False).text
+            if text and not is_cut_word(self._header, self._header_role, text):
+                deltas += self._begin(complete=False)
         self._header = None
         if self._open is not None:
             deltas += self._close("unfinished")
@@ -293,14 +299,16 @@ class StreamParser:
 
     def _end(self, ended: Ended) -> Iterator[Delta]:
         """Ends the message; a header without <|message|> is one too, if it says or addresses anything."""
-        if self._open is None or ended == "unfinished":
-            self.repairs += 1
         if self._header is not None:
             header = read_header(self._header, self._header_role, complete=False)
             if header.text or header.channel or header.recipient:
                 yield from self._begin(complete=False)
-        self._header = None
-        if self._open is not None:
+            self._header = None
+        elif ended == "unfinished":
+            self.repairs += 1  # a new header, while a message is open
+        if self._open is None:
+            self.repairs += 1  # nothing to end
+        else:
             yield from self._close(ended)
 
     def _stray(self) -> list[Delta]:
@@ -320,8 +328,8 @@ class StreamParser:
         header = read_header(self._header or [], self._header_role, complete)
         role = header.role or self._fallback_role
         # Format guide: every message names its author, and the assistant's a channel.
-        missing = (header.role is None) + (role == "assistant" and header.channel is None)
-        self.repairs += header.repairs + missing + (not complete)
+        lacks = header.role is None or (role == "assistant" and header.channel is None)
+        self.repairs += header.repaired or lacks or not complete
         self._header = None
         self._open = Delta(
             "start",

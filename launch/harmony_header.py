@@ -20,7 +20,10 @@ CONSTRAIN = "<|constrain|>"  # how a constrained content type is spelled in `con
 
 _MAX_BYTES = 512  # a function name has at most 64 characters; a header this long is a lost <|message|>
 _MAX_WORDS: dict[Mark, int] = {"start": 3, "channel": 3, "constrain": 2}  # e.g. `commentary to=functions.f json`
-_ROLE = re.compile(rb"(system|developer|user|assistant|tool)(?::([^\s:]+))?")
+# The author as a word of its own, perhaps with a name, or glued to the next word (`assistantassistant`).
+_ROLE = re.compile(
+    rb"(system|developer|user|assistant|tool)(?::([^\s:]+)|(?=\s|$|to=|assistant|analysis|commentary|final))"
+)
 _RECIPIENT = re.compile(rb'to=([^\s{"]*)')
 _CHANNEL = re.compile(rb"analysis|commentary|final")
 _BARE_RECIPIENT = re.compile(rb"(?:functions|browser|python)(?:\.[\w.-]+)?")
@@ -33,11 +36,12 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "tool": "tool",
 }
+_OWN_WORDS = (b"to=", b"analysis", b"commentary", b"final", *_KNOWN_CONTENT_TYPES, *map(str.encode, _ROLES))
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a header said. text: bytes in it that are no header; repairs: how many guesses it took."""
+    """What a header said. text: bytes in it that are no header; repaired: whether anything had to be guessed."""
 
     role: Role | None = None
     name: str | None = None
@@ -45,7 +49,7 @@ class Header:
     recipient: str | None = None
     content_type: str | None = None
     text: bytes = b""
-    repairs: int = 0
+    repaired: bool = False
 
 
 def read_header(segments: Sequence[Segment], role: Role | None, complete: bool) -> Header:
@@ -57,10 +61,11 @@ def read_header(segments: Sequence[Segment], role: Role | None, complete: bool) 
         names of roles and channels); any other word is text.
     """
     header = Header(role=role)
+    sole_channel = [mark for mark, _ in segments].count("channel") == 1
     for place, (mark, rest) in enumerate(segments):
         bounded = complete or place + 1 < len(segments)
         if mark == "channel":
-            header, rest = _read_channel(header, rest, complete)
+            header, rest = _read_channel(header, rest, any_name=complete and sole_channel)
         elif mark == "constrain":
             header, rest = _read_constrained(header, rest, complete)
         header = _read_words(header, rest, bounded, complete, first=place == 0)
@@ -84,17 +89,25 @@ def is_hopeless(segments: Sequence[Segment], role: Role | None) -> bool:
     )
 
 
-def _read_channel(header: Header, rest: bytes, complete: bool) -> tuple[Header, bytes]:
-    """Takes the channel's name off `rest`; a second channel wins over the first."""
+def is_cut_word(segments: Sequence[Segment], role: Role | None, text: bytes) -> bool:
+    """Whether `text`, left over at the end of all output, is only the beginning of one of the header's own words.
+
+    Not before any mark: then it may as well be the whole of a very short answer.
+    """
+    return (len(segments) > 1 or role is None) and any(word.startswith(text.strip()) for word in _OWN_WORDS)
+
+
+def _read_channel(header: Header, rest: bytes, any_name: bool) -> tuple[Header, bytes]:
+    """Takes the channel's name off `rest`, one that is not gpt-oss's if `any_name`; a second wins over the first."""
     word = rest.lstrip()
     known = _CHANNEL.match(word)
     if known:
-        header = replace(header, repairs=header.repairs + (header.channel is not None))
-        return replace(header, channel=known[0].decode()), word[known.end() :]
-    unknown = _CONTENT_TYPE.match(word) if complete and header.channel is None else None
+        twice = header.channel is not None
+        return replace(header, channel=known[0].decode(), repaired=header.repaired or twice), word[known.end() :]
+    unknown = _CONTENT_TYPE.match(word) if any_name else None
     if unknown and not word.startswith(b"to="):
         return replace(header, channel=_decode(unknown[0])), word[unknown.end() :]
-    return replace(header, repairs=header.repairs + 1), word
+    return replace(header, repaired=True), word
 
 
 def _read_constrained(header: Header, rest: bytes, complete: bool) -> tuple[Header, bytes]:
@@ -119,7 +132,7 @@ def _read_words(header: Header, rest: bytes, bounded: bool, complete: bool, firs
         if step is None:
             # The blank before a text separates it from the header, unless there is no header.
             text = word if taken or role_open else rest
-            return replace(header, text=header.text + text, repairs=header.repairs + 1)
+            return replace(header, text=header.text + text, repaired=True)
         header, rest = step
         role_open, taken = False, True
     return header
@@ -135,25 +148,25 @@ def _read_word(
         return replace(header, recipient=_decode(found[1]) or header.recipient), word[found.end() :]
     if found := _ROLE.match(word):
         role = _ROLES[found[1].decode()]
-        glued = int(found[0] != whole)  # `assistantassistant`, `assistantfinal`
+        repaired = header.repaired or found[0] != whole
         if role_open:
             name = _decode(found[2]) if found[2] else None
-            return replace(header, role=role, name=name, repairs=header.repairs + glued), word[found.end() :]
+            return replace(header, role=role, name=name, repaired=repaired), word[found.end() :]
         if first and bounded and role == header.role:
-            return replace(header, repairs=header.repairs + glued), word[found.end() :]
+            return replace(header, repaired=repaired), word[found.end() :]
     if role_open and complete and (b"." in whole or after.lstrip().startswith(b"to=")):
         return replace(header, role="tool", name=_decode(whole)), after  # a tool's message is headed by its name
     if not complete:
         return None
     if whole in (b"analysis", b"commentary", b"final"):  # <|channel|> got lost, or its name came twice
-        return replace(header, channel=header.channel or whole.decode(), repairs=header.repairs + 1), after
+        return replace(header, channel=header.channel or whole.decode(), repaired=True), after
     if header.recipient is None and _BARE_RECIPIENT.fullmatch(whole):
-        return replace(header, recipient=_decode(whole), repairs=header.repairs + 1), after
+        return replace(header, recipient=_decode(whole), repaired=True), after
     if header.content_type is None and not after.strip() and _CONTENT_TYPE.fullmatch(whole):
         if header.recipient is not None:
             return replace(header, content_type=_decode(whole)), after
         if whole in _KNOWN_CONTENT_TYPES:
-            return replace(header, content_type=_decode(whole), repairs=header.repairs + 1), after
+            return replace(header, content_type=_decode(whole), repaired=True), after
     return None
 
 
