@@ -21,7 +21,7 @@ from .settings import Settings
 TINY = "tiny"
 CONFIG = "config.json"
 NOT_WANTED = ["original/*", "metal/*"]  # the same weights again in other layouts
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
@@ -93,7 +93,8 @@ def _from_hub(model: str, need_weights: bool) -> Path:
         return Path(huggingface_hub.snapshot_download(model, **wanted))
     except Exception as error:  # whatever the network stack raises: httpx, OSError, ValueError
         reason = " ".join(str(error).split())
-        raise UserError(f"{model} could not be downloaded: {reason}", _COPY.format(_nearest(model))) from error
+        message = f"{model} is no folder here and could not be downloaded: {reason}"
+        raise UserError(message, _COPY.format(_nearest(model))) from error
 
 
 _INSTALL = "pip install 'gptoss-launch[serve]', or name a folder"

@@ -50,14 +50,15 @@ def plan(spec: Spec, machine: Machine, asked: Asked = Asked(), *, model: str, ch
 
     Raises UserError where what was asked is impossible on any machine, such as a context beyond the model's.
     """
-    machine = _with_overrides(machine, asked)
     _check_layout(machine, asked)
+    no_gpu = _no_gpu(machine, asked)
+    machine = _with_overrides(machine, asked)
     if asked.context_tokens is not None and asked.context_tokens > spec.max_context_tokens:
         raise UserError(
             f"--context {asked.context_tokens} is more than the model's {spec.max_context_tokens} tokens",
             f"ask for at most {spec.max_context_tokens}",
         )
-    place = _choose_place(machine)
+    place = _on_gpu(machine) or _on_cpu(machine, no_gpu)
     if asked.dtype is not None:
         place = dataclasses.replace(place, dtype=asked.dtype, dtype_why="asked for")
     context = _choose_context(spec, place, asked.context_tokens)
@@ -95,7 +96,8 @@ class _Place:
     host_free_bytes: int | None  # None: not known, not checked
     dtype: DType
     dtype_why: str
-    why: tuple[str, ...]
+    no_gpu: str  # why no GPU is used, in words; empty on a GPU
+    why: str  # this device
 
 
 def _with_overrides(machine: Machine, asked: Asked) -> Machine:
@@ -130,38 +132,49 @@ def _check_layout(machine: Machine, asked: Asked) -> None:
         )
 
 
-def _choose_place(machine: Machine) -> _Place:
-    """The first GPU if it can be used, else the CPU."""
-    why = []
-    if machine.gpus:
-        gpu = machine.gpus[0]
-        dtype = _dtype_of(gpu)
-        if dtype is not None:
-            reserve = PROCESS["cuda"].device_bytes
-            why.append(
-                f"device cuda: {gpu.name} ({_sm(gpu)}) has {format_size(gpu.free_bytes)} free, "
-                f"of which the CUDA context takes about {format_size(reserve)}"
-            )
-            return _Place(
-                device="cuda",
-                free_bytes=max(0, gpu.free_bytes - reserve),
-                host_free_bytes=machine.host_memory_bytes,
-                dtype=dtype,
-                dtype_why=_DTYPE_WHY[dtype].format(_sm(gpu)),
-                why=tuple(why),
-            )
-        why.append(f"{gpu.name} is {_sm(gpu)} and is left out: PyTorch's CUDA 13 wheels start at sm_75")
+def _no_gpu(machine: Machine, asked: Asked) -> str:
+    """Why no GPU of `machine` is used, for the case that none is."""
+    if not machine.gpus:
+        return "no GPU"
+    if asked.gpu_memory_bytes == 0:
+        return "the GPUs are left out, as asked"
+    gpu = machine.gpus[0]
+    return f"{gpu.name} is {_sm(gpu)}, and PyTorch's CUDA 13 wheels start at sm_75"
+
+
+def _on_gpu(machine: Machine) -> _Place | None:
+    """The first GPU; None if there is none that can be used."""
+    dtype = _dtype_of(machine.gpus[0]) if machine.gpus else None
+    if dtype is None:
+        return None
+    gpu, reserve = machine.gpus[0], PROCESS["cuda"].device_bytes
+    why = (
+        f"device cuda: {gpu.name} ({_sm(gpu)}) has {format_size(gpu.free_bytes)} free, "
+        f"of which the CUDA context takes about {format_size(reserve)}"
+    )
+    return _Place(
+        device="cuda",
+        free_bytes=max(0, gpu.free_bytes - reserve),
+        host_free_bytes=machine.host_memory_bytes,
+        dtype=dtype,
+        dtype_why=_DTYPE_WHY[dtype].format(_sm(gpu)),
+        no_gpu="",
+        why=why,
+    )
+
+
+def _on_cpu(machine: Machine, no_gpu: str) -> _Place:
+    """The CPU. no_gpu: why no GPU is used, in words."""
     if machine.host_memory_bytes is None:
         raise UserError(f"how much memory {machine.name} has free is not known", "say so: --host-memory 16GiB")
-    none = "no GPU that can be used" if why else "no GPU"
-    why.append(f"device cpu: {none}; {format_size(machine.host_memory_bytes)} of host memory")
     return _Place(
         device="cpu",
         free_bytes=max(0, machine.host_memory_bytes - PROCESS["cpu"].host_bytes),
         host_free_bytes=None,
         dtype="fp32",
         dtype_why=_DTYPE_WHY["fp32"],
-        why=tuple(why),
+        no_gpu=no_gpu,
+        why=f"device cpu: {no_gpu}; {format_size(machine.host_memory_bytes)} of host memory can be had",
     )
 
 
@@ -237,7 +250,7 @@ def _choose_context(spec: Spec, place: _Place, asked: int | None) -> int | None:
 
 def _reasons(spec: Spec, machine: Machine, place: _Place, asked: Asked, context: int, memory: RankMemory) -> list[str]:
     """A line for each decision."""
-    reasons = list(place.why)
+    reasons = [place.why]
     used, free = _device_bytes(memory), place.free_bytes
     reasons.append(
         f"1 rank: weights {format_size(memory.weights_bytes)}, KV cache {format_size(memory.kv_bytes)} and workspace "
@@ -278,8 +291,7 @@ def _no_plan(spec: Spec, machine: Machine, place: _Place, asked: Asked) -> NoPla
         f"{format_size(place.free_bytes)} (weights {format_size(memory.weights_bytes)}, KV cache "
         f"{format_size(memory.kv_bytes)}, workspace {format_size(memory.workspace_bytes)})"
     ]
-    if place.device == "cuda":
-        tried += _unbuilt(spec, machine, place, context)
+    tried += _unbuilt(spec, machine, place, context) if place.device == "cuda" else [f"1 rank on a GPU: {place.no_gpu}"]
     return NoPlanError(
         f"no plan for {context} tokens of context fits {machine.name}: {_short(short)}",
         tuple(tried),
@@ -331,7 +343,7 @@ def _changes(spec: Spec, machine: Machine, place: _Place, asked: Asked, context:
         if place.host_free_bytes is not None and memory.host_bytes > place.host_free_bytes:
             changes.append(f"{_up(memory.host_bytes)} of host memory are needed besides")
         if machine.host_memory_bytes is not None:
-            on_cpu = _choose_place(dataclasses.replace(machine, gpus=()))
+            on_cpu = _on_cpu(machine, "")
             on_cpu = dataclasses.replace(on_cpu, dtype=asked.dtype or on_cpu.dtype)
             if not _shortfall(on_cpu, _memory(spec, on_cpu, context)):
                 changes.append("--gpu-memory 0 runs it on the CPU, slowly")
