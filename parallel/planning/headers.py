@@ -1,7 +1,7 @@
 """What a checkpoint folder holds, from the headers of its files alone, checked against the shard table.
 
-Runs in milliseconds before anything is started, so that a damaged download is named by file and tensor instead of failing
-in a rank. Reads no tensor data and needs no torch.
+Runs in milliseconds before anything is started, so that a damaged download is named by file and tensor instead of
+failing in a rank. Reads no tensor data and needs no torch.
 
 Format: 8 bytes of little-endian header length, a JSON header, the data (https://github.com/huggingface/safetensors).
 """
@@ -77,7 +77,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         for entry in header.values():
-            entry["dtype"], list(entry["shape"])
+            _ = entry["dtype"], list(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path}: the header is no safetensors header", _FETCH_AGAIN) from None
     if size < 8 + length + end:

@@ -1,7 +1,7 @@
 """The plan: what will run, where, and what it costs, decided before anything starts.
 
-A frozen value, JSON both ways. Nothing in it is "auto": every rank reads the same file and compares digests. Does not know
-how it was chosen (`planner`), only why, in words.
+A frozen value, JSON both ways. Nothing in it is "auto": every rank reads the same file and compares digests. Does not
+know how it was chosen (`planner`), only why, in words.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
 Three readers and no fourth: the loader (which slice), the modules (which shape), the planner (how many bytes a rank).
 Knows nothing of files or devices.
 
-A cut names a mesh axis, a tensor dim and a unit that is never split. `tp` cuts attention in KV groups and the vocabulary
-in rows; `ep` places whole experts; `etp` cuts an expert's width between MXFP4 blocks. Cuts are as even as whole units
-allow, the larger parts first: 8 KV groups over 3 ranks are 3/3/2.
+A cut names a mesh axis, a tensor dim and a unit that is never split. `tp` cuts attention in KV groups and the
+vocabulary in rows; `ep` places whole experts; `etp` cuts an expert's width between MXFP4 blocks. Cuts are as even as
+whole units allow, the larger parts first: 8 KV groups over 3 ranks are 3/3/2.
 """
 
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ class Mesh:
         return self.ranks // self.ep
 
     def place(self, rank: int) -> dict[Axis, tuple[int, int]]:
-        """(index, size) of `rank` along each axis; neighbours share an expert group, so that etp stays on near links."""
+        """(index, size) of `rank` along each axis; neighbours share an expert group, so etp stays on near links."""
         assert 0 <= rank < self.ranks, f"{rank = } of {self.ranks}"
         return {"tp": (rank, self.tp), "ep": (rank // self.etp, self.ep), "etp": (rank % self.etp, self.etp)}
 

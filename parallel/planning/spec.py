@@ -125,7 +125,7 @@ def spec_from_config(config: dict[str, Any], where: str) -> Spec:
         )
 
     def get(table: dict[str, Any], key: str, kind: type = int) -> Any:
-        value = table.get(key)
+        value: Any = table.get(key)
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(value, accepted) or isinstance(value, bool) or (kind in (int, float) and value <= 0):
             raise UserError(f"{where}: {key} is {value!r}, wanted a positive {kind.__name__}", "fetch the file again")
@@ -238,4 +238,5 @@ def spec_to_json(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_json(fields: dict[str, Any]) -> Spec:
-    return Spec(**(fields | {"layer_kinds": tuple(fields["layer_kinds"])}))
+    values: dict[str, Any] = fields | {"layer_kinds": tuple(fields["layer_kinds"])}
+    return Spec(**values)

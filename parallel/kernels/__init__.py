@@ -1,0 +1,34 @@
+"""The operations that the model is made of: a frozen group, chosen once from the plan and passed on.
+
+Each has the size at which a GPU wants it fused. One file an idea: the mathematics first as complete plain torch, a fast
+version after it with the same signature. Knows shapes and dtypes; knows nothing of ranks, checkpoints or requests.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import attention, experts, norm, sample
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Signatures and meaning are those of the plain versions in this folder."""
+
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    qkv_write: Callable[..., Tensor]
+    attend: Callable[..., Tensor]
+    route: Callable[..., tuple[Tensor, Tensor]]
+    experts: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
+
+
+PLAIN = Operations(
+    add_norm=norm.add_norm,
+    qkv_write=attention.qkv_write,
+    attend=attention.attend,
+    route=experts.route,
+    experts=experts.experts,
+    sample=sample.sample,
+)

@@ -1,0 +1,69 @@
+"""The mixture of experts: the router, then both products, SwiGLU and the weighted sum over a token's experts.
+
+T tokens, H hidden, I intermediate, E experts of this rank, X experts a token. Weights stay packed MXFP4.
+Sources: OpenAI's gpt_oss/torch/model.py, MLPBlock and swiglu.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .mxfp4 import dequantize
+from .precision import wide
+
+SWIGLU_ALPHA = 1.702  # of the published models; config.json does not carry it
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One product of all experts here: blocks [E, out, in / 32, 16] and scales [E, out, in / 32] u8, bias [E, out]."""
+
+    blocks: Tensor
+    scales: Tensor
+    bias: Tensor
+
+
+def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """(weights_TX fp32, experts_TX int64): softmax over the chosen experts' logits, after the choice.
+
+    Every rank routes for itself among all experts: weight and bias are whole.
+    """
+    precision = wide(x_TH.dtype)
+    logits_TE = torch.nn.functional.linear(x_TH.to(precision), weight_EH.to(precision), bias_E.to(precision))
+    chosen_TX, experts_TX = logits_TE.topk(experts_per_token, dim=-1)
+    return chosen_TX.softmax(-1), experts_TX
+
+
+def swiglu(x: Tensor, limit: float) -> Tensor:
+    """[..., 2 I] with gate and up columns alternating -> [..., I]. The gate is clamped from above only."""
+    gate, up = x[..., ::2].clamp(max=limit), x[..., 1::2].clamp(-limit, limit)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+
+
+def experts(
+    x_TH: Tensor,
+    weights_TX: Tensor,
+    experts_TX: Tensor,
+    gate_up: Packed,
+    down: Packed,
+    first_expert: int,
+    limit: float,
+) -> Tensor:
+    """Sum over each token's experts that are held here, [T, H] in the dtype of x.
+
+    first_expert: global number of the first expert here. One expert is dequantized at a time.
+    """
+    out_TH = torch.zeros(x_TH.shape, dtype=wide(x_TH.dtype), device=x_TH.device)
+    linear = torch.nn.functional.linear
+    for expert in experts_TX.unique().tolist():
+        local = expert - first_expert
+        if not 0 <= local < len(gate_up.blocks):
+            continue
+        rows, column = (experts_TX == expert).nonzero(as_tuple=True)
+        weight = dequantize(gate_up.blocks[local], gate_up.scales[local], x_TH.dtype)
+        inner = swiglu(linear(x_TH[rows], weight, gate_up.bias[local]), limit)
+        weight = dequantize(down.blocks[local], down.scales[local], x_TH.dtype)
+        y = linear(inner, weight, down.bias[local])
+        out_TH.index_add_(0, rows, y.to(out_TH.dtype) * weights_TX[rows, column, None])
+    return out_TH.to(x_TH.dtype)

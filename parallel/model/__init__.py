@@ -1,0 +1,1 @@
+"""One rank's share of gpt-oss: from safetensors to logits. Pure functions over frozen values."""

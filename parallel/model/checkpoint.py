@@ -1,0 +1,90 @@
+"""safetensors files -> this rank's tensors, through the shard table and nothing else.
+
+Each rank asks for its own slices only; at any time the host holds one tensor more than what has been placed. The files
+were checked before (`planning.headers`), so a mismatch here is our own mistake.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..kernels.experts import Packed
+from ..planning.headers import Entry
+from ..planning.plan import Plan
+from ..planning.shards import Row, is_zero_here, local_bytes, local_shape, local_slices, table
+from .dtypes import TORCH_DTYPE
+from .weights import Layer, Weights
+
+_ALWAYS_FP32 = ("norm", "attn_norm", "mlp_norm", "sinks")  # few bytes, and their readers compute in fp32 anyway
+
+
+def load(
+    plan: Plan,
+    rank: int,
+    inventory: Mapping[str, Entry],
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> Weights:
+    """The share of `rank`. Calls progress(done_bytes, total_bytes) after each tensor, in bytes of the files."""
+    rows = {row.name: row for row in table(plan.spec)}
+    total_bytes = sum(local_bytes(row, plan.mesh, rank) for row in rows.values())
+    done_bytes = 0
+    with ExitStack() as stack:
+        files: dict[Path, Any] = {}
+
+        def read(name: str) -> Tensor:
+            nonlocal done_bytes
+            row = rows[name]
+            path = inventory[row.published].path
+            if path not in files:
+                files[path] = stack.enter_context(safe_open(path, framework="pt"))
+            tensor = _place(files[path], row, plan, rank, device)
+            done_bytes += local_bytes(row, plan.mesh, rank)
+            progress(done_bytes, total_bytes)
+            return tensor
+
+        def read_packed(prefix: str) -> Packed:
+            return Packed(read(f"{prefix}.blocks"), read(f"{prefix}.scales"), read(f"{prefix}.bias"))
+
+        def read_layer(prefix: str) -> Layer:
+            return Layer(
+                attn_norm_H=read(f"{prefix}.attn_norm"),
+                qkv_QH=torch.cat([read(f"{prefix}.{letter}.weight") for letter in "qkv"]),
+                qkv_bias_Q=torch.cat([read(f"{prefix}.{letter}.bias") for letter in "qkv"]),
+                sinks_N=read(f"{prefix}.sinks"),
+                out_HQ=read(f"{prefix}.o.weight"),
+                out_bias_H=read(f"{prefix}.o.bias"),
+                mlp_norm_H=read(f"{prefix}.mlp_norm"),
+                router_EH=read(f"{prefix}.router.weight"),
+                router_bias_E=read(f"{prefix}.router.bias"),
+                gate_up=read_packed(f"{prefix}.gate_up"),
+                down=read_packed(f"{prefix}.down"),
+            )
+
+        return Weights(
+            embed_VH=read("embed"),
+            layers=tuple(read_layer(f"layers.{layer}") for layer in range(plan.spec.layers)),
+            norm_H=read("norm"),
+            head_VH=read("head"),
+            first_token=local_slices(rows["embed"], plan.mesh, rank)[0].start,
+            first_expert=local_slices(rows["layers.0.gate_up.bias"], plan.mesh, rank)[0].start,
+        )
+
+
+def _place(file: Any, row: Row, plan: Plan, rank: int, device: torch.device) -> Tensor:
+    """This rank's slice of one tensor, on the device, in the dtype that the forward pass reads."""
+    dtype = torch.uint8
+    if row.dtype != "U8":
+        dtype = TORCH_DTYPE[plan.dtype]
+        if row.name.split(".")[-1] in _ALWAYS_FP32:
+            dtype = torch.promote_types(dtype, torch.float32)
+    if is_zero_here(row, plan.mesh, rank):
+        return torch.zeros(local_shape(row, plan.mesh, rank), dtype=dtype, device=device)
+    tensor = file.get_slice(row.published)[local_slices(row, plan.mesh, rank)]
+    # a tensor that needs no conversion would still be a view into the mapped file: own memory is what was planned for
+    return tensor.to(device=device, dtype=dtype, copy=True).contiguous()

@@ -1,0 +1,12 @@
+"""The plan's names for dtypes, as torch has them."""
+
+import torch
+
+from ..planning.plan import DType
+
+TORCH_DTYPE: dict[DType, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}

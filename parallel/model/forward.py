@@ -1,0 +1,60 @@
+"""The forward pass for serving: one step of tokens in, one row of logits for each sequence out.
+
+Reads top to bottom. Every rank runs the same lines on its own share of the weights; what each holds is added up once a
+half-layer. Knows nothing of requests or of how pages were handed out.
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels import Operations
+from ..kernels.batch import Batch
+from ..kernels.rope import concentration, rotation
+from ..planning.spec import Spec
+from .comm import Comm
+from .weights import Weights
+
+
+def forward(
+    spec: Spec,
+    weights: Weights,
+    ops: Operations,
+    comm: Comm,
+    frequencies: Tensor,
+    kv_LPCSKD: Tensor,
+    batch: Batch,
+    residual_dtype: torch.dtype,
+) -> Tensor:
+    """Logits [S, V] of each sequence's last token, over the vocabulary rows held here, in the plan's dtype.
+
+    frequencies: rope.inverse_frequencies(spec) on the device. kv_LPCSKD: the pool [layers of a kind, pages, 2,
+    page_tokens, K, D]; window layer i and full layer i share index i of dim 0, their pages never overlap. Written in
+    place.
+    """
+    dtype = weights.embed_VH.dtype
+    turn = rotation(batch.positions_T, frequencies, concentration(spec))
+    residual_TH = comm.all_reduce(embed(batch.tokens_T, weights.embed_VH, weights.first_token)).to(residual_dtype)
+    delta_TH = None
+    seen = {"window": 0, "full": 0}
+    for kind, layer in zip(spec.layer_kinds, weights.layers, strict=True):
+        kv_PCSKD, pages = kv_LPCSKD[seen[kind]], batch.pages[kind]
+        seen[kind] += 1
+        residual_TH, x_TH = ops.add_norm(residual_TH, delta_TH, layer.attn_norm_H, spec.norm_eps, dtype)
+        q_TND = ops.qkv_write(x_TH, layer.qkv_QH, layer.qkv_bias_Q, turn, kv_PCSKD, pages.slots_T)
+        attended_TQ = ops.attend(q_TND, kv_PCSKD, layer.sinks_N, batch, pages)
+        delta_TH = comm.all_reduce(torch.nn.functional.linear(attended_TQ, layer.out_HQ, layer.out_bias_H))
+        residual_TH, x_TH = ops.add_norm(residual_TH, delta_TH, layer.mlp_norm_H, spec.norm_eps, dtype)
+        routes = ops.route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
+        delta_TH = comm.all_reduce(
+            ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit)
+        )
+    _, x_TH = ops.add_norm(residual_TH, delta_TH, weights.norm_H, spec.norm_eps, dtype)
+    last_S = torch.tensor([stop - 1 for _, stop, _ in batch.spans], device=x_TH.device)
+    return torch.nn.functional.linear(x_TH[last_S], weights.head_VH)
+
+
+def embed(tokens_T: Tensor, embed_VH: Tensor, first_token: int) -> Tensor:
+    """Rows of the tokens held here, zeros for the others: their sum over ranks is the embedding."""
+    local_T = tokens_T - first_token
+    here_T = (local_T >= 0) & (local_T < len(embed_VH))
+    return embed_VH[local_T.where(here_T, 0)] * here_T[:, None]
