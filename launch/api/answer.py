@@ -1,0 +1,170 @@
+"""Tokens of one answer -> what a client gets: reasoning, content, tool calls, and why it ended.
+
+    analysis                            reasoning
+    final, commentary to nobody         content (a preamble before a tool call is content)
+    to functions.NAME, if offered       a tool call
+    to anyone else                      reasoning: nobody waits for it, and it is no answer
+
+Stop strings are looked for in content alone. Knows neither HTTP nor the engine.
+"""
+
+import secrets
+from collections.abc import AsyncGenerator, Collection, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ...parallel.engine.request import Token
+from ..harmony import Delta
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    text: str
+
+
+@dataclass(frozen=True)
+class Content:
+    text: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool call begins; its arguments follow."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Arguments:
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The last piece. reasoning_tokens: those of reasoning messages after their header, their end included."""
+
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    completion_tokens: int
+    reasoning_tokens: int
+
+
+Piece = Reasoning | Content | Call | Arguments | End
+
+
+class StopStrings:
+    """Text in, text out, up to the first of `stops`. Holds back only what may still become one of them."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.hit = False
+
+    def feed(self, text: str) -> str:
+        """What may be shown now; after a hit nothing more."""
+        if self.hit:
+            return ""
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.hit = True
+            shown, self._held = self._held[: min(places)], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """The text is over: what was held back became no stop string."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with, short of all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Parser(Protocol):
+    """Token ids -> Deltas (`harmony.StreamParser`)."""
+
+    def feed(self, token_id: int) -> list[Delta]: ...
+    def finish(self) -> list[Delta]: ...
+
+
+class Answer:
+    """What has been said so far, one token at a time; `read_answer` drives it."""
+
+    def __init__(self, parser: Parser, stops: Sequence[str], functions: Collection[str]) -> None:
+        self._parser = parser
+        self._stops = StopStrings(stops)
+        self._functions = functions
+        self._reasons = False  # is the open message reasoning?
+        self._calls = 0
+        self.completion_tokens = 0
+        self.reasoning_tokens = 0
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string has come."""
+        return self._stops.hit
+
+    def feed(self, token_id: int) -> list[Piece]:
+        self.completion_tokens += 1
+        self.reasoning_tokens += self._reasons
+        return self._pieces(self._parser.feed(token_id))
+
+    def finish(self, finish_reason: Literal["stop", "length"]) -> list[Piece]:
+        pieces = self._pieces(self._parser.finish())
+        if held := self._stops.flush():
+            pieces.append(Content(held))
+        reason = "tool_calls" if self._calls and finish_reason == "stop" and not self.stopped else finish_reason
+        return [*pieces, End(reason, self.completion_tokens, self.reasoning_tokens)]
+
+    def _pieces(self, deltas: Sequence[Delta]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for delta in deltas:
+            function = self._function(delta)
+            self._reasons = function is None and (delta.channel == "analysis" or delta.recipient is not None)
+            if delta.kind == "start" and function is not None:
+                pieces.append(Call(self._calls, f"call_{secrets.token_hex(12)}", function))
+                self._calls += 1
+            elif delta.kind == "text" and function is not None:
+                pieces.append(Arguments(self._calls - 1, delta.text))
+            elif delta.kind == "text" and self._reasons:
+                pieces.append(Reasoning(delta.text))
+            elif delta.kind == "text" and (shown := self._stops.feed(delta.text)):
+                pieces.append(Content(shown))
+            elif delta.kind == "end":
+                self._reasons = False
+        return pieces
+
+    def _function(self, delta: Delta) -> str | None:
+        name = (delta.recipient or "").removeprefix("functions.")
+        return name if name != delta.recipient and name in self._functions else None
+
+
+async def read_answer(
+    tokens: AsyncGenerator[Token], parser: Parser, stops: Sequence[str] = (), functions: Collection[str] = ()
+) -> AsyncGenerator[Piece]:
+    """The pieces of an answer as its tokens come; closes `tokens` when it ends, also early. The last piece is an End.
+
+    functions: the names that the model was offered.
+    """
+    answer = Answer(parser, stops, functions)
+    reason: Literal["stop", "length"] = "stop"
+    async with aclosing(tokens):
+        async for token in tokens:
+            for piece in answer.feed(token.id):
+                yield piece
+            if token.finish_reason == "length":
+                reason = "length"
+            if answer.stopped:
+                reason = "stop"
+                break
+    for piece in answer.finish(reason):
+        yield piece

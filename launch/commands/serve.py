@@ -1,0 +1,92 @@
+"""`serve MODEL`: the OpenAI API on a port, from plan to URL, until a signal ends it."""
+
+import asyncio
+import json as json_text
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...parallel.planning.plan import Plan
+from ..settings import ServeSettings, load_settings, settings_options
+
+ERRORS_OUT_S = 1.0  # after a rank died: for the HTTP process to tell its clients
+
+
+@dataclass(frozen=True)
+class Door:
+    """How clients come in. url: what they put as base_url."""
+
+    listener: socket.socket
+    url: str
+    served_name: str
+    api_key_file: Path | None
+    drain_s: float
+
+
+@click.command
+@click.argument("model")
+@settings_options(ServeSettings)
+def command(model: str, config: str | None, json: bool, **flags: Any) -> None:
+    """Serve MODEL through the OpenAI API.
+
+    MODEL is a checkpoint folder, a hub id such as openai/gpt-oss-20b, or tiny. Prints one line with the URL on stdout
+    once it can answer. SIGTERM or Ctrl-C lets running answers finish for --drain-s seconds; a second one ends at once.
+    """
+    from ..resolve import make_plan
+    from ..supervise import WORKER
+    from ..tables import print_plan
+    from ..tokenizer import load_tokenizer
+
+    settings = load_settings(ServeSettings, config, flags)
+    door = open_door(model, settings)
+    with door.listener:
+        plan = make_plan(model, settings, need_weights=True)
+        assert plan.checkpoint is not None
+        load_tokenizer(Path(plan.checkpoint))  # what is wrong with it is said before anything starts
+        print_plan(plan, to_stderr=True)
+        asyncio.run(serve(plan, door, WORKER, json=json))
+
+
+def open_door(model: str, settings: ServeSettings) -> Door:
+    """Binds the port and reads the key, so that what is wrong with either is said before anything else is done."""
+    from ..listen import bind, read_api_key
+
+    if settings.api_key_file is not None:
+        read_api_key(settings.api_key_file)
+    listener = bind(settings.host, settings.port)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{listener.getsockname()[1]}/v1"
+    return Door(listener, url, settings.served_name or model, settings.api_key_file, settings.drain_s)
+
+
+async def serve(plan: Plan, door: Door, worker: str, *, json: bool = False) -> None:
+    """Runs until a signal. worker: the module that every rank runs.
+
+    Raises UserError for what keeps it from starting, RankDiedError when a process dies.
+    """
+    from ..loading import memory_lines, progress_bar, say_random
+    from ..supervise import StopSignals, Supervisor, until
+
+    with StopSignals().caught() as stop, progress_bar() as bar:
+        async with Supervisor(plan, worker, bar.show) as supervisor:
+            # The HTTP process first: alive, not ready, while the ranks load.
+            await supervisor.start_http(door.listener, door.served_name, door.api_key_file, door.drain_s)
+            await supervisor.start_replicas()
+            answers = await until(supervisor.ready(), stop.first)
+            if answers is None:
+                return
+            bar.stop()
+            for line in memory_lines(plan, answers):
+                click.echo(line, err=True)
+            say_random(plan)
+            click.echo(json_text.dumps({"url": door.url, "plan": plan.to_json()}) if json else door.url)
+            error = await until(supervisor.failed(), stop.first)
+            if error is not None:
+                await supervisor.drain(ERRORS_OUT_S)
+                raise error
+            click.echo(f"stopping: running answers get {door.drain_s:g} s; a second signal ends at once", err=True)
+            # One second more than the answers have: for what is said to those that are cut short.
+            await until(supervisor.drain(door.drain_s + 1), stop.second)

@@ -1,0 +1,200 @@
+"""One started command and the processes it starts in turn, all on one control socket: a replica's torchrun with its
+ranks, or the HTTP process.
+
+Who is there is what is connected: a connection that ends is a process that ended, whatever the reason. Does not know
+what the processes are for.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..parallel.engine.wire import Decoder, Failed, Hello, Message, Progress, Ready
+from ..parallel.errors import RankDiedError, UserError
+
+TAIL_LINES = 15
+KILL_S = 1.0  # a killed process is gone by then, unless the kernel itself is stuck
+
+
+@dataclass
+class _Member:
+    """One connected process."""
+
+    hello: Hello
+    writer: asyncio.StreamWriter
+    doing: str = "starting"
+
+    @property
+    def name(self) -> str:
+        who = {"rank": f"rank {self.hello.rank}", "http": "the HTTP process"}.get(self.hello.role, "torchrun")
+        return f"{who} on {self.hello.host}"
+
+
+class Crew:
+    """A command under supervision.
+
+    size: how many Ready messages make it ready. log_of: a rank's log file (-1: the command's own), read only to say
+    why it died; None when the log went to the terminal. `ready` and `failed` are futures; `failed` holds the error as a
+    value.
+    """
+
+    def __init__(
+        self,
+        control: Path,
+        size: int,
+        log_of: Callable[[int], Path | None],
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[tuple[Ready, ...]] = loop.create_future()
+        self.failed: asyncio.Future[UserError] = loop.create_future()
+        self._control = control
+        self._size = size
+        self._log_of = log_of
+        self._on_progress = on_progress
+        self._members: list[_Member] = []
+        self._answers: dict[int, Ready] = {}
+        self._stopping = False
+        self._server: asyncio.Server | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self, command: Sequence[str], log: Path | None, pass_fds: Sequence[int] = ()) -> None:
+        """Starts `command`, in a session of its own: Ctrl-C in a terminal reaches the supervisor alone.
+
+        log: where its output goes; None for standard error.
+        """
+        self._server = await asyncio.start_unix_server(self._serve, self._control)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600) if log else os.dup(2)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=pass_fds,
+            )
+        finally:
+            os.close(output)
+        self._watch = asyncio.create_task(self._wait_for(self._process))
+
+    def terminate(self) -> None:
+        """Asks the command to end in its own time (SIGTERM)."""
+        self._stopping = True
+        if self._process is not None and self._process.returncode is None:
+            self._process.terminate()
+
+    async def gone(self) -> None:
+        """Returns once the command and everything it started have ended."""
+        while self._alive():
+            await asyncio.sleep(0.01)
+
+    async def stop(self, grace_s: float) -> None:
+        """Ends everything: the lifelines of ranks and HTTP process first, so that torchrun still collects its ranks,
+        and SIGTERM for torchrun; after grace_s, SIGKILL for whatever is left."""
+        self.terminate()
+        for member in self._members:
+            if member.hello.role in ("rank", "http"):
+                _hang_up(member.writer)
+        if not await self._gone_within(grace_s):
+            for member in self._members:
+                if member.hello.host == socket.gethostname():
+                    # Still connected, so the process lives and the number is still its own.
+                    os.kill(member.hello.pid, signal.SIGKILL)
+            if self._process is not None and self._process.returncode is None:
+                self._process.kill()
+            await self._gone_within(KILL_S)
+        if self._server is not None:
+            self._server.close()
+        if self._watch is not None:
+            self._watch.cancel()
+        for member in self._members:
+            member.writer.close()
+
+    def _alive(self) -> bool:
+        return bool(self._members) or (self._process is not None and self._process.returncode is None)
+
+    async def _gone_within(self, limit_s: float) -> bool:
+        try:
+            await asyncio.wait_for(self.gone(), limit_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _wait_for(self, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
+        self._fail(RankDiedError(f"{Path(self._control).stem}: ended with exit code {code}", self._tail(0)))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        decoder = Decoder()
+        member: _Member | None = None
+        try:
+            while data := await reader.read(1 << 16):
+                for message in decoder.feed(data):
+                    if isinstance(message, Hello):
+                        member = _Member(message, writer)
+                        self._members.append(member)
+                        if self._stopping and message.role in ("rank", "http"):
+                            _hang_up(writer)
+                    elif member is not None:
+                        self._take(member, message)
+        except (OSError, ValueError):
+            pass  # a broken connection is an ended one
+        finally:
+            writer.close()
+            if member is not None:
+                self._members.remove(member)
+                self._fail(RankDiedError(f"{member.name} died while {member.doing}", self._tail(member.hello.rank)))
+
+    def _take(self, member: _Member, message: Message) -> None:
+        if isinstance(message, Progress):
+            member.doing = f"loading ({message.done_bytes / 1e9:.1f} of {message.total_bytes / 1e9:.1f} GB read)"
+            self._on_progress(message)
+        elif isinstance(message, Ready):
+            member.doing = "serving"
+            self._answers[message.rank] = message
+            if len(self._answers) == self._size and not self.ready.done():
+                self.ready.set_result(tuple(self._answers[rank] for rank in sorted(self._answers)))
+        elif isinstance(message, Failed):
+            # What a person can put right speaks for itself; anything else needs the log.
+            speaks = message.exit_code in (UserError.exit_code, 6)
+            hint = "\n".join(part for part in (message.hint, "" if speaks else self._tail(message.rank)) if part)
+            error = UserError(message.message if speaks else f"{member.name}: {message.message}", hint)
+            error.exit_code = message.exit_code if speaks else RankDiedError.exit_code
+            self._fail(error)
+
+    def _fail(self, error: UserError) -> None:
+        """Keeps the first reason; what follows from it is noise."""
+        if not self._stopping and not self.failed.done():
+            self.failed.set_result(error)
+
+    def _tail(self, rank: int) -> str:
+        """The last lines of a rank's log, or of the command's own."""
+        for path in (self._log_of(rank), self._log_of(-1)):
+            if path is not None and (lines := _last_lines(path)):
+                return "its log ended with\n" + "\n".join(f"  | {line}" for line in lines)
+        return ""
+
+
+def _hang_up(writer: asyncio.StreamWriter) -> None:
+    """Ends our direction alone: the process sees the end, and its own closing still tells us when it is gone."""
+    try:
+        writer.write_eof()
+    except OSError:
+        pass  # gone already
+
+
+def _last_lines(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 8192))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-TAIL_LINES:]

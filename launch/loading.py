@@ -1,0 +1,62 @@
+"""What a person sees while a model loads, and how the result compares with the plan. Prose, so all of it on stderr."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+
+from ..parallel.engine.wire import Ready
+from ..parallel.planning.machine import format_size
+from ..parallel.planning.plan import Plan
+from .resolve import TINY
+
+
+class Bar:
+    """Bytes read of bytes to read; draws only in a terminal, and leaves nothing behind."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("loading", total=None)
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+    def show(self, done_bytes: int, total_bytes: int) -> None:
+        self._progress.update(self._task, completed=done_bytes, total=total_bytes or None)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Bar]:
+    bar = Bar()
+    bar.start()
+    try:
+        yield bar
+    finally:
+        bar.stop()
+
+
+def say_random(plan: Plan) -> None:
+    if plan.model == TINY:
+        click.echo("note: tiny has random weights: it shows that everything works, and talks nonsense", err=True)
+
+
+def memory_lines(plan: Plan, answers: Sequence[Ready]) -> list[str]:
+    """One line a rank: bytes as measured, beside those of the plan where it has the part."""
+    lines = []
+    for place, answer in enumerate(answers):
+        planned = plan.memory[place] if place < len(plan.memory) else None
+        parts = []
+        for name, size in answer.memory.items():
+            wanted = getattr(planned, name, None)
+            beside = "" if wanted is None else f" (plan {format_size(wanted)})"
+            parts.append(f"{name.removesuffix('_bytes')} {format_size(size)}{beside}")
+        lines.append(f"rank {place}: " + ", ".join([*parts, f"loaded in {answer.load_s:.1f} s"]))
+    return lines

@@ -1,0 +1,210 @@
+"""Everything that runs for one command: a torchrun for each replica, and the HTTP process, in one private run folder.
+
+Starts them, says when they are ready or which died first, and ends them. Nothing outlives the command: every process
+holds a lifeline (`lifeline`) on a control socket in the run folder (`crew`). Does not know what a request is.
+"""
+
+import asyncio
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ..parallel.engine.wire import Progress, Ready
+from ..parallel.errors import RankDiedError, UserError
+from ..parallel.planning.plan import Plan
+from .crew import Crew
+from .lifeline import remove_folder
+
+WORKER = "gptoss_launch.parallel.engine.worker"
+T = TypeVar("T")
+SOCKET_PATH_BYTES = 107  # sun_path is 108 bytes with its closing zero (unix(7))
+STOP_S = 2.5  # ranks have this long to end by themselves; with drain and kill the whole stays under 5 s
+
+
+class Supervisor:
+    """Use as `async with`: leaving it ends every process and removes the run folder.
+
+    worker: the module that every rank runs. on_progress: called with bytes read and bytes to read, over all ranks.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        worker: str,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._plan = plan
+        self._worker = worker
+        self._on_progress = on_progress
+        self._progress: dict[tuple[int, int], Progress] = {}
+        self._replicas: list[Crew] = []
+        self._http: Crew | None = None
+
+    async def __aenter__(self) -> "Supervisor":
+        self.folder = run_folder()
+        self.plan_file = self.folder / "plan.json"
+        self._plan.save(self.plan_file)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*(crew.stop(STOP_S) for crew in self._crews()))
+        remove_folder(self.folder)
+
+    def engine_socket(self, replica: int) -> Path:
+        """Where the leader of this replica listens once it is ready."""
+        return self.folder / f"engine-{replica}.sock"
+
+    async def start_replicas(self) -> None:
+        for replica in range(self._plan.dp):
+            control = self.folder / f"replica-{replica}.sock"
+            logs = self.folder / f"logs-{replica}"
+            crew = Crew(control, self._plan.ranks, _log_finder(logs), self._count(replica))
+            self._replicas.append(crew)
+            command = torchrun_command(
+                self._worker, self._plan.ranks, self.plan_file, control, self.engine_socket(replica), logs
+            )
+            logs.mkdir()
+            await crew.start(command, logs / "torchrun.log")
+
+    async def start_http(
+        self, listener: socket.socket, served_name: str, api_key_file: Path | None, drain_s: float
+    ) -> None:
+        """Hands `listener` over to the HTTP process: it is closed here."""
+        control = self.folder / "http.sock"
+        self._http = Crew(control, 1, lambda rank: None)
+        command = [sys.executable, "-m", "gptoss_launch.launch.api", "--control", str(control)]
+        command += ["--fd", str(listener.fileno()), "--plan", str(self.plan_file), "--served-name", served_name]
+        command += ["--drain-s", str(drain_s)]
+        for replica in range(self._plan.dp):
+            command += ["--engine", str(self.engine_socket(replica))]
+        if api_key_file is not None:
+            command += ["--api-key-file", str(api_key_file)]
+        with listener:
+            await self._http.start(command, log=None, pass_fds=(listener.fileno(),))
+
+    async def ready(self) -> tuple[Ready, ...]:
+        """What every rank measured, once all processes can work. Raises the UserError of the first that cannot."""
+        failed = asyncio.create_task(self.failed())
+        try:
+            everyone = asyncio.gather(*(asyncio.shield(crew.ready) for crew in self._crews()))
+            await asyncio.wait({everyone, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                everyone.cancel()
+                raise failed.result()
+        finally:
+            failed.cancel()
+        answers = tuple(answer for crew in self._replicas for answer in crew.ready.result())
+        for answer in answers:
+            if answer.digest != self._plan.digest:
+                raise RankDiedError(
+                    f"rank {answer.rank} runs plan {answer.digest}, not {self._plan.digest}",
+                    "one version of gptoss-launch must be installed for all ranks",
+                )
+        return answers
+
+    async def failed(self) -> UserError:
+        """Waits until a process ends that should not have, and says why. With nothing wrong it waits for ever."""
+        failures = {crew.failed for crew in self._crews()}
+        done, _ = await asyncio.wait(failures, return_when=asyncio.FIRST_COMPLETED)
+        return next(iter(done)).result()
+
+    async def drain(self, limit_s: float) -> None:
+        """Lets the HTTP process finish the answers it is giving, for at most limit_s."""
+        if self._http is not None:
+            self._http.terminate()
+            try:
+                await asyncio.wait_for(self._http.gone(), limit_s)
+            except TimeoutError:
+                pass
+
+    def _crews(self) -> list[Crew]:
+        return [*([self._http] if self._http else []), *self._replicas]
+
+    def _count(self, replica: int) -> Callable[[Progress], None]:
+        def count(progress: Progress) -> None:
+            self._progress[replica, progress.rank] = progress
+            everyone = self._progress.values()
+            self._on_progress(sum(p.done_bytes for p in everyone), sum(p.total_bytes for p in everyone))
+
+        return count
+
+
+class StopSignals:
+    """SIGTERM and SIGINT as things to wait for: `first` asks for an orderly end, `second` for an end at once."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.first: asyncio.Future[signal.Signals] = loop.create_future()
+        self.second: asyncio.Future[signal.Signals] = loop.create_future()
+
+    @contextmanager
+    def caught(self) -> Iterator["StopSignals"]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._take, number)
+        try:
+            yield self
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _take(self, number: signal.Signals) -> None:
+        for future in (self.first, self.second):
+            if not future.done():
+                future.set_result(number)
+                return
+
+
+async def until(work: Coroutine[Any, Any, T], stop: asyncio.Future[signal.Signals]) -> T | None:
+    """The result of `work`, or None, and `work` cancelled, if `stop` comes first."""
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({working, stop}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+
+def torchrun_command(worker: str, ranks: int, plan: Path, control: Path, listen: Path, logs: Path) -> list[str]:
+    """The command line of one replica. Port 0: the rendezvous takes a free port of its own, so replicas never meet."""
+    return [
+        *(sys.executable, "-m", "gptoss_launch.launch.lifeline", str(control), "torch.distributed.run"),
+        *("--nnodes", "1", "--nproc-per-node", str(ranks), "--max-restarts", "0"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
+        *("--rdzv-id", control.stem, "--log-dir", str(logs), "--redirects", "3"),
+        *("-m", worker, "--plan", str(plan), "--control", str(control), "--listen", str(listen)),
+    ]
+
+
+def run_folder() -> Path:
+    """A new private folder in the temporary folder, or in /tmp where socket paths would not fit into sun_path."""
+    longest = len("/gptoss-12345678/replica-99.sock")
+    for base in (Path(tempfile.gettempdir()), Path("/tmp")):
+        if len(bytes(base)) + longest <= SOCKET_PATH_BYTES:
+            try:
+                return Path(tempfile.mkdtemp(prefix="gptoss-", dir=base))  # mode 0700
+            except OSError as error:
+                raise UserError(
+                    f"no run folder in {base}: {error.strerror}", "set TMPDIR to a writable folder"
+                ) from None
+    raise AssertionError("/tmp is short enough")
+
+
+def _log_finder(logs: Path) -> Callable[[int], Path | None]:
+    """torchrun names the file LOGS/<id>_<random>/attempt_0/<local rank>/stderr.log."""
+
+    def find(rank: int) -> Path | None:
+        if rank < 0:
+            return logs / "torchrun.log"
+        return next(logs.glob(f"*/attempt_0/{rank}/stderr.log"), None)
+
+    return find

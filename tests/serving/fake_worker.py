@@ -1,0 +1,132 @@
+"""A rank with no model behind it, for tests: the contract of parallel/engine/worker.py, tokens from a script.
+
+    python -m fake_worker --plan PLAN --control SOCKET --listen SOCKET
+
+FAKE_SCRIPT names a JSON file: {"tokens": [ids], "delay_s": 0.01, "load_s": 0.0, "log": FILE, "fail": {"message", "hint",
+"exit_code"}}. After the script's tokens come hashes of the sequence. `log` collects a line for each request that began
+or was cancelled.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from gptoss_launch.parallel.engine.request import Request, Token
+from gptoss_launch.parallel.engine.wire import (
+    Cancel,
+    Decoder,
+    Failed,
+    Generate,
+    Hello,
+    Progress,
+    Ready,
+    Refused,
+    Tokens,
+    encode,
+)
+from gptoss_launch.parallel.planning.plan import Plan
+
+TURN = threading.Lock()  # one request at a time
+
+
+def next_token(sequence: list[int], script: dict, answered: int, vocab: int) -> int:
+    """The scripted token, or a hash of everything so far, which is no special token of tiny (ids from 1000 on)."""
+    if answered < len(script["tokens"]):
+        return script["tokens"][answered]
+    return int.from_bytes(hashlib.sha256(repr(sequence).encode()).digest()[:4]) % min(vocab, 1000)
+
+
+def hold_lifeline(control: str, rank: int) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(control)
+    connection.sendall(encode(Hello("rank", rank, os.getpid(), socket.gethostname())))
+
+    def wait() -> None:
+        while connection.recv(4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return connection
+
+
+def answer_connection(connection: socket.socket, script: dict, plan: Plan) -> None:
+    """Reads Generate and Cancel until the end, which cancels what is left."""
+    cancelled: set[str] = set()
+    running: set[str] = set()
+
+    def note(line: str) -> None:
+        if "log" in script:
+            with open(script["log"], "a") as file:
+                file.write(line + "\n")
+
+    def run(request: Request) -> None:
+        with TURN:
+            if len(request.prompt_tokens) + request.max_tokens > plan.context_tokens:
+                connection.sendall(encode(Refused(request.id, "too long for the fake")))
+                return
+            sequence = list(request.prompt_tokens)
+            note(f"begin {request.id} {request.sampling.temperature} {request.sampling.seed} {request.max_tokens}")
+            for answered in range(request.max_tokens):
+                if request.id in cancelled:
+                    note(f"cancel {request.id} {answered}")
+                    return
+                token = next_token(sequence, script, answered, plan.spec.vocab)
+                sequence.append(token)
+                ended = "stop" if token in request.stop_tokens else None
+                ended = ended or ("length" if answered + 1 == request.max_tokens else None)
+                try:
+                    connection.sendall(encode(Tokens((Token(request.id, token, ended),))))
+                except OSError:
+                    cancelled.add(request.id)
+                if ended:
+                    running.discard(request.id)
+                    return
+                time.sleep(script["delay_s"])
+
+    decoder = Decoder()
+    while data := connection.recv(1 << 16):
+        for message in decoder.feed(data):
+            if isinstance(message, Generate):
+                running.add(message.request.id)
+                threading.Thread(target=run, args=(message.request,), daemon=True).start()
+            elif isinstance(message, Cancel):
+                cancelled.add(message.request_id)
+    cancelled |= running
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("plan", "control", "listen"):
+        parser.add_argument(f"--{name}", required=True)
+    arguments = parser.parse_args()
+    rank = int(os.environ.get("RANK", "0"))
+    control = hold_lifeline(arguments.control, rank)
+    script = {"tokens": [], "delay_s": 0.0, "load_s": 0.0} | json.loads(Path(os.environ["FAKE_SCRIPT"]).read_text())
+    plan = Plan.load(Path(arguments.plan))
+    print("fake worker speaks", file=sys.stderr, flush=True)
+    for done in range(5):
+        control.sendall(encode(Progress(rank, done * 100, 500)))
+        time.sleep(script["load_s"] / 5)
+    if "fail" in script:
+        control.sendall(encode(Failed(rank, **script["fail"])))
+        sys.exit(1)
+    listener = socket.socket(socket.AF_UNIX)
+    if rank == 0:
+        listener.bind(arguments.listen)
+        listener.listen()
+    control.sendall(encode(Ready(rank, plan.digest, {"weights_bytes": 500}, script["load_s"])))
+    while rank == 0:
+        connection, _ = listener.accept()
+        threading.Thread(target=answer_connection, args=(connection, script, plan), daemon=True).start()
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
