@@ -1,0 +1,36 @@
+"""Predicted bytes against sums that are known from elsewhere or counted by hand."""
+
+import pytest
+from gptoss_launch.parallel.planning.memory import weights_bytes, workspace_bytes
+from gptoss_launch.parallel.planning.shards import SINGLE, Mesh, table
+from gptoss_launch.parallel.planning.spec import PUBLISHED
+
+SPEC = PUBLISHED["openai/gpt-oss-20b"]
+WIDE_ELEMENTS = 24 * (2 * 2880 + 64) + 2880  # norms and sinks, fp32 in memory, bf16 in the checkpoint
+
+
+def test_weights_in_bf16_are_the_checkpoint_but_for_norms_and_sinks() -> None:
+    assert weights_bytes(SPEC, SINGLE, 0, "bf16") == 13_761_264_768 + 2 * WIDE_ELEMENTS
+
+
+def test_fp32_doubles_all_but_the_packed_experts() -> None:
+    packed = sum(row.nbytes for row in table(SPEC) if row.dtype == "U8")
+    assert weights_bytes(SPEC, SINGLE, 0, "fp32") == packed + 2 * (13_761_264_768 - packed)
+
+
+@pytest.mark.parametrize(("ranks", "ep"), [(2, 1), (2, 2), (3, 3), (8, 4)])
+def test_ranks_hold_the_whole_model_and_copies_of_the_small_rows(ranks: int, ep: int) -> None:
+    mesh = Mesh(ranks, ep)
+    total = sum(weights_bytes(SPEC, mesh, rank, "bf16") for rank in range(ranks))
+    whole = weights_bytes(SPEC, SINGLE, 0, "bf16")
+    assert whole <= total < whole * 1.01  # norms, router and biases are on every rank
+
+
+def test_workspace_grows_with_context_and_step_and_shrinks_with_ranks() -> None:
+    def workspace(mesh: Mesh, context_tokens: int, step_tokens: int) -> int:
+        return workspace_bytes(SPEC, mesh, 0, "bf16", "bf16", context_tokens, step_tokens)
+
+    base = workspace(SINGLE, 8192, 1024)
+    assert base < workspace(SINGLE, 131072, 1024)
+    assert base < workspace(SINGLE, 8192, 2048)
+    assert workspace(Mesh(8), 8192, 1024) < base
