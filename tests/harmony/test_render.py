@@ -197,6 +197,17 @@ def test_defaults_are_written_as_serde_writes_them(true_tokenizer: Tokenizer, or
     assert_equal(Conversation((), developer=Developer(None, tools)), true_tokenizer, oracle)
 
 
+def test_a_choice_of_types_keeps_its_notes(true_tokenizer: Tokenizer, oracle) -> None:
+    """oneOf has three layouts: of the whole, of a property, and of a property that repeats its first variant."""
+    unit = {"type": "string", "enum": ["C", "F"], "default": "C", "description": "unit"}
+    choice = {"oneOf": [unit, {"type": "number", "nullable": True, "default": 1.0}, {"type": "object"}]}
+    as_property = {"type": "object", "properties": {"u": {**choice, "description": "unit"}, "v": choice}}
+    tools = tuple(FunctionTool(f"f{n}", "", schema) for n, schema in enumerate((choice, as_property)))
+    asked = Conversation((), developer=Developer(None, tools))
+    assert_equal(asked, true_tokenizer, oracle)
+    assert '"C" | "F" // unit default: "C"' in true_tokenizer.decode(render(asked, true_tokenizer))
+
+
 # --- hostile conversations
 
 SPELLINGS = (
