@@ -61,7 +61,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> 
     ctx.exit()
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,
@@ -70,8 +70,12 @@ def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> 
     callback=_print_version,
     help="Show the version and exit.",
 )
-def group() -> None:
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """Plan, serve and fine-tune gpt-oss-20b and 120b on your own GPUs."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -83,9 +87,6 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         tried = error.tried if isinstance(error, NoPlanError) else ()
         _complain(error.message, tried, error.hint)
-        return error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
         return error.exit_code
     except click.UsageError as error:
         _complain(*_usage(error))
@@ -102,7 +103,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _usage(error: click.UsageError) -> tuple[str, tuple[str, ...], str]:
     """(message, nothing tried, hint) of what Click says."""
-    path = error.ctx.command_path if error.ctx else PROGRAM
+    path = error.ctx.command_path if error.ctx else f"{PROGRAM} COMMAND"
     help_line = f"{path} --help lists what it takes"
     if isinstance(error, click.NoSuchOption):
         params = error.ctx.command.params if error.ctx else []

@@ -1,0 +1,89 @@
+"""MODEL: folders, published ids without a network, the hub's cache, and what is said when there is none of them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from gptoss_launch.launch.resolve import make_plan, resolve
+from gptoss_launch.launch.settings import Settings
+from gptoss_launch.parallel.errors import UserError
+from gptoss_launch.parallel.planning.spec import PUBLISHED
+
+MODEL = "openai/gpt-oss-20b"
+ROOM = Settings(host_memory_bytes=40 << 30, gpu_memory_bytes=0)
+
+
+def tiny_folder() -> Path:
+    folder = resolve("tiny", need_weights=False)[1]
+    assert folder is not None
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty Hugging Face cache, and no network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_models_need_neither_weights_nor_network(model: str) -> None:
+    assert resolve(model, need_weights=False) == (PUBLISHED[model], None)
+
+
+def test_tiny_is_whole() -> None:
+    spec, folder = resolve("tiny", need_weights=True)
+    assert folder is not None and (folder / "config.json").exists() and spec.layers > 0
+
+
+def test_a_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder(), tmp_path / MODEL)
+    assert resolve(MODEL, need_weights=True)[1] == tmp_path / MODEL
+
+
+def test_a_damaged_folder_is_refused_only_when_it_is_to_run(tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder(), tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    make_plan(str(tmp_path / "broken"), ROOM, need_weights=False)
+    with pytest.raises(UserError, match="truncated"):
+        make_plan(str(tmp_path / "broken"), ROOM, need_weights=True)
+
+
+def test_plan_names_the_checkpoint() -> None:
+    plan = make_plan("tiny", ROOM, need_weights=True)
+    assert (plan.model, plan.checkpoint, plan.device) == ("tiny", str(tiny_folder()), "cpu")
+
+
+def test_a_plan_for_a_gpu_that_is_elsewhere_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert make_plan("tiny", Settings(machine="h100"), need_weights=False).device == "cuda"
+    with pytest.raises(UserError, match="the plan for h100 needs a GPU, and there is none here"):
+        make_plan("tiny", Settings(machine="h100"), need_weights=True)
+
+
+def test_offline_download_says_what_to_do(hub: Path) -> None:
+    with pytest.raises(UserError, match="could not be downloaded") as caught:
+        resolve(MODEL, need_weights=True)
+    assert "copy the checkpoint's folder here" in caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+def test_cached_checkpoint_is_found_offline(hub: Path) -> None:
+    repository = hub / "models--someone--small-gpt-oss"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny_folder(), repository / "snapshots" / ("0" * 40))
+    for need_weights in (False, True):
+        folder = resolve("someone/small-gpt-oss", need_weights=need_weights)[1]
+        assert folder == repository / "snapshots" / ("0" * 40)
+
+
+@pytest.mark.parametrize("model", ["tinny", "./nowhere", "a/b/c", "a b/c"])
+def test_what_is_no_model(model: str) -> None:
+    with pytest.raises(UserError, match="no model") as caught:
+        resolve(model, need_weights=False)
+    assert "MODEL is a folder, a hub id, or tiny" in caught.value.hint
