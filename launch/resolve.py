@@ -66,7 +66,7 @@ def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
 
 def _local_folder(model: str) -> Path | None:
     if model == TINY:
-        return Path(str(importlib.resources.files("gptoss_launch.configs") / TINY))
+        return tiny_folder()
     folder = Path(model).expanduser()
     return folder.resolve() if folder.is_dir() else None
 
@@ -99,3 +99,8 @@ def _from_hub(model: str, need_weights: bool) -> Path:
 
 _INSTALL = "pip install 'gptoss-launch[serve]', or name a folder"
 _COPY = "without a network, copy the checkpoint's folder here and name the folder; {}"
+
+
+def tiny_folder() -> Path:
+    """The embedded checkpoint, as the package ships it."""
+    return Path(str(importlib.resources.files("gptoss_launch.configs") / TINY))

@@ -4,7 +4,7 @@ Purely token ids; it knows no text. One request at a time: the prompt in chunks 
 token a step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Engine:
             return f"{prompt} prompt tokens and max_tokens {request.max_tokens} exceed the context of {limit}"
         return None
 
-    def generate(self, request: Request) -> Iterator[Token]:
+    def generate(self, request: Request) -> Generator[Token]:
         """Tokens as they are drawn; closing the stream frees its pages. Raises UserError for what `refusal` names."""
         reason = self.refusal(request)
         if reason is not None:

@@ -6,7 +6,7 @@ Token ids only. Text, channels, tools and stop strings are the front end's busin
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Front end -> leader: nobody reads this request any more; it ends with a Token that says cancelled, or nothing."""
+    """Front end -> leader: nobody reads this request any more. It ends without another word."""
 
     request_id: str
 

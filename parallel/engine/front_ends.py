@@ -1,0 +1,63 @@
+"""The leader's Unix socket: front ends connect, send Generate and Cancel, and get Tokens and Refused.
+
+Knows connections and messages; knows nothing of the engine. A connection that ends is told as a None in place of a
+message.
+"""
+
+import selectors
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from .wire import Decoder, Message, encode
+
+SEND_LIMIT_S = 10.0  # a front end that reads nothing for so long is taken for dead; the engine waits for nobody
+
+
+class FrontEnds:
+    """All connections of one leader."""
+
+    def __init__(self, path: Path) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._decoders: dict[socket.socket, Decoder] = {}
+
+    def poll(self, timeout_s: float | None) -> Iterator[tuple[socket.socket, Message | None]]:
+        """What has arrived; waits for at most timeout_s if nothing has (None: as long as it takes)."""
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self._listener:
+                connection, _ = self._listener.accept()
+                connection.settimeout(SEND_LIMIT_S)
+                self._decoders[connection] = Decoder()
+                self._selector.register(connection, selectors.EVENT_READ)
+                continue
+            connection = key.fileobj
+            assert isinstance(connection, socket.socket)
+            try:
+                data = connection.recv(1 << 16)
+                messages = list(self._decoders[connection].feed(data))
+            except (OSError, ValueError):  # reset, or no message of ours: nothing more can be understood
+                data, messages = b"", []
+            for message in messages:
+                yield connection, message
+            if not data:
+                self._close(connection)
+                yield connection, None
+
+    def send(self, connection: socket.socket, message: Message) -> None:
+        """A connection that cannot take it is shut down; `poll` then tells its end."""
+        try:
+            connection.sendall(encode(message))
+        except OSError:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # closed by the other side already
+
+    def _close(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        del self._decoders[connection]
+        connection.close()

@@ -1,0 +1,160 @@
+"""A rank's entry point: torchrun runs this module with --plan FILE --control SOCKET --listen SOCKET.
+
+Loads this rank's share of the model as the plan says, reports to the supervisor over the control socket, then serves
+front ends on its own socket, one request at a time, the others waiting their turn. Knows no text and no HTTP.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..planning.headers import check_inventory, read_inventory
+from ..planning.plan import Plan
+from .front_ends import FrontEnds
+from .lifeline import hold
+from .request import Request, Token
+from .wire import Cancel, Failed, Generate, Message, Progress, Ready, Refused, Tokens, encode
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+PROGRESS_EVERY_S = 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("--plan", "--control", "--listen"):
+        parser.add_argument(name, type=Path, required=True)
+    arguments = parser.parse_args()
+    rank = int(os.environ["RANK"])  # set by torchrun
+    control = hold(arguments.control, "rank", rank)  # before torch is loaded: from here on nothing outlives the command
+    try:
+        run(Plan.load(arguments.plan), rank, control, arguments.listen)
+    except UserError as error:
+        fail(control, Failed(rank, error.message, error.hint, error.exit_code))
+    except Exception as error:
+        traceback.print_exc()
+        fail(control, Failed(rank, f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}", "", 1))
+
+
+def fail(control: socket.socket, message: Failed) -> None:
+    control.sendall(encode(message))
+    sys.exit(message.exit_code)
+
+
+def run(plan: Plan, rank: int, control: socket.socket, listen: Path) -> None:
+    """Load, report, serve; returns never."""
+    engine, ready = start(plan, rank, control)
+    front_ends = FrontEnds(listen)
+    control.sendall(encode(ready))
+    serve(engine, front_ends)
+
+
+def start(plan: Plan, rank: int, control: socket.socket) -> tuple["Engine", Ready]:
+    """The engine with its weights, warm, and what it took."""
+    began_s = time.monotonic()
+    from ..kernels import PLAIN
+    from ..model.checkpoint import load
+    from ..model.comm import Alone
+    from .engine import Engine
+    from .measure import Meter, warm_up
+
+    assert plan.checkpoint is not None
+    folder = Path(plan.checkpoint)
+    inventory = read_inventory(folder)
+    check_inventory(plan.spec, inventory, folder)
+    last_s = 0.0
+
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= PROGRESS_EVERY_S or done_bytes == total_bytes:
+            last_s = time.monotonic()
+            control.sendall(encode(Progress(rank, done_bytes, total_bytes)))
+
+    meter = Meter(plan.device)
+    weights = load(plan, rank, inventory, meter.device, progress)
+    meter.mark("weights_bytes")
+    engine = Engine(plan, rank, weights, PLAIN, Alone())
+    meter.mark("kv_bytes")
+    warm_up(engine)
+    return engine, Ready(rank, plan.digest, meter.finish(), time.monotonic() - began_s)
+
+
+class Turns:
+    """Whose request runs, and who waits in which order."""
+
+    def __init__(self, engine: "Engine", front_ends: FrontEnds) -> None:
+        self._engine = engine
+        self._front_ends = front_ends
+        self._waiting: deque[Ticket] = deque()
+        self._running: tuple[Ticket, Generator[Token]] | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self._running is None and not self._waiting
+
+    def take(self, front_end: socket.socket, message: Message | None) -> None:
+        """One message from `front_end`; None: it is gone, and so is all that it asked for."""
+        match message:
+            case Generate(request):
+                self._waiting.append(Ticket(front_end, request))
+            case Cancel(request_id):
+                self._drop(lambda ticket: ticket.front_end is front_end and ticket.request.id == request_id)
+            case None:
+                self._drop(lambda ticket: ticket.front_end is front_end)
+
+    def step(self) -> None:
+        """One token of the running request, after starting the next one if none runs."""
+        if self._running is None:
+            ticket = self._waiting.popleft()
+            reason = self._engine.refusal(ticket.request)
+            if reason is not None:
+                self._front_ends.send(ticket.front_end, Refused(ticket.request.id, reason))
+                return
+            self._running = ticket, self._engine.generate(ticket.request)
+        ticket, stream = self._running
+        token = next(stream)
+        self._front_ends.send(ticket.front_end, Tokens((token,)))
+        if token.finish_reason is not None:
+            self._end()
+
+    def _drop(self, is_over: Callable[["Ticket"], bool]) -> None:
+        self._waiting = deque(ticket for ticket in self._waiting if not is_over(ticket))
+        if self._running and is_over(self._running[0]):
+            self._end()
+
+    def _end(self) -> None:
+        assert self._running is not None
+        self._running[1].close()  # frees its pages
+        self._running = None
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request, and who asked for it."""
+
+    front_end: socket.socket
+    request: Request
+
+
+def serve(engine: "Engine", front_ends: FrontEnds) -> None:
+    """One request at a time, for as long as the process lives."""
+    turns = Turns(engine, front_ends)
+    while True:
+        for front_end, message in front_ends.poll(None if turns.idle else 0):
+            turns.take(front_end, message)
+        if not turns.idle:
+            turns.step()
+
+
+if __name__ == "__main__":
+    main()
