@@ -28,7 +28,10 @@ ARROWS = {
     "parallel.training": {
         *("parallel.model", "parallel.offload", "parallel.kernels", "parallel.planning", "parallel.errors"),
     },
-    "launch": {"parallel", "configs", "slurm"},
+    "launch": {
+        *("parallel.engine", "parallel.training", "parallel.model", "parallel.planning", "parallel.errors"),
+        *("configs", "slurm"),
+    },
     "configs": {"parallel"},
     "slurm": set(),
     "parallel": set(),

@@ -113,6 +113,8 @@ def _probe_gpus(visible: str | None) -> tuple[tuple[Gpu, ...], Link]:
             gpus.append(Gpu(_text(pynvml.nvmlDeviceGetName(handle)), memory.total, memory.free, (major, minor)))
         link = "none" if len(chosen) < 2 else "nvlink" if all(_has_nvlink(pynvml, h) for h in chosen) else "pcie"
         return tuple(gpus), link
+    except pynvml.NVMLError as error:  # such as a GPU that fell off the bus, or one that shares the host's memory
+        raise UserError(f"a GPU does not answer: {error}", "--machine FILE.yaml says what is here instead") from None
     finally:
         pynvml.nvmlShutdown()
 

@@ -96,6 +96,17 @@ def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.cpu_cores >= 1 and found.host_memory_bytes
 
 
+def test_a_gpu_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(handle: int) -> None:
+        raise FakeNvmlError("GPU is lost")
+
+    nvml = fake_nvml(1)
+    nvml.nvmlDeviceGetMemoryInfo = lost
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    with pytest.raises(UserError, match="a GPU does not answer: GPU is lost"):
+        probe()
+
+
 def test_windows_and_macos_do_not_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_host_bytes(tmp_path)  # no /proc, but sysconf: macOS
     monkeypatch.delattr(machine_module.os, "sysconf_names")
