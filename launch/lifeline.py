@@ -1,63 +1,33 @@
-"""The lifeline: a connection to the supervisor whose end is the end of this process.
-
-Whatever kills the command (kill -9 too), the kernel closes its end of the Unix socket; every process that holds the
-other end then removes the run folder and exits. The HTTP process calls `hold`; torchrun is run through this file:
+"""Puts torchrun, and the HTTP process, on a lifeline (`parallel/engine/lifeline.py`) of the supervisor.
 
     python -m gptoss_launch.launch.lifeline CONTROL_SOCKET torch.distributed.run ARGUMENTS...
 
-Ranks hold a lifeline of their own (`parallel/engine/worker.py`). Knows nothing of what its process does.
+runs a module that knows nothing of us as a process that ends with the command. Ranks hold lifelines of their own.
 """
 
-import os
 import runpy
-import shutil
 import socket
 import sys
-import threading
-import time
 from pathlib import Path
 
-from ..parallel.engine.wire import Hello, encode
-
-REMOVE_S = 1.0  # longest wait for others to stop writing into the run folder
+from ..parallel.engine.lifeline import hold, remove_folder
 
 
-def hold(control: Path, role: str) -> socket.socket:
-    """Connects to the supervisor and says hello. From then on this process ends, and the folder that holds `control` is
-    removed, as soon as the supervisor's end closes. The socket returned carries Ready or Failed the other way.
-
-    Raises OSError if the supervisor is gone already.
-    """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(str(control))
-    connection.sendall(encode(Hello(role=role, rank=-1, pid=os.getpid(), host=socket.gethostname())))
-    threading.Thread(target=_end_with, args=(connection, control.parent), name="lifeline", daemon=True).start()
-    return connection
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a run folder whose other users may be removing it, or still writing into it, at the same moment."""
-    deadline = time.monotonic() + REMOVE_S
-    while folder.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.01)
-
-
-def _end_with(connection: socket.socket, folder: Path) -> None:
+def attach(control: Path, role: str) -> socket.socket:
+    """`hold`, for a process that may be the last one: if the supervisor died before it was reached, the run folder is
+    removed here, because nobody else will."""
     try:
-        while connection.recv(4096):
-            pass
-    except OSError:
-        pass  # a reset is an end as well
-    remove_folder(folder)
-    os._exit(1)  # not sys.exit: only this thread would end
+        return hold(control, role)
+    except ConnectionRefusedError:  # the socket is there, and nobody listens: it is a run folder, and a dead one
+        remove_folder(control.parent)
+        raise SystemExit(1) from None
+    except FileNotFoundError:  # another process has removed it
+        raise SystemExit(1) from None
 
 
 def main() -> None:
     control, module, *arguments = sys.argv[1:]
-    hold(Path(control), role=module)
+    attach(Path(control), role="torchrun")
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from ..parallel.engine.lifeline import remove_folder
 from ..parallel.engine.wire import Progress, Ready
 from ..parallel.errors import RankDiedError, UserError
 from ..parallel.planning.plan import Plan
 from .crew import Crew
-from .lifeline import remove_folder
 
 WORKER = "gptoss_launch.parallel.engine.worker"
 T = TypeVar("T")
@@ -94,11 +94,10 @@ class Supervisor:
         """What every rank measured, once all processes can work. Raises the UserError of the first that cannot."""
         failed = asyncio.create_task(self.failed())
         try:
-            everyone = asyncio.gather(*(asyncio.shield(crew.ready) for crew in self._crews()))
-            await asyncio.wait({everyone, failed}, return_when=asyncio.FIRST_COMPLETED)
-            if failed.done():
-                everyone.cancel()
-                raise failed.result()
+            while missing := {crew.ready for crew in self._crews() if not crew.ready.done()}:
+                await asyncio.wait({failed, *missing}, return_when=asyncio.FIRST_COMPLETED)
+                if failed.done():
+                    raise failed.result()
         finally:
             failed.cancel()
         answers = tuple(answer for crew in self._replicas for answer in crew.ready.result())

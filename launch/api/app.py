@@ -149,7 +149,7 @@ def engine_request(chat: ChatRequest, served: Served) -> Request:
 def explain(error: Exception) -> ApiError:
     """What a client is told of an error in the engine or on the way to it."""
     if isinstance(error, EngineDiedError):
-        return engine_died()
+        return engine_died(str(error))
     if isinstance(error, UserError):
         return ApiError(400, error.message, code="refused_by_engine")
     return ApiError(500, "internal error; the server's log has more")
@@ -193,7 +193,7 @@ def _choose(engines: Sequence[Engine]) -> Engine:
     if able:
         return min(able, key=lambda engine: engine.running)
     if any(engine.dead for engine in engines):
-        raise engine_died()
+        raise engine_died("the engine died")
     raise ApiError(503, "the model is still loading; /ready says when it can answer", code="not_ready")
 
 

@@ -23,5 +23,5 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def engine_died() -> ApiError:
-    return ApiError(503, "the engine died; this request is lost", code="engine_died")
+def engine_died(reason: str) -> ApiError:
+    return ApiError(503, f"{reason}; this request is lost", code="engine_died")

@@ -129,7 +129,9 @@ def parse_chat_request(body: bytes) -> ChatRequest:
 def _explain(errors: ValidationError, body: bytes) -> ApiError:
     # A refused name says more than what else is wrong: it may be the cause.
     found = errors.errors(include_url=False, include_input=False)
-    error = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    # Of the alternatives of a type, the one that got furthest is the one that was meant.
+    unknown = [e for e in found if e["type"] == "extra_forbidden"]
+    error = unknown[0] if unknown else max(found, key=lambda e: len(e["loc"]))
     if error["type"] == "json_invalid":
         return ApiError(400, f"the body: {error['msg']}", code="invalid_json")
     param = ".".join(_path(error["loc"], json.loads(body), error["type"] == "missing"))

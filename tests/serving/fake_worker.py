@@ -2,9 +2,9 @@
 
     python -m fake_worker --plan PLAN --control SOCKET --listen SOCKET
 
-FAKE_SCRIPT names a JSON file: {"tokens": [ids], "delay_s": 0.01, "load_s": 0.0, "log": FILE, "fail": {"message", "hint",
-"exit_code"}}. After the script's tokens come hashes of the sequence. `log` collects a line for each request that began
-or was cancelled.
+FAKE_SCRIPT names a JSON file: {"tokens": [ids], "delay_s": 0.01, "load_s": 0.0, "log": FILE, "fail": {"message",
+"hint", "exit_code"}}. After the script's tokens come hashes of the sequence. `log` collects a line for each request
+that began or was cancelled.
 """
 
 import argparse
@@ -17,13 +17,13 @@ import threading
 import time
 from pathlib import Path
 
+from gptoss_launch.parallel.engine.lifeline import hold
 from gptoss_launch.parallel.engine.request import Request, Token
 from gptoss_launch.parallel.engine.wire import (
     Cancel,
     Decoder,
     Failed,
     Generate,
-    Hello,
     Progress,
     Ready,
     Refused,
@@ -40,20 +40,6 @@ def next_token(sequence: list[int], script: dict, answered: int, vocab: int) -> 
     if answered < len(script["tokens"]):
         return script["tokens"][answered]
     return int.from_bytes(hashlib.sha256(repr(sequence).encode()).digest()[:4]) % min(vocab, 1000)
-
-
-def hold_lifeline(control: str, rank: int) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(control)
-    connection.sendall(encode(Hello("rank", rank, os.getpid(), socket.gethostname())))
-
-    def wait() -> None:
-        while connection.recv(4096):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-    return connection
 
 
 def answer_connection(connection: socket.socket, script: dict, plan: Plan) -> None:
@@ -107,7 +93,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     arguments = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
-    control = hold_lifeline(arguments.control, rank)
+    control = hold(Path(arguments.control), "rank", rank)
     script = {"tokens": [], "delay_s": 0.0, "load_s": 0.0} | json.loads(Path(os.environ["FAKE_SCRIPT"]).read_text())
     plan = Plan.load(Path(arguments.plan))
     print("fake worker speaks", file=sys.stderr, flush=True)
