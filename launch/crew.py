@@ -58,6 +58,7 @@ class Crew:
         self._log_of = log_of
         self._on_progress = on_progress
         self._members: list[_Member] = []
+        self._greeted: set[int] = set()
         self._answers: dict[int, Ready] = {}
         self._stopping = False
         self._server: asyncio.Server | None = None
@@ -129,7 +130,7 @@ class Crew:
 
     async def _wait_for(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
-        self._fail(RankDiedError(f"{Path(self._control).stem}: ended with exit code {code}", self._tail(0)))
+        self._fail(RankDiedError(f"{self._control.stem} ended with exit code {code}", self._tail(-1)))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         decoder = Decoder()
@@ -139,6 +140,7 @@ class Crew:
                 for message in decoder.feed(data):
                     if isinstance(message, Hello):
                         member = _Member(message, writer)
+                        self._greeted.add(message.rank)
                         self._members.append(member)
                         if self._stopping and message.role in ("rank", "http"):
                             _hang_up(writer)
@@ -175,10 +177,13 @@ class Crew:
             self.failed.set_result(error)
 
     def _tail(self, rank: int) -> str:
-        """The last lines of a rank's log, or of the command's own."""
-        for path in (self._log_of(rank), self._log_of(-1)):
+        """The last lines of a rank's log. -1: of a rank that ended before it said hello, else the command's own."""
+        silent = [one for one in range(self._size) if one not in self._greeted]
+        for one in [rank] if rank >= 0 else [*silent, -1]:
+            path = self._log_of(one)
             if path is not None and (lines := _last_lines(path)):
-                return "its log ended with\n" + "\n".join(f"  | {line}" for line in lines)
+                whose = f"the log of rank {one}" if one >= 0 else "its log"
+                return f"{whose} ended with\n" + "\n".join(f"  | {line}" for line in lines)
         return ""
 
 

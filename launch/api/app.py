@@ -100,10 +100,11 @@ def create_app(served: Served) -> FastAPI:
     @v1.post("/chat/completions")
     async def chat_completions(http: HttpRequest) -> Response:
         try:
-            chat = parse_chat_request(await read_body(http, served.body_limit_bytes))
+            body = await read_body(http, served.body_limit_bytes)
+            # In a thread, like the tokens below: a long prompt would hold up the streams of everyone else.
+            chat = await asyncio.to_thread(parse_chat_request, body)
             _check_model(served, chat.model)
             engine = _choose(served.engines)
-            # In a thread: a long prompt would hold up the streams of everyone else.
             request = await asyncio.to_thread(engine_request, chat, served)
             completion = new_completion(request.id, served.name, len(request.prompt_tokens))
             tokens = engine.generate(request)

@@ -161,13 +161,18 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
 async def read_body(request: Request, limit_bytes: int) -> bytes:
     """The body, counted while it comes in. Raises ApiError 413 beyond the limit, ClientGoneError."""
     body = bytearray()
+    size_bytes = 0
     try:
         async for part in request.stream():
-            body += part
-            if len(body) > limit_bytes:
-                raise ApiError(413, f"the body is larger than {limit_bytes:,} bytes", code="body_too_large")
+            size_bytes += len(part)
+            if size_bytes <= limit_bytes:
+                body += part
+            elif size_bytes > 2 * limit_bytes:
+                break  # until here it was read and dropped: most clients send everything before they read an answer
     except ClientDisconnect:
         raise ClientGoneError from None
+    if size_bytes > limit_bytes:
+        raise ApiError(413, f"the body is larger than {limit_bytes:,} bytes", code="body_too_large")
     return bytes(body)
 
 

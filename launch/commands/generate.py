@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ...parallel.engine.request import Request, Sampling, Token
-from ...parallel.errors import UserError
+from ...parallel.errors import RankDiedError, UserError
 from ...parallel.planning.plan import Plan
 from ..harmony import Delta
 from ..settings import Settings, load_settings, settings_options
@@ -65,9 +65,12 @@ def command(
 
     MODEL is a checkpoint folder, a hub id such as openai/gpt-oss-20b, or tiny.
     """
+    from ..extras import need_serve_extra
     from ..resolve import make_plan
-    from ..supervise import WORKER
     from ..tokenizer import load_tokenizer
+
+    need_serve_extra("generate")
+    from ..supervise import WORKER
 
     if (prompt is None) == (token_ids is None):
         raise UserError(
@@ -193,8 +196,12 @@ async def generate(
             load_s = time.monotonic() - begun_s
             try:
                 return await until(_answer(client, request, tokenizer, load_s, harmony, show), stop.first)
-            except EngineDiedError:
-                raise await asyncio.wait_for(supervisor.failed(), LOSS_S) from None
+            except EngineDiedError as lost:
+                try:
+                    error = await asyncio.wait_for(supervisor.failed(), LOSS_S)
+                except TimeoutError:
+                    error = RankDiedError(str(lost), "the ranks still ran: this terminal may have been too slow")
+                raise error from None
 
 
 async def _answer(

@@ -35,10 +35,13 @@ def command(model: str, config: str | None, json: bool, **flags: Any) -> None:
     MODEL is a checkpoint folder, a hub id such as openai/gpt-oss-20b, or tiny. Prints one line with the URL on stdout
     once it can answer. SIGTERM or Ctrl-C lets running answers finish for --drain-s seconds; a second one ends at once.
     """
+    from ..extras import need_serve_extra
     from ..resolve import make_plan
-    from ..supervise import WORKER
     from ..tables import print_plan
     from ..tokenizer import load_tokenizer
+
+    need_serve_extra("serve")
+    from ..supervise import WORKER
 
     settings = load_settings(ServeSettings, config, flags)
     door = open_door(model, settings)

@@ -21,6 +21,7 @@ from gptoss_launch.launch.tokenizer import Tokenizer, load_tokenizer
 from gptoss_launch.parallel.planning.plan import Plan
 
 HERE = Path(__file__).parent
+DRIVE = (str(HERE / "drive.py"),)
 GONE_S = 5.0
 
 
@@ -96,17 +97,20 @@ class Running:
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., Running]]:
-    """start(*drive.py's arguments, script={...}, url=True) -> Running, once it has printed its URL."""
+    """start(*drive.py's arguments, script={...}, url=True) -> Running, once it has printed its URL.
+
+    program: what to run in place of drive.py.
+    """
     everyone: list[Running] = []
 
-    def run(*arguments: object, script: dict | None = None, url: bool = True) -> Running:
+    def run(*arguments: object, script: dict | None = None, url: bool = True, program=DRIVE) -> Running:
         tmp = Path(tempfile.mkdtemp(prefix="gl-", dir="/tmp"))  # short: sockets lie in it
         (tmp / "script").write_text(json.dumps({"log": str(tmp / "log")} | (script or {})))
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"TMPDIR": str(tmp), "FAKE_SCRIPT": str(tmp / "script"), "PYTHONPATH": path}
         with (tmp / "stderr").open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, str(HERE / "drive.py"), *map(str, arguments)],
+                [sys.executable, *program, *map(str, arguments)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=environment,

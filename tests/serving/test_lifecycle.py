@@ -73,19 +73,8 @@ def test_a_client_that_leaves_cancels_its_request(server):
 
 
 def test_a_body_that_is_too_large(server):
-    with socket.create_connection(("127.0.0.1", server.port)) as raw:
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
-        part = b" " * (1 << 20)
-        try:
-            for _ in range(40):
-                raw.sendall(part)
-        except OSError:
-            pass  # it closed the connection while we were sending
-        try:
-            answer = raw.recv(1 << 16)
-        except OSError:
-            answer = b"HTTP/1.1 413"
-    assert answer.startswith(b"HTTP/1.1 413")
+    answer = httpx.post(f"{server.url}/chat/completions", content=b" " * (40 << 20))
+    assert answer.status_code == 413 and "33,554,432 bytes" in answer.json()["error"]["message"]
 
 
 def test_sigterm_lets_a_running_answer_finish(server):
@@ -157,7 +146,7 @@ def test_kill_9_leaves_nothing(start, victim):
     name = {"torchrun": "torchrun on", "rank": "rank 0 on", "http": "the HTTP process on"}[victim]
     assert f"{name} {socket.gethostname()} died while" in said
     if victim == "rank":
-        assert "| fake worker speaks" in said
+        assert "the log of rank 0 ended with\n  | fake worker speaks" in said
         assert "engine died" in str(errors[0])
 
 
@@ -215,6 +204,14 @@ def test_generate_when_killed(start):
     wait_for(lambda: "begin" in log(running), 20)
     running.process.kill()
     running.gone_within()
+
+
+def test_ctrl_c_ends_generate(start):
+    running = start("generate", 2000, script={"delay_s": 0.05}, url=False)
+    wait_for(lambda: "begin" in log(running), 20)
+    running.process.send_signal(signal.SIGINT)
+    running.gone_within()
+    assert json.loads(running.process.stdout.read()) is None
 
 
 def test_run_folders_of_deep_temporary_folders_are_short(monkeypatch, tmp_path):
