@@ -12,16 +12,16 @@ from .resolve import TINY
 
 
 class Bar:
-    """Bytes read of bytes to read; draws only in a terminal, and leaves nothing behind."""
+    """Bytes done of bytes to do; draws only in a terminal, and leaves nothing behind."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
         console = Console(stderr=True)
-        columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
+        columns = (TextColumn(doing), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task("loading", total=None)
+        self._task = self._progress.add_task(doing, total=None)
 
     def start(self) -> None:
         self._progress.start()
@@ -34,8 +34,8 @@ class Bar:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Bar]:
-    bar = Bar()
+def progress_bar(doing: str = "loading") -> Iterator[Bar]:
+    bar = Bar(doing)
     bar.start()
     try:
         yield bar
