@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..parallel.engine.wire import Decoder, Failed, Hello, Message, Progress, Ready
-from ..parallel.errors import RankDiedError, UserError
+from ..parallel.errors import NoPlanError, RankDiedError, UserError
 
 TAIL_LINES = 15
 KILL_S = 1.0  # a killed process is gone by then, unless the kernel itself is stuck
@@ -165,10 +165,13 @@ class Crew:
                 self.ready.set_result(tuple(self._answers[rank] for rank in sorted(self._answers)))
         elif isinstance(message, Failed):
             # What a person can put right speaks for itself; anything else needs the log.
-            speaks = message.exit_code in (UserError.exit_code, 6)
+            speaks = message.exit_code in (UserError.exit_code, NoPlanError.exit_code)
             hint = "\n".join(part for part in (message.hint, "" if speaks else self._tail(message.rank)) if part)
-            error = UserError(message.message if speaks else f"{member.name}: {message.message}", hint)
-            error.exit_code = message.exit_code if speaks else RankDiedError.exit_code
+            if speaks:
+                error = UserError(message.message, hint)
+                error.exit_code = message.exit_code
+            else:
+                error = RankDiedError(f"{member.name} failed while {member.doing}: {message.message}", hint)
             self._fail(error)
 
     def _fail(self, error: UserError) -> None:

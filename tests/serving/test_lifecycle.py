@@ -160,11 +160,17 @@ def test_a_busy_port_is_said_before_anything_starts(start):
 
 
 def test_what_a_rank_says_before_it_ends_is_passed_on(start):
-    fail = {"message": "tensor x is short", "hint": "fetch it again", "exit_code": 2}
-    running = start("serve", 0, 30, script={"fail": fail}, url=False)
-    assert running.process.wait(20) == 2
-    assert running.stderr().endswith("tensor x is short\nhint: fetch it again\n")
-    running.gone_within()
+    said = {
+        2: "tensor x is short\nhint: fetch it again\n",
+        1: f"rank 0 on {socket.gethostname()} failed while loading (0.0 of 0.0 GB read): tensor x is short\n"
+        "hint: fetch it again\nthe log of rank 0 ended with\n  | fake worker speaks\n",
+    }
+    for code, expected in {2: 2, 1: 7}.items():  # 1: not the user's fault
+        fail = {"message": "tensor x is short", "hint": "fetch it again", "exit_code": code}
+        running = start("serve", 0, 30, script={"fail": fail}, url=False)
+        assert running.process.wait(20) == expected
+        assert running.stderr() == said[code]
+        running.gone_within()
 
 
 def test_alive_but_not_ready_while_loading_then_sigterm(start, free_port):
