@@ -35,9 +35,19 @@ def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: 
 
 
 @torch.no_grad()
-def transformers_logits(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """[tokens, vocab] over one sequence."""
-    return load_transformers(folder, dtype)(torch.tensor([tokens]), use_cache=False).logits[0]
+def transformers_logits(
+    folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Over one sequence: logits [tokens, vocab], and the experts of every token [layers, tokens, experts a token]."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+    model = load_transformers(folder, dtype, device)
+    routes: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, GptOssTopKRouter):
+            module.register_forward_hook(lambda module, inputs, outputs: routes.append(outputs[-1]))
+    logits = model(torch.tensor([tokens], device=device), use_cache=False).logits[0]
+    return logits, torch.stack(routes)
 
 
 @torch.no_grad()

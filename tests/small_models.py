@@ -3,7 +3,9 @@
 import dataclasses
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
+import pytest
 import torch
 from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.kernels import PLAIN, Operations
@@ -14,6 +16,7 @@ from gptoss_launch.parallel.planning.headers import check_inventory, read_invent
 from gptoss_launch.parallel.planning.plan import DType, Plan
 from gptoss_launch.parallel.planning.spec import Spec, alternating_kinds, read_config
 
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 TINY = Path(str(files("gptoss_launch.configs") / "tiny"))
 
 _TINY_SPEC = read_config(TINY / "config.json")
@@ -48,13 +51,19 @@ def checkpoint(name: str, base: Path) -> Path:
     return folder
 
 
-def plain_plan(folder: Path, dtype: DType = "fp32", context_tokens: int = 1024, step_tokens: int = 512) -> Plan:
+def plain_plan(
+    folder: Path,
+    dtype: DType = "fp32",
+    context_tokens: int = 1024,
+    step_tokens: int = 512,
+    device: Literal["cuda", "cpu"] = "cpu",
+) -> Plan:
     return Plan(
         model=folder.name,
         checkpoint=str(folder),
         spec=read_config(folder / "config.json"),
         machine="test",
-        device="cpu",
+        device=device,
         dp=1,
         ranks=1,
         ep=1,

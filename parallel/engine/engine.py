@@ -83,8 +83,8 @@ class Engine:
         return self.step(sequence, tokens[(len(tokens) - 1) // chunk * chunk :])
 
     @torch.inference_mode()
-    def step(self, sequence: kv.Sequence, tokens: Sequence[int]) -> Tensor:
-        """One forward pass over the next tokens of the sequence: logits [1, V] after the last of them."""
+    def step(self, sequence: kv.Sequence, tokens: Sequence[int], wanted: slice = slice(-1, None)) -> Tensor:
+        """One forward pass over the next tokens of the sequence: logits [S, V] after the wanted ones of them."""
         spec, page_tokens = self.plan.spec, self.plan.page_tokens
         start = sequence.length
         kv.extend(self.pool, sequence, len(tokens), spec, page_tokens)
@@ -93,6 +93,7 @@ class Engine:
             positions_T=torch.arange(start, sequence.length, device=self.device),
             spans=((0, len(tokens), sequence.length),),
             pages=kv.page_views(sequence, len(tokens), spec, page_tokens, self.device),
+            wanted_S=torch.arange(len(tokens), device=self.device)[wanted],
         )
         logits_SV = forward(
             spec,

@@ -8,11 +8,10 @@ Sinks: one learned logit a query head joins the softmax and takes weight away, b
 import torch
 from torch import Tensor
 
+from ..planning.memory import SCORES_LIMIT_BYTES
 from .batch import Batch, PageView
 from .precision import wide
 from .rope import rotate
-
-SCORES_LIMIT_BYTES = 256 << 20  # queries go in tiles, so that one tile's scores stay under this
 
 
 def qkv_write(

@@ -26,12 +26,14 @@ class PageView:
 
 @dataclass(frozen=True)
 class Batch:
-    """T tokens of S sequences, one sequence after the other.
+    """T tokens of some sequences, one sequence after the other.
 
     spans: (start, stop, length) a sequence: its rows in the step, and its tokens in the cache when the step is done.
+    wanted_S: rows of the step whose logits are wanted, int64; S of them.
     """
 
     tokens_T: Tensor
     positions_T: Tensor
     spans: tuple[tuple[int, int, int], ...]
     pages: dict[LayerKind, PageView]
+    wanted_S: Tensor

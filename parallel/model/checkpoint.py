@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ..kernels.experts import Packed
 from ..planning.headers import Entry
+from ..planning.memory import KEPT_WIDE
 from ..planning.plan import Plan
 from ..planning.shards import Row, is_zero_here, local_bytes, local_shape, local_slices, table
 from .dtypes import TORCH_DTYPE
 from .weights import Layer, Weights
-
-_ALWAYS_FP32 = ("norm", "attn_norm", "mlp_norm", "sinks")  # few bytes, and their readers compute in fp32 anyway
 
 
 def load(
@@ -81,7 +80,7 @@ def _place(file: Any, row: Row, plan: Plan, rank: int, device: torch.device) -> 
     dtype = torch.uint8
     if row.dtype != "U8":
         dtype = TORCH_DTYPE[plan.dtype]
-        if row.name.split(".")[-1] in _ALWAYS_FP32:
+        if row.name.split(".")[-1] in KEPT_WIDE:
             dtype = torch.promote_types(dtype, torch.float32)
     if is_zero_here(row, plan.mesh, rank):
         return torch.zeros(local_shape(row, plan.mesh, rank), dtype=dtype, device=device)

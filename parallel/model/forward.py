@@ -1,4 +1,4 @@
-"""The forward pass for serving: one step of tokens in, one row of logits for each sequence out.
+"""The forward pass for serving: one step of tokens in, rows of logits out.
 
 Reads top to bottom. Every rank runs the same lines on its own share of the weights; what each holds is added up once a
 half-layer. Knows nothing of requests or of how pages were handed out.
@@ -25,7 +25,7 @@ def forward(
     batch: Batch,
     residual_dtype: torch.dtype,
 ) -> Tensor:
-    """Logits [S, V] of each sequence's last token, over the vocabulary rows held here, in the plan's dtype.
+    """Logits [S, V] of the rows in batch.wanted_S, over the vocabulary rows held here, in the plan's dtype.
 
     frequencies: rope.inverse_frequencies(spec) on the device. kv_LPCSKD: the pool [layers of a kind, pages, 2,
     page_tokens, K, D]; window layer i and full layer i share index i of dim 0, their pages never overlap. Written in
@@ -49,8 +49,7 @@ def forward(
             ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit)
         )
     _, x_TH = ops.add_norm(residual_TH, delta_TH, weights.norm_H, spec.norm_eps, dtype)
-    last_S = torch.tensor([stop - 1 for _, stop, _ in batch.spans], device=x_TH.device)
-    return torch.nn.functional.linear(x_TH[last_S], weights.head_VH)
+    return torch.nn.functional.linear(x_TH[batch.wanted_S], weights.head_VH)
 
 
 def embed(tokens_T: Tensor, embed_VH: Tensor, first_token: int) -> Tensor:

@@ -14,9 +14,7 @@ from .spec import Spec
 
 Device = Literal["cuda", "cpu"]
 
-SCORES_LIMIT_BYTES = (
-    256 << 20
-)  # attention goes over queries in tiles whose scores stay under this (kernels/attention.py)
+SCORES_LIMIT_BYTES = 256 << 20  # attention goes over queries in tiles whose scores stay under this
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ WIDE_HIDDEN_COPIES = 4  # norm: value, square, product; experts: the sum
 LOGIT_COPIES = 8  # fp64, [1, vocab]: sorted, order, probabilities, their sums, race
 ALLOCATOR_SLACK = 1.1  # freed blocks of other sizes that torch's allocator keeps
 
-KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # what the loader keeps in fp32 (model/checkpoint.py)
+KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # kept in fp32: few bytes, and their readers compute so
 WIDE_BYTES = 4  # fp32
 INDEX_BYTES = 4  # int32, for one byte of packed weights while it is looked up
 

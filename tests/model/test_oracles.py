@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import oracles
 import pytest
@@ -16,7 +16,7 @@ import torch
 from gptoss_launch.parallel.engine import kv
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.kernels import PLAIN, experts, mxfp4
-from small_models import SPECS, checkpoint, plain_engine, plain_plan, prompt
+from small_models import GPU, SPECS, checkpoint, plain_engine, plain_plan, prompt
 
 # OpenAI's model copies every token's experts in fp32: 400 MB a token at the true width
 PROMPT_TOKENS = {"tiny": 140, "three_blocks": 120, "true_width": 12}
@@ -43,12 +43,13 @@ def assert_exact(ours: torch.Tensor, oracle: torch.Tensor, what: str) -> None:
     assert torch.equal(ours.argmax(-1), oracle.argmax(-1))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("name", SPECS)
-def test_logits_equal_transformers(name: str, checkpoints: Path) -> None:
+def test_logits_equal_transformers(name: str, device: Literal["cpu", "cuda"], checkpoints: Path) -> None:
     folder = checkpoint(name, checkpoints)
     tokens = prompt(SPECS[name], PROMPT_TOKENS[name])
-    oracle = oracles.transformers_logits(folder, tokens)
-    engine = plain_engine(plain_plan(folder))
+    oracle, _ = oracles.transformers_logits(folder, tokens, device=device)
+    engine = plain_engine(plain_plan(folder, device=device))
     assert_exact(all_logits(engine, tokens), oracle, f"{name}, token by token, against transformers")
     for chunk in (512, 7):  # whole, and in chunks that cut pages and windows unevenly
         engine.plan = dataclasses.replace(engine.plan, step_tokens=chunk)
@@ -91,7 +92,7 @@ def test_transposed_down_proj_cannot_pass(checkpoints: Path, monkeypatch: pytest
     """down_proj is square at the true width, so a transposed one fits everywhere and must be told by its values."""
     folder = checkpoint("true_width", checkpoints)
     tokens = prompt(SPECS["true_width"], 8)
-    oracle = oracles.transformers_logits(folder, tokens)
+    oracle, _ = oracles.transformers_logits(folder, tokens)
 
     def transposed(blocks, scales, dtype):
         weight = mxfp4.dequantize(blocks, scales, dtype)

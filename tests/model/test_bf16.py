@@ -1,0 +1,73 @@
+"""bf16 against the fp32 oracle, beside what transformers in bf16 does on the same weights (design: "bf16").
+
+Teacher-forced on fixed tokens. A token whose routing flipped in some layer says nothing about arithmetic, so it counts
+as a flip and not as an error. Bounds: at most 1.5 times transformers' largest error on unflipped tokens, and at most
+1.2 times its share of flipped tokens.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from gptoss_launch.parallel.engine import kv
+from gptoss_launch.parallel.kernels import PLAIN
+from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
+from gptoss_launch.parallel.planning.spec import PUBLISHED, alternating_kinds
+from small_models import GPU, SPECS, TINY, checkpoint, plain_engine, plain_plan, prompt
+from torch import Tensor
+
+
+def our_logits(folder: Path, tokens: list[int], dtype, device, step_tokens: int) -> tuple[Tensor, Tensor]:
+    """Logits [tokens, vocab] and experts [layers, tokens, experts a token], step_tokens at a time through the cache."""
+    routes: list[Tensor] = []
+
+    def recording_route(*inputs):
+        weights, experts = PLAIN.route(*inputs)
+        routes.append(experts)
+        return weights, experts
+
+    plan = plain_plan(folder, dtype, context_tokens=len(tokens), step_tokens=step_tokens, device=device)
+    engine = plain_engine(plan, dataclasses.replace(PLAIN, route=recording_route))
+    sequence = kv.Sequence()
+    logits = [
+        engine.step(sequence, tokens[start : start + step_tokens], slice(None))
+        for start in range(0, len(tokens), step_tokens)
+    ]
+    layers = plan.spec.layers
+    by_layer = [torch.cat(routes[layer::layers]) for layer in range(layers)]
+    return torch.cat(logits), torch.stack(by_layer)
+
+
+def compare(logits: Tensor, routes: Tensor, oracle: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """(largest error on unflipped tokens, share of flipped tokens) against the oracle's (logits, routes)."""
+    same = (routes.sort(-1).values == oracle[1].sort(-1).values).all(-1).all(0)  # [tokens]
+    error = (logits.float() - oracle[0]).abs().amax(-1)
+    return error[same].max().item(), 1 - same.float().mean().item()
+
+
+def check(folder: Path, tokens: list[int], device, step_tokens: int, what: str) -> None:
+    with torch.inference_mode():
+        oracle = oracles.transformers_logits(folder, tokens, torch.float32, device)
+        theirs = compare(*oracles.transformers_logits(folder, tokens, torch.bfloat16, device), oracle)
+        ours = compare(*our_logits(folder, tokens, "bf16", device, step_tokens), oracle)
+    for name, (error, flipped) in (("transformers", theirs), ("gptoss-launch", ours)):
+        print(f"{what}, {len(tokens)} tokens, {name}: largest error {error:.3f}, flipped {flipped:.1%}")
+    assert ours[0] <= 1.5 * theirs[0]
+    assert ours[1] <= 1.2 * theirs[1]
+
+
+@pytest.mark.parametrize("name", ["tiny", "three_blocks"])
+def test_bf16_on_the_cpu(name: str, tmp_path: Path) -> None:
+    check(checkpoint(name, tmp_path), prompt(SPECS[name], 400), "cpu", 400, f"{name} on the CPU")
+
+
+@pytest.mark.parametrize(
+    "step_tokens", [pytest.param(1024, marks=GPU, id="prefill"), pytest.param(1, marks=GPU, id="decode")]
+)
+def test_bf16_at_the_true_width(step_tokens: int, tmp_path: Path) -> None:
+    """Four layers of gpt-oss-20b as published: 32 experts, 201,088 tokens of vocabulary."""
+    spec = dataclasses.replace(PUBLISHED["openai/gpt-oss-20b"], layers=4, layer_kinds=alternating_kinds(4))
+    write_checkpoint(tmp_path / "20b-4", spec, TINY / "tokenizer.json", 0, torch.device("cuda"))
+    check(tmp_path / "20b-4", prompt(spec, 1024), "cuda", step_tokens, f"four layers of 20b, {step_tokens} a step")
