@@ -1,0 +1,79 @@
+"""The parts of README.md that are made from the code: a command's output, and the file tree.
+
+Each lies between two comments, `<!-- NAME -->` or `<!-- NAME: COMMAND -->`, and `<!-- /NAME -->`. After a change write
+them anew:
+    python tests/readme.py
+Knows nothing of what the rest of the README says; test_readme.py checks that.
+"""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+COLUMNS = 100  # of the terminal that the README shows
+CODE = ("launch", "parallel", "configs", "slurm", "tests")
+
+
+def current(text: str) -> str:
+    """The README `text` with every generated part as it should be now."""
+    text = re.sub(
+        r"(<!-- plan: gptoss-launch (.+?) -->\n).*?(<!-- /plan -->)",
+        lambda found: f"{found[1]}```text\n{output_of(shlex.split(found[2]))}```\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+    return re.sub(
+        r"(<!-- tree: (\w+) -->\n).*?(<!-- /tree -->)",
+        lambda found: f"{found[1]}{''.join(tree(ROOT / found[2]))}{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def output_of(arguments: list[str]) -> str:
+    """What `gptoss-launch ARGUMENTS` prints in a terminal of our width, without colours and spaces at the end."""
+    environment = os.environ | {"COLUMNS": str(COLUMNS), "TERM": "dumb", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "gptoss_launch.launch", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
+
+
+def tree(folder: Path, depth: int = 0) -> Iterator[str]:
+    """Lines of a nested list: the folder, its modules, then its folders; each with what it says of itself."""
+    opens = folder / "__init__.py"
+    yield _line(folder, depth, first_line(opens) if opens.exists() else _files(folder))
+    for path in sorted(folder.glob("*.py")):
+        if path != opens:
+            yield _line(path, depth + 1, first_line(path))
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and (any(path.rglob("*.py")) or folder.name == "configs") and path.name != "__pycache__":
+            yield from tree(path, depth + 1)
+
+
+def first_line(path: Path) -> str:
+    """What the module's docstring opens with, up to its first empty line."""
+    opening = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
+    return " ".join(opening.split()).rstrip(".")
+
+
+def _files(folder: Path) -> str:
+    """A folder of data: what is in it."""
+    return ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".py"))
+
+
+def _line(path: Path, depth: int, about: str) -> str:
+    name, target = path.name, path.relative_to(ROOT).as_posix()
+    escaped = re.sub(r"([<>*])(?=[^`]*(?:`[^`]*`[^`]*)*$)", r"\\\1", about)  # outside of `code`
+    slash = "/" if path.is_dir() else ""
+    return f"{'  ' * depth}- [{name}{slash}]({target}){': ' + escaped if about else ''}\n"
+
+
+if __name__ == "__main__":
+    README.write_text(current(README.read_text(encoding="utf-8")), encoding="utf-8")
