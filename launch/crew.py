@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +65,16 @@ class Crew:
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
 
-    async def start(self, command: Sequence[str], log: Path | None, pass_fds: Sequence[int] = ()) -> None:
+    async def start(
+        self,
+        command: Sequence[str],
+        log: Path | None,
+        pass_fds: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Starts `command`, in a session of its own: Ctrl-C in a terminal reaches the supervisor alone.
 
-        log: where its output goes; None for standard error.
+        log: where its output goes; None for standard error. environment: None for our own.
         """
         self._server = await asyncio.start_unix_server(self._serve, self._control)
         output = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600) if log else os.dup(2)
@@ -80,6 +86,7 @@ class Crew:
                 stderr=output,
                 start_new_session=True,
                 pass_fds=pass_fds,
+                env=environment,
             )
         finally:
             os.close(output)

@@ -49,7 +49,7 @@ def say_random(plan: Plan) -> None:
 
 
 def memory_lines(plan: Plan, answers: Sequence[Ready]) -> list[str]:
-    """One line a rank: bytes as measured, beside those of the plan where it has the part."""
+    """One line a rank: bytes as measured, beside those of the plan where it has the part, and the times of a step."""
     lines = []
     for place, answer in enumerate(answers):
         planned = plan.memory[place] if place < len(plan.memory) else None
@@ -58,5 +58,9 @@ def memory_lines(plan: Plan, answers: Sequence[Ready]) -> list[str]:
             wanted = getattr(planned, name, None)
             beside = "" if wanted is None else f" (plan {format_size(wanted)})"
             parts.append(f"{name.removesuffix('_bytes')} {format_size(size)}{beside}")
+        parts += [
+            f"{name.removesuffix('_s').replace('_', ' ')} {seconds * 1e3:.2f} ms"
+            for name, seconds in answer.times.items()
+        ]
         lines.append(f"rank {place}: " + ", ".join([*parts, f"loaded in {answer.load_s:.1f} s"]))
     return lines

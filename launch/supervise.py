@@ -5,11 +5,12 @@ holds a lifeline (`lifeline`) on a control socket in the run folder (`crew`). Do
 """
 
 import asyncio
+import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,8 @@ STOP_S = 2.5  # ranks have this long to end by themselves; with drain and kill t
 class Supervisor:
     """Use as `async with`: leaving it ends every process and removes the run folder.
 
-    worker: the module that every rank runs. on_progress: called with bytes read and bytes to read, over all ranks.
+    worker: the module that every rank runs. worker_arguments: of its command line, beside those that every rank gets.
+    on_progress: called with bytes read and bytes to read, over all ranks.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Supervisor:
         plan: Plan,
         worker: str,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        worker_arguments: Sequence[str] = (),
     ) -> None:
         self._plan = plan
         self._worker = worker
+        self._worker_arguments = worker_arguments
         self._on_progress = on_progress
         self._progress: dict[tuple[int, int], Progress] = {}
         self._replicas: list[Crew] = []
@@ -72,7 +76,8 @@ class Supervisor:
                 self._worker, self._plan.ranks, self.plan_file, control, self.engine_socket(replica), logs
             )
             logs.mkdir()
-            await crew.start(command, logs / "torchrun.log")
+            environment = os.environ | replica_devices(self._plan, replica, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            await crew.start([*command, *self._worker_arguments], logs / "torchrun.log", environment=environment)
 
     async def start_http(
         self, listener: socket.socket, served_name: str, api_key_file: Path | None, drain_s: float
@@ -182,6 +187,18 @@ def torchrun_command(worker: str, ranks: int, plan: Path, control: Path, listen:
         *("--rdzv-id", control.stem, "--log-dir", str(logs), "--redirects", "3"),
         *("-m", worker, "--plan", str(plan), "--control", str(control), "--listen", str(listen)),
     ]
+
+
+def replica_devices(plan: Plan, replica: int, visible: str | None) -> dict[str, str]:
+    """Environment variables that give a replica its own GPUs, of those in `visible` (CUDA_VISIBLE_DEVICES) or of all.
+
+    GPUs are numbered by bus, as the plan's machine has them; CUDA alone would put the fastest first.
+    """
+    if plan.device != "cuda":
+        return {}
+    here = [str(index) for index in range(plan.world_size)] if visible is None else visible.split(",")
+    own = here[replica * plan.ranks : (replica + 1) * plan.ranks]
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 def run_folder() -> Path:

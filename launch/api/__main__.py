@@ -77,7 +77,7 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
 
     async def announce() -> None:
         await asyncio.gather(*(engine.connect() for engine in engines))
-        lifeline.sendall(encode(Ready(-1, plan.digest, {}, 0.0)))
+        lifeline.sendall(encode(Ready(-1, plan.digest, {}, {}, 0.0)))
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
     announcing = asyncio.create_task(announce())

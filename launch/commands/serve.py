@@ -3,12 +3,14 @@
 import asyncio
 import json as json_text
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ...parallel.errors import UserError
 from ...parallel.planning.plan import Plan
 from ..settings import ServeSettings, load_settings, settings_options
 
@@ -29,7 +31,16 @@ class Door:
 @click.command
 @click.argument("model")
 @settings_options(ServeSettings)
-def command(model: str, config: str | None, json: bool, **flags: Any) -> None:
+@click.option(
+    "--record-routing",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write how often each expert is used, for plan --routing.",
+)
+@click.option("--check-ranks", is_flag=True, help="Compare sums and router choices across ranks; slow.")
+def command(
+    model: str, config: str | None, json: bool, record_routing: Path | None, check_ranks: bool, **flags: Any
+) -> None:
     """Serve MODEL through the OpenAI API.
 
     MODEL is a checkpoint folder, a hub id such as openai/gpt-oss-20b, or tiny. Prints one line with the URL on stdout
@@ -50,7 +61,14 @@ def command(model: str, config: str | None, json: bool, **flags: Any) -> None:
         assert plan.checkpoint is not None
         load_tokenizer(Path(plan.checkpoint))  # what is wrong with it is said before anything starts
         print_plan(plan, to_stderr=True)
-        asyncio.run(serve(plan, door, WORKER, json=json))
+        watching = ["--check-ranks"] if check_ranks else []
+        if record_routing is not None:
+            if not record_routing.absolute().parent.is_dir():
+                raise UserError(
+                    f"--record-routing {record_routing}: no such folder", "name a file in an existing folder"
+                )
+            watching += ["--record-routing", str(record_routing.absolute())]
+        asyncio.run(serve(plan, door, WORKER, worker_arguments=watching, json=json))
 
 
 def open_door(model: str, settings: ServeSettings) -> Door:
@@ -65,7 +83,9 @@ def open_door(model: str, settings: ServeSettings) -> Door:
     return Door(listener, url, settings.served_name or model, settings.api_key_file, settings.drain_s)
 
 
-async def serve(plan: Plan, door: Door, worker: str, *, json: bool = False) -> None:
+async def serve(
+    plan: Plan, door: Door, worker: str, *, worker_arguments: Sequence[str] = (), json: bool = False
+) -> None:
     """Runs until a signal. worker: the module that every rank runs.
 
     Raises UserError for what keeps it from starting, RankDiedError when a process dies.
@@ -74,7 +94,7 @@ async def serve(plan: Plan, door: Door, worker: str, *, json: bool = False) -> N
     from ..supervise import StopSignals, Supervisor, until
 
     with StopSignals().caught() as stop, progress_bar() as bar:
-        async with Supervisor(plan, worker, bar.show) as supervisor:
+        async with Supervisor(plan, worker, bar.show, worker_arguments) as supervisor:
             # The HTTP process first: alive, not ready, while the ranks load.
             await supervisor.start_http(door.listener, door.served_name, door.api_key_file, door.drain_s)
             await supervisor.start_replicas()

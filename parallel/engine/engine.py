@@ -117,6 +117,8 @@ class Engine:
 
         drawn_S = self.ops.sample(
             logits_SV,
+            self.weights.first_token,
+            self.comm.all_gather,
             one(sampling.temperature, torch.float32),
             one(sampling.top_p, torch.float32),
             one(sampling.seed, torch.int64),

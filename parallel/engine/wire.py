@@ -50,7 +50,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Hello:
-    """Any process -> supervisor, first: who it is. role: "rank" or "http"."""
+    """Any process -> supervisor, first: who it is. role: "rank", "torchrun" or "http"."""
 
     role: str
     rank: int
@@ -69,11 +69,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Ready:
-    """Any process -> supervisor: it can work. memory: bytes by part as measured, for the comparison with the plan."""
+    """Any process -> supervisor: it can work.
+
+    memory: bytes by part as measured, for the comparison with the plan. times: seconds of a step and of its parts.
+    """
 
     rank: int
     digest: str
     memory: dict[str, int]
+    times: dict[str, float]
     load_s: float
 
 

@@ -1,7 +1,8 @@
 """A rank's entry point: torchrun runs this module with --plan FILE --control SOCKET --listen SOCKET.
 
-Loads this rank's share of the model as the plan says, reports to the supervisor over the control socket, then serves
-front ends on its own socket, one request at a time, the others waiting their turn. Knows no text and no HTTP.
+Loads this rank's share of the model as the plan says and reports to the supervisor over the control socket. Rank 0, the
+leader, then serves front ends on its own socket, one request at a time, the others waiting their turn; the other ranks
+follow its word. Knows no text and no HTTP.
 """
 
 import argparse
@@ -17,15 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
 from .front_ends import FrontEnds
 from .lifeline import hold
 from .request import Request, Token
-from .wire import Cancel, Failed, Generate, Message, Progress, Ready, Refused, Tokens, encode
+from .wire import Cancel, Failed, Generate, Message, Progress, Refused, Tokens, encode
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .lockstep import Broadcast, Lockstep
+    from .routes import Recorder
 
 PROGRESS_EVERY_S = 0.1
 
@@ -34,11 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("--plan", "--control", "--listen"):
         parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--check-ranks", action="store_true", help="compare sums and router choices across ranks")
+    parser.add_argument("--record-routing", type=Path, help="where rank 0 writes how often each expert is used")
     arguments = parser.parse_args()
     rank = int(os.environ["RANK"])  # set by torchrun
     control = hold(arguments.control, "rank", rank)  # before torch is loaded: from here on nothing outlives the command
     try:
-        run(Plan.load(arguments.plan), rank, control, arguments.listen)
+        run(arguments, Plan.load(arguments.plan), rank, control)
     except UserError as error:
         fail(control, Failed(rank, error.message, error.hint, error.exit_code))
     except Exception as error:
@@ -51,27 +55,11 @@ def fail(control: socket.socket, message: Failed) -> None:
     sys.exit(message.exit_code)
 
 
-def run(plan: Plan, rank: int, control: socket.socket, listen: Path) -> None:
+def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.socket) -> None:
     """Load, report, serve; returns never."""
-    engine, ready = start(plan, rank, control)
-    front_ends = FrontEnds(listen)
-    control.sendall(encode(ready))
-    serve(engine, front_ends)
+    from .lockstep import Broadcast, NoFollowers
+    from .start import Options, start
 
-
-def start(plan: Plan, rank: int, control: socket.socket) -> tuple["Engine", Ready]:
-    """The engine with its weights, warm, and what it took."""
-    began_s = time.monotonic()
-    from ..kernels import PLAIN
-    from ..model.checkpoint import load
-    from ..model.comm import Alone
-    from .engine import Engine
-    from .measure import Meter, warm_up
-
-    assert plan.checkpoint is not None
-    folder = Path(plan.checkpoint)
-    inventory = read_inventory(folder)
-    check_inventory(plan.spec, inventory, folder)
     last_s = 0.0
 
     def progress(done_bytes: int, total_bytes: int) -> None:
@@ -80,21 +68,23 @@ def start(plan: Plan, rank: int, control: socket.socket) -> tuple["Engine", Read
             last_s = time.monotonic()
             control.sendall(encode(Progress(rank, done_bytes, total_bytes)))
 
-    meter = Meter(plan.device)
-    weights = load(plan, rank, inventory, meter.device, progress)
-    meter.mark("weights_bytes")
-    engine = Engine(plan, rank, weights, PLAIN, Alone())
-    meter.mark("kv_bytes")
-    warm_up(engine)
-    return engine, Ready(rank, plan.digest, meter.finish(), time.monotonic() - began_s)
+    options = Options(arguments.check_ranks, arguments.record_routing if rank == 0 else None)
+    engine, recorder, ready = start(plan, rank, options, progress)
+    if rank == 0:
+        front_ends = FrontEnds(arguments.listen)
+        control.sendall(encode(ready))
+        lead(engine, front_ends, NoFollowers() if plan.ranks == 1 else Broadcast(), recorder)
+    control.sendall(encode(ready))
+    follow(engine, Broadcast())
 
 
 class Turns:
-    """Whose request runs, and who waits in which order."""
+    """Whose request runs, and who waits in which order. On the leader."""
 
-    def __init__(self, engine: "Engine", front_ends: FrontEnds) -> None:
+    def __init__(self, engine: "Engine", front_ends: FrontEnds, lockstep: "Lockstep") -> None:
         self._engine = engine
         self._front_ends = front_ends
+        self._lockstep = lockstep
         self._waiting: deque[Ticket] = deque()
         self._running: tuple[Ticket, Generator[Token]] | None = None
 
@@ -120,8 +110,10 @@ class Turns:
             if reason is not None:
                 self._front_ends.send(ticket.front_end, Refused(ticket.request.id, reason))
                 return
+            self._lockstep.tell("start", ticket.request)
             self._running = ticket, self._engine.generate(ticket.request)
         ticket, stream = self._running
+        self._lockstep.tell("go_on")
         token = next(stream)
         self._front_ends.send(ticket.front_end, Tokens((token,)))
         if token.finish_reason is not None:
@@ -134,6 +126,7 @@ class Turns:
 
     def _end(self) -> None:
         assert self._running is not None
+        self._lockstep.tell("end")
         self._running[1].close()  # frees its pages
         self._running = None
 
@@ -146,14 +139,36 @@ class Ticket:
     request: Request
 
 
-def serve(engine: "Engine", front_ends: FrontEnds) -> None:
+def lead(engine: "Engine", front_ends: FrontEnds, lockstep: "Lockstep", recorder: "Recorder | None") -> None:
     """One request at a time, for as long as the process lives."""
-    turns = Turns(engine, front_ends)
+    from .lockstep import IDLE_EVERY_S
+
+    turns = Turns(engine, front_ends, lockstep)
     while True:
-        for front_end, message in front_ends.poll(None if turns.idle else 0):
+        for front_end, message in front_ends.poll(IDLE_EVERY_S if turns.idle else 0):
             turns.take(front_end, message)
-        if not turns.idle:
+        if turns.idle:
+            lockstep.tell("idle")
+        else:
             turns.step()
+        if recorder is not None:
+            recorder.write(at_once=turns.idle)
+
+
+def follow(engine: "Engine", lockstep: "Broadcast") -> None:
+    """Do what the leader does, for as long as the process lives."""
+    stream: Generator[Token] | None = None
+    while True:
+        word, request = lockstep.hear()
+        if word == "start":
+            assert request is not None
+            stream = engine.generate(request)
+        elif word == "go_on":
+            assert stream is not None
+            next(stream)
+        elif word == "end" and stream is not None:
+            stream.close()
+            stream = None
 
 
 if __name__ == "__main__":

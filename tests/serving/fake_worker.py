@@ -107,7 +107,7 @@ def main() -> None:
     if rank == 0:
         listener.bind(arguments.listen)
         listener.listen()
-    control.sendall(encode(Ready(rank, plan.digest, {"weights_bytes": 500}, script["load_s"])))
+    control.sendall(encode(Ready(rank, plan.digest, {"weights_bytes": 500}, {}, script["load_s"])))
     while rank == 0:
         connection, _ = listener.accept()
         threading.Thread(target=answer_connection, args=(connection, script, plan), daemon=True).start()

@@ -1,0 +1,66 @@
+"""What one may want to know about routing while a model runs: whether all ranks agree, and which experts are used.
+
+Both wrap the `route` operation and leave its result alone. A forward pass routes once a layer, in order.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..kernels import Operations
+from ..model.comm import Comm, check_equal
+
+WRITE_EVERY_S = 5.0
+
+
+def checked(ops: Operations, comm: Comm, layers: int) -> Operations:
+    """`ops` whose every router choice is compared across ranks; a difference raises RuntimeError, with layer and ranks.
+
+    Hidden states are bitwise equal on all ranks, or experts are added up for different tokens. Slow; for debugging.
+    """
+    layer = itertools.cycle(range(layers))
+
+    def route(*inputs: Tensor | int) -> tuple[Tensor, Tensor]:
+        weights_TX, experts_TX = ops.route(*inputs)
+        check_equal(comm, experts_TX, f"the router's choice in layer {next(layer)}")
+        return weights_TX, experts_TX
+
+    return dataclasses.replace(ops, route=route)
+
+
+class Recorder:
+    """How often each expert was chosen, a count for each token: [layers, experts]."""
+
+    def __init__(self, path: Path, model: str, layers: int, experts: int, device: torch.device) -> None:
+        self._path = path
+        self._model = model
+        self._layer = itertools.cycle(range(layers))
+        self._counts = torch.zeros((layers, experts), dtype=torch.int64, device=device)
+        self._written_s = 0.0
+
+    def counted(self, ops: Operations) -> Operations:
+        def route(*inputs: Tensor | int) -> tuple[Tensor, Tensor]:
+            weights_TX, experts_TX = ops.route(*inputs)
+            self._counts[next(self._layer)] += torch.bincount(experts_TX.flatten(), minlength=self._counts.shape[1])
+            return weights_TX, experts_TX
+
+        return dataclasses.replace(ops, route=route)
+
+    def reset(self) -> None:
+        """Forget what warming up counted."""
+        self._counts.zero_()
+
+    def write(self, *, at_once: bool = False) -> None:
+        """Write the file as a whole, at most every WRITE_EVERY_S: `plan --routing FILE` reads it at any time."""
+        if not at_once and time.monotonic() - self._written_s < WRITE_EVERY_S:
+            return
+        self._written_s = time.monotonic()
+        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        draft.write_text(json.dumps({"model": self._model, "counts": self._counts.tolist()}) + "\n", encoding="utf-8")
+        draft.replace(self._path)

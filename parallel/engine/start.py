@@ -1,0 +1,70 @@
+"""From a plan to an engine that is loaded, warm and measured, on one rank."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..kernels import PLAIN
+from ..model.calibrate import connect
+from ..model.checkpoint import load
+from ..model.comm import Alone, Comm, Sums
+from ..planning.headers import check_inventory, read_inventory
+from ..planning.plan import Plan
+from .engine import Engine
+from .measure import Meter, step_times, warm_up
+from .routes import Recorder, checked
+from .wire import Ready
+
+
+@dataclass(frozen=True)
+class Options:
+    """What changes how a rank is watched, but not what it computes."""
+
+    check_ranks: bool = False
+    record_routing: Path | None = None
+
+
+def start(
+    plan: Plan, rank: int, options: Options, progress: Callable[[int, int], None]
+) -> tuple[Engine, Recorder | None, Ready]:
+    """The engine of `rank`; the recorder if one is wanted; and what it all took, for the supervisor.
+
+    With several ranks the process group is made here, from the addresses that torchrun put into the environment.
+    """
+    began_s = time.monotonic()
+    assert plan.checkpoint is not None
+    device = torch.device(plan.device)
+    if plan.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    folder = Path(plan.checkpoint)
+    inventory = read_inventory(folder)
+    check_inventory(plan.spec, inventory, folder)
+    meter = Meter(device)
+    weights = load(plan, rank, inventory, device, progress)
+    meter.mark("weights_bytes")
+    comm: Comm = Alone()
+    if plan.ranks > 1:
+        dist.init_process_group("gloo" if plan.device == "cpu" else "cpu:gloo,cuda:nccl")
+        comm = connect(plan, device)
+    meter.mark("communication_bytes")
+    ops, recorder = PLAIN, None
+    if options.check_ranks:
+        comm = Sums(comm)
+        ops = checked(ops, comm, plan.spec.layers)
+    if options.record_routing is not None:
+        recorder = Recorder(options.record_routing, plan.model, plan.spec.layers, plan.spec.experts, device)
+        ops = recorder.counted(ops)
+    engine = Engine(plan, rank, weights, ops, comm)
+    meter.mark("kv_bytes")
+    warm_up(engine)
+    memory = meter.finish()
+    times = step_times(engine)
+    if recorder is not None:
+        recorder.reset()
+    return engine, recorder, Ready(rank, plan.digest, memory, times, time.monotonic() - began_s)
