@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..parallel.errors import UserError, did_you_mean
+from ..parallel.planning.choice import Asked
 from ..parallel.planning.headers import check_inventory, read_inventory
 from ..parallel.planning.machine import probe, read_machine
+from ..parallel.planning.placement import read_routing
 from ..parallel.planning.plan import Plan
-from ..parallel.planning.planner import Asked
 from ..parallel.planning.planner import plan as choose_plan
 from ..parallel.planning.spec import PUBLISHED, Spec, read_config
 from .settings import Settings
@@ -39,6 +40,8 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
         dp=settings.dp,
         ranks=settings.ranks,
         ep=settings.ep,
+        workload=settings.workload,
+        routing=read_routing(settings.routing, spec.layers, spec.experts) if settings.routing else None,
     )
     plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)
     if need_weights and settings.machine and plan.device == "cuda" and not probe().gpus:

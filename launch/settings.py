@@ -15,9 +15,10 @@ import click
 
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.machine import parse_size
-from ..parallel.planning.plan import DType
+from ..parallel.planning.plan import DType, Workload
 
 DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
+WORKLOADS: tuple[Workload, ...] = ("latency", "throughput")
 
 PRESETS = "serve"  # folder in gptoss_launch.configs
 
@@ -62,6 +63,12 @@ def _dtype(value: Any) -> DType:
     return value
 
 
+def _workload(value: Any) -> Workload:
+    if value not in WORKLOADS:
+        raise UserError(f"{value!r} is none of {', '.join(WORKLOADS)}")
+    return value
+
+
 _MOST = 2**31 - 1
 
 
@@ -90,6 +97,12 @@ class Settings:
     dp: int | None = _key(None, "dp", "N", _number(1, _MOST), "Replicas.")
     ranks: int | None = _key(None, "ranks", "R", _number(1, _MOST), "Ranks of one replica.")
     ep: int | None = _key(None, "ep", "N", _number(1, _MOST), "How many ways experts are placed; divides R.")
+    workload: Workload = _key(
+        "latency", "workload", "|".join(WORKLOADS), _workload, "What dp, R and ep are chosen for: one stream, or many."
+    )
+    routing: Path | None = _key(
+        None, "routing", "FILE", _path, "Counts of each expert's use, to place experts by where ep > 1."
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,15 @@ from rich.table import Table
 from ..parallel.planning.machine import format_size
 from ..parallel.planning.plan import Plan
 
+PARTS = {  # of a rank's memory, and what they are called; one that is 0 on all ranks is left out
+    "weights_bytes": "weights",
+    "kv_bytes": "KV cache",
+    "workspace_bytes": "workspace",
+    "graphs_bytes": "CUDA graphs",
+    "communication_bytes": "communication",
+    "context_bytes": "CUDA context",
+}
+
 
 def plan_table(plan: Plan) -> RenderableType:
     """What runs where, bytes a rank by part, and a `why` line for each decision."""
@@ -13,10 +22,13 @@ def plan_table(plan: Plan) -> RenderableType:
     facts.add_column(style="bold")
     facts.add_column()
     layout = f"{plan.dp} x {plan.ranks} ranks (tp {plan.mesh.tp}, ep {plan.mesh.ep}, etp {plan.mesh.etp})"
+    if plan.nodes > 1:
+        layout += f" on {plan.nodes} nodes"
     for name, value in (
         ("plan", plan.digest),
         ("model", plan.model),
         ("machine", plan.machine),
+        ("workload", plan.workload),
         ("replicas", layout),
         ("device", plan.device),
         ("dtype", f"{plan.dtype}, hidden states {plan.residual_dtype}, KV cache {plan.kv_dtype}"),
@@ -26,11 +38,12 @@ def plan_table(plan: Plan) -> RenderableType:
     ):
         facts.add_row(name, value)
     memory = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("rank", "weights", "KV cache", "workspace", f"all on {plan.device}", "host memory besides"):
+    parts = {name: heading for name, heading in PARTS.items() if any(getattr(row, name) for row in plan.memory)}
+    for heading in ("rank", *parts.values(), f"all on {plan.device}", "host memory besides"):
         memory.add_column(heading, justify="right")
-    for rank in plan.memory:
-        parts = (rank.weights_bytes, rank.kv_bytes, rank.workspace_bytes)
-        memory.add_row(str(rank.rank), *(format_size(size) for size in (*parts, sum(parts), rank.host_bytes)))
+    for row in plan.memory:
+        sizes = (*(getattr(row, name) for name in parts), row.device_bytes, row.host_bytes)
+        memory.add_row(str(row.rank), *(format_size(size) for size in sizes))
     why = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     why.add_column(style="dim")
     why.add_column(overflow="fold")

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,7 +79,8 @@ def command(
     if token_ids is not None and (system is not None or reasoning is not None):
         raise UserError("--system and --reasoning go with -p", "--token-ids is the whole prompt as it is")
     ids = None if token_ids is None else read_token_ids(token_ids)
-    plan = make_plan(model, load_settings(Settings, config, flags), need_weights=True)
+    settings = load_settings(Settings, config, flags)
+    plan = make_plan(model, replace(settings, dp=settings.dp or 1), need_weights=True)  # one prompt, one replica
     assert plan.checkpoint is not None
     tokenizer = load_tokenizer(Path(plan.checkpoint))
     if ids is None:

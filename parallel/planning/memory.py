@@ -1,9 +1,10 @@
-"""Predicted bytes by part for one rank: weights, KV cache, workspace, and what the process costs besides.
+"""Predicted bytes by part for one rank: weights, KV cache, workspace, communication, the process itself.
 
 Works for any rank of any mesh through the shard table. Knows nothing of machines or of how a layout is chosen.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import ceil, prod
 from typing import Literal
 
@@ -21,14 +22,17 @@ SCORES_LIMIT_BYTES = 256 << 20  # attention goes over queries in tiles whose sco
 class ProcessCost:
     """What one rank's process takes besides tensors."""
 
-    device_bytes: int  # CUDA context, loaded kernels, cuBLAS workspace
+    context_bytes: int  # CUDA context, loaded kernels, cuBLAS workspace
+    nccl_bytes: int  # NCCL's own buffers on the device, in a replica of several ranks
     host_bytes: int  # Python, torch and its libraries
 
 
 PROCESS: dict[Device, ProcessCost] = {
-    "cuda": ProcessCost(device_bytes=600 << 20, host_bytes=3 << 30),
-    "cpu": ProcessCost(device_bytes=0, host_bytes=1 << 30),
+    "cuda": ProcessCost(context_bytes=600 << 20, nccl_bytes=300 << 20, host_bytes=3 << 30),
+    "cpu": ProcessCost(context_bytes=0, nccl_bytes=0, host_bytes=1 << 30),
 }
+
+SYMMETRIC_BUFFERS = 2  # of a whole step's hidden states, used in turn so that no rank waits for the slowest to read
 
 # How many copies of a thing live at the same time at the worst moment, read off the plain operations in kernels/.
 SCORE_TILES = 4  # last tile's weights, this tile's scores, their difference to the maximum, its exponential
@@ -53,6 +57,7 @@ def stored_element_bytes(row: Row, dtype: DType) -> int:
     return max(DTYPE_BYTES[dtype], WIDE_BYTES if row.name.split(".")[-1] in KEPT_WIDE else 0)
 
 
+@cache
 def weights_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType) -> int:
     """Sum over the shard table of this rank's elements as they are stored."""
     return sum(prod(local_shape(row, mesh, rank)) * stored_element_bytes(row, dtype) for row in table(spec))
@@ -90,6 +95,13 @@ def workspace_bytes(
     return ceil((lasting + max(attention, experts, head)) * ALLOCATOR_SLACK)
 
 
+def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, step_tokens: int) -> int:
+    """NCCL's buffers and those of symmetric memory; 0 for one rank, and on the CPU, where gloo's are small."""
+    if mesh.ranks == 1 or device == "cpu":
+        return 0
+    return PROCESS[device].nccl_bytes + SYMMETRIC_BUFFERS * step_tokens * spec.hidden * DTYPE_BYTES[dtype]
+
+
 def rank_memory(
     spec: Spec,
     mesh: Mesh,
@@ -103,13 +115,16 @@ def rank_memory(
     page_tokens: int,
     step_tokens: int,
 ) -> RankMemory:
-    """All parts of one rank. The process's own cost on the device (PROCESS) is not in it: torch does not count it."""
+    """All parts of rank `rank` of a replica."""
     pages = pool_pages(spec, kv_tokens, step_tokens, page_tokens)
     return RankMemory(
         rank=rank,
         weights_bytes=weights_bytes(spec, mesh, rank, dtype),
         kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, page_tokens),
         workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, context_tokens, step_tokens),
+        graphs_bytes=0,
+        communication_bytes=communication_bytes(spec, mesh, device, dtype, step_tokens),
+        context_bytes=PROCESS[device].context_bytes,
         host_bytes=PROCESS[device].host_bytes,
     )
 
@@ -123,9 +138,9 @@ class _Widths:
     gate_up: int
 
 
+@cache
 def _widths(spec: Spec, mesh: Mesh, rank: int) -> _Widths:
     rows = {row.name: row for row in table(spec)}
-
     return _Widths(
         q=local_shape(rows["layers.0.q.weight"], mesh, rank)[0],
         kv=local_kv_heads(spec, mesh, rank) * spec.head_dim,

@@ -18,22 +18,40 @@ from .spec import Spec, spec_from_json, spec_to_json
 DType = Literal["bf16", "fp16", "fp32", "fp64"]
 DTYPE_BYTES: dict[DType, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
+Workload = Literal["latency", "throughput"]
+
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that one rank will hold. The first three are on the rank's device (host memory if the device is the CPU);
-    host_bytes is what it keeps in host memory besides."""
+    """Bytes that one rank will hold, by part. All but host_bytes are on the rank's device (host memory if the device is
+    the CPU); host_bytes is what it keeps in host memory besides.
+
+    rank: of the whole world: rank r of replica d is d * ranks + r.
+    """
 
     rank: int
     weights_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    graphs_bytes: int  # 0: there are no CUDA graphs yet
+    communication_bytes: int  # NCCL and the buffers of symmetric memory; 0 for a replica of one rank
+    context_bytes: int  # CUDA context, loaded kernels, cuBLAS workspace
     host_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """The sum of all parts on the device."""
+        on_device = self.weights_bytes + self.kv_bytes + self.workspace_bytes
+        return on_device + self.graphs_bytes + self.communication_bytes + self.context_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One resolved plan. `ep` divides `ranks`; a replica is `ranks` ranks, `dp` the number of replicas."""
+    """One resolved plan. `ep` divides `ranks`; a replica is `ranks` ranks of one node, `dp` the number of replicas.
+
+    Replicas are spread over the nodes as `shards.part` spreads units. Replica i of a node takes its GPUs from
+    i * ranks on, in the order in which the machine shows them.
+    """
 
     model: str  # as the user named it
     checkpoint: str | None  # folder with the weights; None when only planning
@@ -51,8 +69,12 @@ class Plan:
     kv_tokens: int  # tokens of KV cache that full-attention layers can hold, over all sequences
     page_tokens: int  # tokens in one KV page
     step_tokens: int  # most tokens in one forward pass: longer prompts go in chunks
-    memory: tuple[RankMemory, ...]
+    memory: tuple[RankMemory, ...]  # a row for each rank of the world
     why: tuple[str, ...]
+    workload: Workload = "latency"  # what the layout was chosen for
+    nodes: int = 1  # that replicas are spread over
+    # For each layer, the experts in the order that the ep cut slices; () where that is the published order.
+    expert_order: tuple[tuple[int, ...], ...] = ()
 
     @property
     def mesh(self) -> Mesh:
@@ -92,6 +114,7 @@ class Plan:
                 "spec": spec_from_json(kept["spec"]),
                 "memory": tuple(RankMemory(**row) for row in kept["memory"]),
                 "why": tuple(kept["why"]),
+                "expert_order": tuple(tuple(order) for order in kept["expert_order"]),
             }
         )
         if plan.digest != fields["digest"]:

@@ -10,6 +10,7 @@ whole units allow, the larger parts first: 8 KV groups over 3 ranks are 3/3/2.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Literal
 
@@ -80,6 +81,7 @@ class Mesh:
 SINGLE = Mesh()
 
 
+@cache
 def table(spec: Spec) -> tuple[Row, ...]:
     """All rows of `spec`, in the order in which a forward pass needs them."""
     rows = [Row("embed", "model.embed_tokens.weight", (spec.vocab, spec.hidden), cuts=(Cut("tp", 0),))]

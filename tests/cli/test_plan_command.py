@@ -1,6 +1,7 @@
 """`plan`: JSON and nothing else on stdout, a table for people, exit code 6 when nothing fits."""
 
 import json
+from pathlib import Path
 
 import pytest
 from gptoss_launch.launch.cli import run
@@ -10,7 +11,10 @@ PLAN_KEYS = {
     *("digest", "model", "machine", "dp", "ranks", "tp", "ep", "etp", "world_size", "dtype", "offload"),
     *("context_tokens", "kv_tokens", "memory", "why"),
 }
-MEMORY_KEYS = {"rank", "weights_bytes", "kv_bytes", "workspace_bytes", "host_bytes"}
+MEMORY_KEYS = {
+    *("rank", "weights_bytes", "kv_bytes", "workspace_bytes", "graphs_bytes", "communication_bytes", "context_bytes"),
+    "host_bytes",
+}
 MODEL = "openai/gpt-oss-20b"
 
 
@@ -42,7 +46,7 @@ def test_no_plan_exits_6_with_the_shortfall_and_a_hint(capsys: pytest.CaptureFix
     assert lines[0].startswith("error: no plan for 1024 tokens of context fits rtx3090: short by ")
     assert lines[1].startswith("tried: 1 rank on NVIDIA GeForce RTX 3090, bf16")
     assert "tried: experts in host memory: not built yet" in lines
-    assert lines[-1].startswith("hint: a GPU with ")
+    assert lines[-1].startswith("hint: 3 such GPUs in a node fit; a GPU with ")
 
 
 def test_flags_reach_the_planner(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,3 +64,22 @@ def test_a_preset_and_a_flag_that_wins(capsys: pytest.CaptureFixture[str]) -> No
     assert (plan["device"], plan["context_tokens"]) == ("cpu", 8192)
     assert run([*arguments, "--context", "2048"]) == 0
     assert json.loads(capsys.readouterr().out)["context_tokens"] == 2048
+
+
+def test_workload_and_routing_reach_the_planner(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routing = tmp_path / "routing.json"
+    routing.write_text(json.dumps({"model": MODEL, "counts": [list(range(32))] * 24}))
+    flags = ["--machine", "h200x2", "--workload", "throughput", "--ranks", "2", "--routing", str(routing)]
+    assert run(["plan", MODEL, *flags, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["workload"], plan["ep"], len(plan["expert_order"])) == ("throughput", 2, 24)
+    assert any("busiest rank over the mean" in line for line in plan["why"])
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["plan", MODEL, *flags]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if line.strip()[:1].isdigit()] == ["0", "1"]  # a row a rank
+    assert "communication" in out and "CUDA graphs" not in out
+    assert run(["plan", MODEL, "--workload", "speed"]) == 2
+    assert "'speed' is none of latency, throughput" in capsys.readouterr().err

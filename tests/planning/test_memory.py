@@ -1,7 +1,7 @@
 """Predicted bytes against sums that are known from elsewhere or counted by hand."""
 
 import pytest
-from gptoss_launch.parallel.planning.memory import weights_bytes, workspace_bytes
+from gptoss_launch.parallel.planning.memory import PROCESS, communication_bytes, weights_bytes, workspace_bytes
 from gptoss_launch.parallel.planning.shards import SINGLE, Mesh, table
 from gptoss_launch.parallel.planning.spec import PUBLISHED
 
@@ -34,3 +34,10 @@ def test_workspace_grows_with_context_and_step_and_shrinks_with_ranks() -> None:
     assert base < workspace(SINGLE, 131072, 1024)
     assert base < workspace(SINGLE, 8192, 2048)
     assert workspace(Mesh(8), 8192, 1024) < base
+
+
+def test_communication_is_for_several_ranks_on_gpus() -> None:
+    assert communication_bytes(SPEC, SINGLE, "cuda", "bf16", 2048) == 0
+    assert communication_bytes(SPEC, Mesh(2), "cpu", "fp32", 512) == 0
+    buffers = 2 * 2048 * 2880 * 2
+    assert communication_bytes(SPEC, Mesh(2), "cuda", "bf16", 2048) == PROCESS["cuda"].nccl_bytes + buffers

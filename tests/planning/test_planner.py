@@ -5,10 +5,10 @@ import re
 
 import pytest
 from gptoss_launch.parallel.errors import NoPlanError, UserError
+from gptoss_launch.parallel.planning.choice import Asked
+from gptoss_launch.parallel.planning.layouts import context_choices
 from gptoss_launch.parallel.planning.machine import Machine, parse_size, read_machine
-from gptoss_launch.parallel.planning.memory import PROCESS
 from gptoss_launch.parallel.planning.plan import Plan
-from gptoss_launch.parallel.planning.planner import Asked, context_choices
 from gptoss_launch.parallel.planning.planner import plan as choose_plan
 from gptoss_launch.parallel.planning.spec import PUBLISHED
 
@@ -30,11 +30,6 @@ def refused(model: str, machine: Machine | str, **asked: object) -> NoPlanError:
         planned(model, machine, **asked)
     assert caught.value.exit_code == 6
     return caught.value
-
-
-def device_bytes(plan: Plan) -> int:
-    rank = plan.memory[0]
-    return rank.weights_bytes + rank.kv_bytes + rank.workspace_bytes
 
 
 @pytest.mark.parametrize(
@@ -70,7 +65,7 @@ def test_the_longest_context_that_fits(gib: int) -> None:
     except NoPlanError:
         assert gib == 14
         return
-    assert device_bytes(plan) <= gib * GIB - PROCESS["cuda"].device_bytes
+    assert plan.memory[0].device_bytes <= gib * GIB
     choices = context_choices(131072)
     place = choices.index(plan.context_tokens)
     if place:
@@ -157,25 +152,157 @@ def test_host_memory_counts_beside_a_gpu() -> None:
     assert "3.0 GiB of host memory are needed besides" in error.hint
 
 
-def test_layouts_that_are_not_built_are_named() -> None:
-    tried = refused("120b", "rtx3090x3").tried
-    assert any(line.startswith("3 ranks: not built yet") and line.endswith("would fit") for line in tried)
-    assert "experts in host memory: not built yet" in tried
-    assert any("7 GPUs stay idle" in line and "not built yet" in line for line in planned("20b", "h100x8").why)
+def layout(plan: Plan) -> tuple[int, int, int]:
+    return plan.dp, plan.ranks, plan.ep
+
+
+def why(plan: Plan, head: str) -> str:
+    """The one line that begins so."""
+    (line,) = (line for line in plan.why if line.startswith(head))
+    return line
 
 
 @pytest.mark.parametrize(
-    ("asked", "named"),
-    [({"ranks": 2}, "a replica of 2 ranks: not built yet"), ({"dp": 4}, "4 replicas: not built yet")],
+    ("model", "machine", "asked", "wanted"),
+    [
+        ("20b", "h100", {}, (1, 1, 1)),
+        ("20b", "h200x2", {}, (1, 2, 1)),
+        ("20b", "h200x2", {"workload": "throughput"}, (2, 1, 1)),
+        ("20b", "h100x8", {"workload": "throughput"}, (8, 1, 1)),
+        ("120b", "h100x8", {}, (1, 8, 1)),
+        ("120b", "rtx3090x3", {}, (1, 3, 1)),  # 20.4 GiB a rank: no fewer would do
+        ("120b", "h100x8-2nodes", {}, (2, 8, 1)),
+        ("120b", "h100x8", {"ranks": 3}, (2, 3, 1)),  # two GPUs stay idle
+        ("120b", "h100x8", {"ranks": 8, "workload": "throughput"}, (1, 8, 8)),
+        ("120b", "h100x8", {"ranks": 6, "ep": 3, "dp": 1}, (1, 6, 3)),
+        ("20b", "h100x8", {"ep": 2, "dp": 4}, (4, 2, 2)),
+        ("20b", "h100x8-2nodes", {"dp": 3}, (3, 4, 1)),
+        ("20b", "cpu", {"ranks": 2, "dtype": "bf16"}, (1, 2, 1)),
+        ("20b", "cpu", {"ep": 2, "dtype": "bf16"}, (1, 2, 2)),
+    ],
 )
-def test_asking_for_a_layout_that_is_not_built(asked: dict[str, object], named: str) -> None:
-    assert refused("20b", "h100x8", **asked).tried == (named,)
+def test_layout(model: str, machine: str, asked: dict[str, object], wanted: tuple[int, int, int]) -> None:
+    plan = planned(model, machine, **asked)
+    assert layout(plan) == wanted
+    assert [row.rank for row in plan.memory] == list(range(plan.world_size))
+    for head in ("ranks ", "dp ", "ep "):
+        assert re.search(r"\d", why(plan, head).partition(": ")[2]) or plan.device == "cpu"
 
 
-def test_asking_for_an_impossible_layout() -> None:
-    with pytest.raises(UserError, match="ep 3 does not divide 4 ranks") as caught:
-        planned("20b", "h100x8", ranks=4, ep=3)
-    assert caught.value.exit_code == 2
+def test_reasons_are_estimates_with_numbers() -> None:
+    plan = planned("20b", "h200x2")
+    line = why(plan, "ranks 2: ")
+    found = re.search(r"estimated decode step of 1: ([\d.]+) ms .*against ([\d.]+) ms with 1", line)
+    assert found and float(found[1]) < float(found[2])
+    assert "48 all-reduces of 6.6 us" in line
+    assert "expected to read 2.00 experts a layer at 1 token a step, against 2.70 with ep 2" in why(plan, "ep 1, etp 2")
+    line = why(planned("20b", "h100x8", workload="throughput"), "ranks 1: ")
+    assert re.search(r"a node makes \d+ tokens/s so, against \d+ with 2, ", line)
+
+
+def test_two_nodes_get_a_replica_each() -> None:
+    plan = planned("120b", "h100x8-2nodes")
+    assert (plan.nodes, plan.world_size) == (2, 16)
+    assert "8 GPUs on each of 2 nodes" in why(plan, "dp 2: ")
+    assert planned("120b", "h100x8-2nodes", dp=1).nodes == 1
+
+
+def test_an_unknown_gpu_gets_the_fewest_ranks() -> None:
+    machine = read_machine("h100x8")
+    gpus = tuple(dataclasses.replace(gpu, name="NVIDIA X1") for gpu in machine.gpus)
+    unknown = dataclasses.replace(machine, gpus=gpus)
+    plan = planned("20b", unknown)
+    assert layout(plan) == (8, 1, 1)
+    assert "the fewest that fit, as the memory bandwidth of NVIDIA X1 is not in the table" in why(plan, "ranks 1: ")
+    small = dataclasses.replace(unknown, gpus=tuple(dataclasses.replace(gpu, free_bytes=40 * GIB) for gpu in gpus))
+    assert layout(planned("120b", small)) == (4, 2, 1)
+
+
+def test_a_longer_context_comes_before_a_faster_layout() -> None:
+    """With 16 GiB one rank holds only a short context of 20b; throughput alone would choose single ranks."""
+    plan = planned("20b", "h100x2", gpu_memory_bytes=16 * GIB, workload="throughput")
+    assert (layout(plan), plan.context_tokens) == ((1, 2, 2), 131072)
+    short = planned("20b", "h100x2", gpu_memory_bytes=16 * GIB, workload="throughput", context_tokens=4096)
+    assert layout(short) == (2, 1, 1)
+
+
+def test_gpus_of_several_kinds_are_not_mixed() -> None:
+    machine = read_machine("h100x8")
+    mixed = dataclasses.replace(machine, gpus=(*machine.gpus[:3], *read_machine("a100-40x4").gpus))
+    plan = planned("20b", mixed)
+    assert plan.ranks == 3 and "4 of other kinds are left out" in why(plan, "device cuda")
+
+
+def test_a_busy_gpu_at_the_end_costs_a_replica() -> None:
+    machine = read_machine("h100x8")
+    busy = dataclasses.replace(machine.gpus[0], free_bytes=GIB)
+    plan = planned("20b", dataclasses.replace(machine, gpus=(*machine.gpus[:7], busy)), workload="throughput")
+    assert layout(plan) == (7, 1, 1)
+    assert "1 GPU stays idle, as a further replica does not fit" in why(plan, "dp 7: ")
+
+
+def test_host_memory_bounds_the_replicas() -> None:
+    assert planned("20b", "h100x8", workload="throughput", host_memory_bytes=15 * GIB).dp == 5
+
+
+def test_ranks_on_a_cpu_share_its_memory() -> None:
+    for ranks in (1, 2, 3):
+        asked = {"ranks": ranks, "ep": 1, "dtype": "bf16", "context_tokens": 4096}
+        plan = planned("20b", "cpu", **asked)
+        need = sum(row.device_bytes + row.host_bytes for row in plan.memory)
+        planned("20b", "cpu", **asked, host_memory_bytes=need)
+        assert "short by 1 bytes" in refused("20b", "cpu", **asked, host_memory_bytes=need - 1).message
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "message", "hint"),
+    [
+        ("h100x8", {"ranks": 4, "ep": 3}, "ep 3 does not divide 4 ranks", "ep is one of 1, 2, 4"),
+        ("h100x8", {"ranks": 9}, "--ranks 9: attention is cut in whole KV groups, and the model has 8", "--ranks 8 is"),
+        ("h100x8", {"ep": 16}, "--ep 16: attention is cut in whole KV groups, and the model has 8", "--ep 8 is"),
+        ("cpu", {"ranks": 9}, "--ranks 9: attention is cut", "--ranks 8 is"),
+        ("h200x2", {"ranks": 4}, "--ranks 4: a replica stays inside one node, and one of h200x2 has 2", "--ranks 2 is"),
+        ("h100x8-2nodes", {"ranks": 8, "dp": 3}, "takes 24 GPUs, and .* on each of 2 nodes", "--dp 2 is the most"),
+        ("h100x8", {"ranks": 3, "dp": 3}, "--dp 3 with 3 ranks each takes 9 GPUs", "--dp 2 is the most with --ranks 3"),
+        ("h100x8", {"dp": 9}, "--dp 9 with 1 rank each takes 9 GPUs", "--dp 8 is the most"),
+    ],
+)
+def test_an_impossible_override_gets_the_reason_and_the_nearest(
+    machine: str, asked: dict[str, object], message: str, hint: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        planned("20b", machine, **asked)
+    assert caught.value.exit_code == 2 and caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "fits"),
+    [
+        ("a100-40x4", {"ranks": 1}, {"ranks": 2}),
+        ("a100-40x4", {"dp": 4}, {"dp": 2}),
+        ("h100x8", {"dp": 8, "host_memory_bytes": 15 * GIB}, {"dp": 5}),
+    ],
+)
+def test_an_override_that_does_not_fit_gets_the_nearest_that_does(
+    machine: str, asked: dict[str, object], fits: dict[str, object]
+) -> None:
+    error = refused("120b", machine, **asked)
+    assert re.search(r"short by \d+ bytes", error.message)
+    changed = {name: value for name, value in fits.items() if value is not None}
+    for name, value in changed.items():
+        assert f"--{name} {value} fits" in error.hint
+    planned("120b", machine, **asked | fits)
+
+
+def test_experts_in_host_memory_are_named_as_not_built() -> None:
+    tried = refused("120b", "rtx3090x2").tried
+    assert [line.split(",")[0].split(" on ")[0] for line in tried[:2]] == ["1 rank", "2 ranks"]
+    assert tried[2:] == ("experts in host memory: not built yet",)
+
+
+def test_hint_of_more_gpus_of_the_kind() -> None:
+    assert "3 such GPUs in a node fit" in refused("120b", "rtx3090").hint
+    assert layout(planned("120b", "rtx3090x3"))[1] == 3
 
 
 def test_gpu_memory_without_gpu() -> None:

@@ -1,0 +1,332 @@
+"""The planner's words: a `why` line for each decision, and what is said when nothing fits. Decides nothing."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ..errors import NoPlanError
+from .choice import WHOLE_EXPERTS, Asked, Choice, asked_per_node, candidates, dtype_of, on_cpu, sm, why_no_gpu
+from .estimate import BATCH_TOKENS, Step, expert_load
+from .layouts import (
+    PAGE_TOKENS,
+    SMALLEST_CONTEXT_TOKENS,
+    Layout,
+    Place,
+    context_choices,
+    kv_tokens,
+    longest,
+    memories,
+    meshes,
+    shortfall,
+    step_tokens,
+)
+from .machine import Machine, format_size
+from .pages import pool_pages
+from .placement import Order, imbalance
+from .plan import DType, RankMemory
+from .shards import Mesh
+from .spec import Spec
+
+DTYPE_WHY: dict[DType, str] = {
+    "bf16": "{} multiplies bf16 at full speed, and the checkpoint's own tensors are bf16",
+    "fp16": "{} has no bf16 units; hidden states between layers are kept in fp32, as they may outgrow fp16",
+    "fp32": "on a CPU the exact one is the default; --dtype bf16 halves the memory of all but the experts",
+}
+PARTS = ("weights", "kv", "workspace", "graphs", "communication", "context")
+PART_NAMES = {"kv": "KV cache", "context": "CUDA context"}
+
+
+# --- why
+
+
+def why(
+    spec: Spec,
+    machine: Machine,
+    place: Place,
+    asked: Asked,
+    choice: Choice,
+    replica: Sequence[RankMemory],
+    orders: tuple[Order, ...],
+) -> list[str]:
+    """A line for each decision. machine: as it was found, before --gpu-memory and --host-memory."""
+    mesh, context = choice.layout.mesh, choice.layout.context_tokens
+    lines = [_device(machine, place, asked), _memory(place, choice, replica)]
+    lines += [_ranks(place, asked, choice), _dp(place, asked, choice), _ep(spec, asked, choice)]
+    if asked.routing is not None:
+        lines.append(_placement(asked, mesh, orders))
+    dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
+    lines.append(f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4")
+    if asked.context_tokens is not None:
+        lines.append(f"context {context} tokens: asked for, of the model's {spec.max_context_tokens}")
+    elif context == spec.max_context_tokens:
+        lines.append(f"context {context} tokens: all that the model was made for, and it fits")
+    else:
+        lines.append(
+            f"context {context} tokens: the longest of the planner's steps that fits, of the model's "
+            f"{spec.max_context_tokens}"
+        )
+    step = step_tokens(place.device, context)
+    pages = pool_pages(spec, kv_tokens(context), step, PAGE_TOKENS)
+    lines.append(
+        f"KV cache for one context, as one request runs at a time: {pages} pages of {PAGE_TOKENS} tokens; "
+        f"{spec.layers_of('window')} of {spec.layers} layers keep only {spec.window_tokens} tokens and the step"
+    )
+    lines.append(f"prompts go in steps of at most {step} tokens, which bounds the workspace")
+    return lines
+
+
+def _device(machine: Machine, place: Place, asked: Asked) -> str:
+    if place.device == "cpu":
+        assert place.host_free_bytes is not None
+        reason = why_no_gpu(machine, asked)
+        return f"device cpu: {reason}; {format_size(place.host_free_bytes)} of host memory can be had"
+    gpu = place.gpus[0]
+    least = min(one.free_bytes for one in place.gpus)
+    if len(place.gpus) == 1:
+        line = f"device cuda: {gpu.name} ({sm(gpu)}) has {format_size(least)} free"
+    else:
+        line = f"device cuda: {len(place.gpus)} {gpu.name} ({sm(gpu)}) a node, {place.link}, with at least "
+        line += f"{format_size(least)} free each"
+    others = len(machine.gpus) - len(place.gpus)
+    return line + (f"; {others} of other kinds are left out: ranks run the same kernels" if others else "")
+
+
+def _memory(place: Place, choice: Choice, replica: Sequence[RankMemory]) -> str:
+    fullest = max(replica, key=lambda row: row.device_bytes)
+    if place.device == "cuda":
+        free = min(gpu.free_bytes for gpu in place.gpus[: choice.layout.per_node * choice.layout.mesh.ranks])
+        return f"{_rank(choice.layout.mesh, fullest)}: {_parts(fullest)} are {_of(fullest.device_bytes, free)}"
+    assert place.host_free_bytes is not None
+    total = choice.layout.per_node * sum(row.device_bytes + row.host_bytes for row in replica)
+    return (
+        f"{_rank(choice.layout.mesh, fullest)}: {_parts(fullest)}; with {format_size(fullest.host_bytes)} a process "
+        f"all ranks take {_of(total, place.host_free_bytes)}"
+    )
+
+
+def _rank(mesh: Mesh, row: RankMemory) -> str:
+    return "1 rank" if mesh.ranks == 1 else f"rank {row.rank}, the fullest"
+
+
+def _parts(row: RankMemory) -> str:
+    sizes = {name: getattr(row, f"{name}_bytes") for name in PARTS}
+    return ", ".join(f"{PART_NAMES.get(name, name)} {format_size(size)}" for name, size in sizes.items() if size)
+
+
+def _of(used_bytes: int, free_bytes: int) -> str:
+    return f"{format_size(used_bytes)} of {format_size(free_bytes)}"
+
+
+def _ranks(place: Place, asked: Asked, choice: Choice) -> str:
+    ranks = choice.layout.mesh.ranks
+    head = f"ranks {ranks}: "
+    others = [layout.mesh.ranks for layout in choice.candidates if layout.mesh.ranks != ranks]
+    step = choice.steps.get(ranks)
+    if asked.ranks is not None:
+        return head + "asked for" + (f"; {_step(step)}" if step else "")
+    if place.device == "cpu":
+        return head + "more ranks would share the same memory and cores; --ranks N starts them all the same"
+    if not others:
+        reason = "there is 1 GPU a node" if len(place.gpus) == 1 else "no other number of ranks holds this context"
+        return head + reason + (f"; {_step(step)}" if step else "")
+    if step is None:
+        return head + f"the fewest that fit, as the memory bandwidth of {place.gpus[0].name} is not in the table"
+    if asked.workload == "throughput":
+        rates = {
+            layout.mesh.ranks: layout.per_node * step.batch_tokens / choice.steps[layout.mesh.ranks].seconds
+            for layout in choice.candidates
+        }
+        others_text = ", ".join(f"{rates[other]:.0f} with {other}" for other in others)
+        return head + f"{_step(step)}; a node makes {rates[ranks]:.0f} tokens/s so, against {others_text}"
+    others_text = ", ".join(f"{_ms(choice.steps[other].seconds)} with {other}" for other in others)
+    return head + f"{_step(step)}; against {others_text}"
+
+
+def _step(step: Step) -> str:
+    """The estimate as a sum."""
+    terms = [f"{step.read_bytes / 1e9:.2f} GB read in {_ms(step.read_s)}", f"launches {_ms(step.launch_s)}"]
+    if step.reduces:
+        terms.append(f"{step.reduces} all-reduces of {step.reduce_s * 1e6:.1f} us")
+    return f"estimated decode step of {step.batch_tokens}: {_ms(step.seconds)} ({', '.join(terms)})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def _dp(place: Place, asked: Asked, choice: Choice) -> str:
+    ranks, layout = choice.layout.mesh.ranks, choice.layout
+    head = f"dp {choice.dp}: "
+    if place.device == "cpu":
+        return head + ("asked for" if asked.dp else "one replica has the whole CPU")
+    gpus, nodes = len(place.gpus), place.nodes
+    where = _count(gpus, "GPU") + (f" on each of {nodes} nodes" if nodes > 1 else "")
+    idle = gpus * nodes - choice.dp * ranks
+    line = head + ("asked for, " if asked.dp else "") + f"{where}, {_count(ranks, 'rank')} a replica, inside one node"
+    if idle:
+        line += f"; {_count(idle, 'GPU')} stay{'s' * (idle == 1)} idle"
+        if asked.dp is None and layout.per_node < gpus // ranks:
+            line += f", as a further replica does not fit in {layout.context_tokens} tokens of context"
+    return line
+
+
+def _ep(spec: Spec, asked: Asked, choice: Choice) -> str:
+    mesh, batch = choice.layout.mesh, BATCH_TOKENS[asked.workload]
+    head = f"ep {mesh.ep}, etp {mesh.etp}: " + ("asked for; " if asked.ep else "")
+    if mesh.ranks == 1:
+        return head + f"one rank holds all {spec.experts} experts"
+    loads = {one.ep: expert_load(spec, one, batch) for one in meshes(spec, (mesh.ranks,), None)}
+    others = ", ".join(f"{load:.2f} with ep {ep}" for ep, load in loads.items() if ep != mesh.ep)
+    rule = f"; whole experts within {round((WHOLE_EXPERTS - 1) * 100)} % of the least" if mesh.ep > 1 else ""
+    return (
+        f"{head}the busiest rank is expected to read {loads[mesh.ep]:.2f} experts a layer at {_count(batch, 'token')} "
+        f"a step, against {others}" + ("" if asked.ep else rule)
+    )
+
+
+def _placement(asked: Asked, mesh: Mesh, orders: tuple[Order, ...]) -> str:
+    assert asked.routing is not None
+    head = f"routing recorded with {asked.routing.model}: "
+    if mesh.ep == 1:
+        return head + "not used, as with ep 1 every rank holds a part of each expert"
+    published = [tuple(range(len(counts))) for counts in asked.routing.counts]
+    before = imbalance(asked.routing, published, mesh.ep)
+    after = imbalance(asked.routing, orders or published, mesh.ep)
+    return head + (
+        f"busiest rank over the mean {before.overall:.3f} in the published order, {after.overall:.3f} as placed; "
+        f"in the worst layer {before.worst:.3f} and {after.worst:.3f}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+# --- why not
+
+
+def no_plan(spec: Spec, found: Machine, machine: Machine, place: Place, asked: Asked) -> NoPlanError:
+    """What was tried, by how much the nearest of it falls short, and what would fit. found: before overrides."""
+    context = asked.context_tokens or min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
+    nearest: dict[int, tuple[int, Layout]] = {}  # by ranks: bytes short, layout
+    for mesh in candidates(spec, place, asked):
+        layout = Layout(mesh, asked_per_node(place, asked), context)
+        short = shortfall(spec, place, layout)
+        if mesh.ranks not in nearest or short < nearest[mesh.ranks][0]:
+            nearest[mesh.ranks] = short, layout
+    tried = [_tried(spec, place, short, layout) for short, layout in nearest.values()]
+    if place.device == "cuda":
+        tried.append("experts in host memory: not built yet")
+    else:
+        tried.append(f"1 rank on a GPU: {why_no_gpu(found, asked)}")
+    short, layout = min(nearest.values(), key=lambda one: one[0])
+    return NoPlanError(
+        f"no plan for {context} tokens of context fits {machine.name}: {_short(short)}",
+        tuple(tried),
+        "; ".join(_changes(spec, machine, place, asked, layout)),
+    )
+
+
+def _tried(spec: Spec, place: Place, short: int, layout: Layout) -> str:
+    """The layout, and how the bytes of its fullest rank add up."""
+    mesh, context = layout.mesh, layout.context_tokens
+    rows = memories(spec, place, mesh, context)
+    row = max(rows, key=lambda one: one.device_bytes)
+    where = f"on {place.gpus[0].name}" if place.device == "cuda" else "on the CPU"
+    replicas = "" if layout.per_node == 1 else f"{layout.per_node} replicas of "
+    cut = f" (ep {mesh.ep}, etp {mesh.etp})" if mesh.ranks > 1 else ""
+    if place.device == "cuda":
+        free = min(gpu.free_bytes for gpu in place.gpus[: layout.per_node * mesh.ranks])
+        needs = f"{_of(row.device_bytes, free)} ({_parts(row)})"
+        host_bytes = layout.per_node * sum(one.host_bytes for one in rows)
+        if place.host_free_bytes is not None and host_bytes > place.host_free_bytes:
+            needs += f" and {_of(host_bytes, place.host_free_bytes)} in host memory"
+    else:
+        assert place.host_free_bytes is not None
+        total = layout.per_node * sum(one.device_bytes + one.host_bytes for one in rows)
+        needs = f"{_of(total, place.host_free_bytes)} ({_parts(row)}, process {format_size(row.host_bytes)})"
+    ranks = _count(mesh.ranks, "rank")
+    return f"{replicas}{ranks} {where}{cut}, {place.dtype}, {context} tokens: {_short(short)}; needs {needs}"
+
+
+def _short(size_bytes: int) -> str:
+    return f"short by {size_bytes} bytes ({format_size(size_bytes)})"
+
+
+def _changes(spec: Spec, machine: Machine, place: Place, asked: Asked, layout: Layout) -> list[str]:
+    """What would fit, the smallest change first. layout: the one that falls short by the least."""
+    changes = []
+    mesh, context = layout.mesh, layout.context_tokens
+    shorter = [tokens for tokens in context_choices(context) if tokens < context]
+    fits = longest(spec, place, mesh, layout.per_node, shorter)
+    if fits is not None:
+        changes.append(f"--context {fits.context_tokens} fits")
+    changes += _other_layouts(spec, place, asked, context)
+    if place.dtype == "fp32" and fits is None:
+        if not shortfall(spec, dataclasses.replace(place, dtype="bf16"), layout):
+            changes.append("--dtype bf16 fits")
+    rows = memories(spec, place, mesh, context)
+    host_bytes = layout.per_node * sum(row.host_bytes for row in rows)
+    if place.device == "cpu":
+        total = host_bytes + layout.per_node * sum(row.device_bytes for row in rows)
+        return [*changes, f"{_up(total)} of free host memory fit"]
+    changes += _other_gpus(spec, machine, place, asked, context)
+    need = _up(max(row.device_bytes for row in rows))
+    count = layout.per_node * mesh.ranks
+    changes.append(f"a GPU with {need} free fits" if count == 1 else f"{count} GPUs with {need} free each fit")
+    if place.host_free_bytes is not None and host_bytes > place.host_free_bytes:
+        changes.append(f"{_up(host_bytes)} of host memory are needed besides")
+    if machine.host_memory_bytes is not None:
+        cpu = on_cpu(machine, asked)
+        if not shortfall(spec, cpu, Layout(Mesh(), 1, context)):
+            changes.append("--gpu-memory 0 runs it on the CPU, slowly")
+    return changes
+
+
+def _other_layouts(spec: Spec, place: Place, asked: Asked, context: int) -> list[str]:
+    """The nearest other --ranks or --dp that fits, where one of them was asked for."""
+    changes = []
+    if asked.ranks is not None and place.device == "cuda":
+        free = candidates(spec, place, dataclasses.replace(asked, ranks=None))
+        per_node = asked_per_node(place, asked)
+        fitting = {mesh.ranks for mesh in free if not shortfall(spec, place, Layout(mesh, per_node, context))}
+        if fitting:
+            wanted = asked.ranks
+            changes.append(f"--ranks {min(fitting, key=lambda ranks: abs(ranks - wanted))} fits")
+    if asked.dp is not None:
+        for dp in range(asked.dp - 1, 0, -1):
+            fewer = dataclasses.replace(asked, dp=dp)
+            layouts = (Layout(mesh, asked_per_node(place, fewer), context) for mesh in candidates(spec, place, fewer))
+            if any(not shortfall(spec, place, layout) for layout in layouts):
+                changes.append(f"--dp {dp} fits")
+                break
+    return changes
+
+
+def _other_gpus(spec: Spec, machine: Machine, place: Place, asked: Asked, context: int) -> list[str]:
+    """Freer GPUs of this node in place of the first ones; or how many more like these would do."""
+    sizes = range(1, spec.kv_heads + 1) if asked.ranks is None else (asked.ranks,)
+    usable = [index for index, gpu in enumerate(machine.gpus) if dtype_of(gpu)]
+    freest = sorted(usable, key=lambda index: -machine.gpus[index].free_bytes)
+    for ranks in sizes:
+        chosen = sorted(freest[:ranks])
+        gpus = tuple(machine.gpus[index] for index in chosen)
+        if chosen == list(range(ranks)) or len(gpus) < ranks or len({gpu.name for gpu in gpus}) > 1:
+            continue
+        if _fits(spec, dataclasses.replace(place, gpus=gpus), context, ranks):
+            return [f"CUDA_VISIBLE_DEVICES={','.join(str(index) for index in chosen)} fits"]
+    for ranks in sizes:
+        more = dataclasses.replace(place, gpus=place.gpus[:1] * ranks)
+        if ranks > len(place.gpus) and _fits(spec, more, context, ranks):
+            return [f"{ranks} such GPUs in a node fit"]
+    return []
+
+
+def _fits(spec: Spec, place: Place, context: int, ranks: int) -> bool:
+    """Whether one replica of so many ranks does, with some ep."""
+    layouts = (Layout(mesh, 1, context) for mesh in meshes(spec, (ranks,), None))
+    return any(not shortfall(spec, place, one) for one in layouts)
+
+
+def _up(size_bytes: int) -> str:
+    """In GiB, rounded up, so that what is asked for is enough."""
+    return f"{-(-size_bytes * 10 // 2**30) / 10:.1f} GiB"
