@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-COLUMNS = 100  # of the terminal that the README shows
+COLUMNS = 110  # of the terminal that the README shows
 CODE = ("launch", "parallel", "configs", "slurm", "tests")
 
 
@@ -70,7 +70,8 @@ def _files(folder: Path) -> str:
 
 def _line(path: Path, depth: int, about: str) -> str:
     name, target = path.name, path.relative_to(ROOT).as_posix()
-    escaped = re.sub(r"([<>*])(?=[^`]*(?:`[^`]*`[^`]*)*$)", r"\\\1", about)  # outside of `code`
+    # what Markdown would take for a tag or for emphasis, outside of `code`
+    escaped = re.sub(r"(<(?=[A-Za-z/!?])|\*)(?=[^`]*(?:`[^`]*`[^`]*)*$)", r"\\\1", about)
     slash = "/" if path.is_dir() else ""
     return f"{'  ' * depth}- [{name}{slash}]({target}){': ' + escaped if about else ''}\n"
 

@@ -42,9 +42,9 @@ def test_generated_parts_are_current() -> None:
     assert TEXT.count("<!-- tree: ") == len(readme.CODE) and TEXT.count("<!-- plan: ") == 1
 
 
-def test_the_first_lines_show_a_plan() -> None:
+def test_the_first_screen_shows_commands_and_a_plan() -> None:
     first = "\n".join(TEXT.splitlines()[:40])
-    assert "```console\n" in first and "<!-- /plan -->" in first
+    assert "```console\n$ " in first and "<!-- plan: " in first and "\nwhy  " in first
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
