@@ -10,18 +10,23 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..parallel.engine.trace import Where, read_where, trace_file
 from ..parallel.engine.wire import Decoder, Failed, Hello, Message, Progress, Ready
 from ..parallel.errors import NoPlanError, RankDiedError, UserError
 
 TAIL_LINES = 15
+SETTLE_S = 0.3  # from the first sign of a failure to naming its cause
+WATCH_EVERY_S = 0.5
+CAUSE, FOLLOWS = 0, 1  # weights of reasons: what follows from another failure is only named if nothing else is known
 KILL_S = 1.0  # a killed process is gone by then, unless the kernel itself is stuck
 
 
-@dataclass
+@dataclass(eq=False)
 class _Member:
     """One connected process."""
 
@@ -39,7 +44,8 @@ class Crew:
     """A command under supervision.
 
     size: how many Ready messages make it ready. log_of: a rank's log file (-1: the command's own), read only to say
-    why it died; None when the log went to the terminal. `ready` and `failed` are futures; `failed` holds the error as a
+    why it died; None when the log went to the terminal. step_limit_s: a rank that is longer in one step hangs; None for
+    a command without ranks. `ready` and `failed` are futures; `failed` holds the error as a
     value.
     """
 
@@ -49,6 +55,7 @@ class Crew:
         size: int,
         log_of: Callable[[int], Path | None],
         on_progress: Callable[[Progress], None] = lambda progress: None,
+        step_limit_s: float | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[tuple[Ready, ...]] = loop.create_future()
@@ -57,13 +64,15 @@ class Crew:
         self._size = size
         self._log_of = log_of
         self._on_progress = on_progress
+        self._step_limit_s = step_limit_s
+        self._reasons: list[tuple[int, UserError]] = []
         self._members: list[_Member] = []
         self._greeted: set[int] = set()
         self._answers: dict[int, Ready] = {}
         self._stopping = False
         self._server: asyncio.Server | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
 
     async def start(
         self,
@@ -90,7 +99,9 @@ class Crew:
             )
         finally:
             os.close(output)
-        self._watch = asyncio.create_task(self._wait_for(self._process))
+        self._watches = [asyncio.create_task(self._wait_for(self._process))]
+        if self._step_limit_s is not None:
+            self._watches.append(asyncio.create_task(self._watch_steps(self._step_limit_s)))
 
     def terminate(self) -> None:
         """Asks the command to end in its own time (SIGTERM)."""
@@ -120,8 +131,8 @@ class Crew:
             await self._gone_within(KILL_S)
         if self._server is not None:
             self._server.close()
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
         for member in self._members:
             member.writer.close()
 
@@ -137,7 +148,36 @@ class Crew:
 
     async def _wait_for(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
-        self._fail(RankDiedError(f"{self._control.stem} ended with exit code {code}", self._tail(-1)))
+        self._fail(RankDiedError(f"{self._control.stem} ended with exit code {code}", self._tail(-1)), FOLLOWS)
+
+    async def _watch_steps(self, limit_s: float) -> None:
+        """Fails the crew when a rank is longer in one step than limit_s; names the rank that holds up the others."""
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            places = {member: self._where(member.hello.rank) for member in self._members if member.hello.role == "rank"}
+            working = {member: where for member, where in places.items() if where is not None and where.step}
+            now_s = time.monotonic()
+            late = [where for where in working.values() if where.phase != "idle" and now_s - where.since_s > limit_s]
+            if not late:
+                continue
+            culprit = min(working, key=lambda member: working[member].progress)
+            others = "; ".join(f"{m.name} is {where}" for m, where in working.items() if m is not culprit)
+            self._fail(
+                RankDiedError(
+                    f"{culprit.name} hangs {working[culprit]}: a step may take {limit_s:.0f} s",
+                    "\n".join(part for part in (others, self._tail(culprit.hello.rank)) if part),
+                ),
+                CAUSE,
+            )
+            return
+
+    def _where(self, rank: int) -> Where | None:
+        return read_where(trace_file(self._control, rank))
+
+    def _doing(self, member: _Member) -> str:
+        """What the member was at, for the message that says it is gone."""
+        where = self._where(member.hello.rank) if member.hello.role == "rank" else None
+        return str(where) if where is not None and where.phase in ("step", "collective") else f"while {member.doing}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         decoder = Decoder()
@@ -159,7 +199,8 @@ class Crew:
             writer.close()
             if member is not None:
                 self._members.remove(member)
-                self._fail(RankDiedError(f"{member.name} died while {member.doing}", self._tail(member.hello.rank)))
+                died = RankDiedError(f"{member.name} died {self._doing(member)}", self._tail(member.hello.rank))
+                self._fail(died, CAUSE if member.hello.role == "rank" else FOLLOWS)
 
     def _take(self, member: _Member, message: Message) -> None:
         if isinstance(message, Progress):
@@ -178,13 +219,21 @@ class Crew:
                 error = UserError(message.message, hint)
                 error.exit_code = message.exit_code
             else:
-                error = RankDiedError(f"{member.name} failed while {member.doing}: {message.message}", hint)
-            self._fail(error)
+                error = RankDiedError(f"{member.name} failed {self._doing(member)}: {message.message}", hint)
+            self._fail(error, CAUSE if speaks or not message.follows else FOLLOWS)
 
-    def _fail(self, error: UserError) -> None:
-        """Keeps the first reason; what follows from it is noise."""
-        if not self._stopping and not self.failed.done():
-            self.failed.set_result(error)
+    def _fail(self, error: UserError, weight: int) -> None:
+        """Keeps the first cause; what follows from it is noise. When one rank dies, what the others say about their
+        broken collective can come first, so the cause has SETTLE_S to turn up."""
+        if self._stopping or self.failed.done():
+            return
+        self._reasons.append((weight, error))
+        if len(self._reasons) == 1:
+            asyncio.get_running_loop().call_later(SETTLE_S, self._settle)
+
+    def _settle(self) -> None:
+        if not self.failed.done():
+            self.failed.set_result(min(self._reasons, key=lambda reason: reason[0])[1])
 
     def _tail(self, rank: int) -> str:
         """The last lines of a rank's log. -1: of a rank that ended before it said hello, else the command's own."""

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from ..parallel.engine.lifeline import remove_folder
 from ..parallel.engine.wire import Progress, Ready
 from ..parallel.errors import RankDiedError, UserError
+from ..parallel.planning.limits import step_limit_s
 from ..parallel.planning.plan import Plan
 from .crew import Crew
 
@@ -70,7 +71,7 @@ class Supervisor:
         for replica in range(self._plan.dp):
             control = self.folder / f"replica-{replica}.sock"
             logs = self.folder / f"logs-{replica}"
-            crew = Crew(control, self._plan.ranks, _log_finder(logs), self._count(replica))
+            crew = Crew(control, self._plan.ranks, _log_finder(logs), self._count(replica), step_limit_s(self._plan))
             self._replicas.append(crew)
             command = torchrun_command(
                 self._worker, self._plan.ranks, self.plan_file, control, self.engine_socket(replica), logs

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from ..kernels import PLAIN
 from ..model.calibrate import connect
 from ..model.checkpoint import load
-from ..model.comm import Alone, Comm, Sums
+from ..model.comm import Alone, Comm, Marked, Sums
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
 from .engine import Engine
 from .measure import Meter, step_times, warm_up
 from .routes import Recorder, checked
+from .trace import Trace
 from .wire import Ready
 
 
@@ -29,12 +30,18 @@ class Options:
     record_routing: Path | None = None
 
 
+def join(plan: Plan) -> None:
+    """Make the process group of the replica, from the addresses that torchrun put into the environment."""
+    if plan.ranks > 1:
+        dist.init_process_group("gloo" if plan.device == "cpu" else "cpu:gloo,cuda:nccl")
+
+
 def start(
-    plan: Plan, rank: int, options: Options, progress: Callable[[int, int], None]
+    plan: Plan, rank: int, options: Options, trace: Trace, progress: Callable[[int, int], None]
 ) -> tuple[Engine, Recorder | None, Ready]:
     """The engine of `rank`; the recorder if one is wanted; and what it all took, for the supervisor.
 
-    With several ranks the process group is made here, from the addresses that torchrun put into the environment.
+    A replica of several ranks has joined (`join`) before.
     """
     began_s = time.monotonic()
     assert plan.checkpoint is not None
@@ -50,8 +57,7 @@ def start(
     meter.mark("weights_bytes")
     comm: Comm = Alone()
     if plan.ranks > 1:
-        dist.init_process_group("gloo" if plan.device == "cpu" else "cpu:gloo,cuda:nccl")
-        comm = connect(plan, device)
+        comm = Marked(connect(plan, device), trace)
     meter.mark("communication_bytes")
     ops, recorder = PLAIN, None
     if options.check_ranks:

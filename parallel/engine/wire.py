@@ -83,12 +83,16 @@ class Ready:
 
 @dataclass(frozen=True)
 class Failed:
-    """Any process -> supervisor, last: why it ends (exit_code 2: the user can put it right)."""
+    """Any process -> supervisor, last: why it ends (exit_code 2: the user can put it right).
+
+    follows: it was waiting for another process when it failed, so that one is the likely cause.
+    """
 
     rank: int
     message: str
     hint: str
     exit_code: int
+    follows: bool = False
 
 
 Message = Generate | Cancel | Tokens | Refused | Hello | Progress | Ready | Failed

@@ -22,6 +22,7 @@ from ..planning.plan import Plan
 from .front_ends import FrontEnds
 from .lifeline import hold
 from .request import Request, Token
+from .trace import Trace, trace_file
 from .wire import Cancel, Failed, Generate, Message, Progress, Refused, Tokens, encode
 
 if TYPE_CHECKING:
@@ -41,13 +42,15 @@ def main() -> None:
     arguments = parser.parse_args()
     rank = int(os.environ["RANK"])  # set by torchrun
     control = hold(arguments.control, "rank", rank)  # before torch is loaded: from here on nothing outlives the command
+    trace = Trace(trace_file(arguments.control, rank))
     try:
-        run(arguments, Plan.load(arguments.plan), rank, control)
+        run(arguments, Plan.load(arguments.plan), rank, control, trace)
     except UserError as error:
         fail(control, Failed(rank, error.message, error.hint, error.exit_code))
     except Exception as error:
         traceback.print_exc()
-        fail(control, Failed(rank, f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}", "", 1))
+        said = f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}"
+        fail(control, Failed(rank, said, "", exit_code=1, follows=trace.waits))
 
 
 def fail(control: socket.socket, message: Failed) -> None:
@@ -55,10 +58,10 @@ def fail(control: socket.socket, message: Failed) -> None:
     sys.exit(message.exit_code)
 
 
-def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.socket) -> None:
+def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.socket, trace: Trace) -> None:
     """Load, report, serve; returns never."""
     from .lockstep import Broadcast, NoFollowers
-    from .start import Options, start
+    from .start import Options, join, start
 
     last_s = 0.0
 
@@ -69,20 +72,22 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
             control.sendall(encode(Progress(rank, done_bytes, total_bytes)))
 
     options = Options(arguments.check_ranks, arguments.record_routing if rank == 0 else None)
-    engine, recorder, ready = start(plan, rank, options, progress)
+    join(plan)
+    engine, recorder, ready = start(plan, rank, options, trace, progress)
     if rank == 0:
         front_ends = FrontEnds(arguments.listen)
         control.sendall(encode(ready))
-        lead(engine, front_ends, NoFollowers() if plan.ranks == 1 else Broadcast(), recorder)
+        lead(engine, front_ends, NoFollowers() if plan.ranks == 1 else Broadcast(), trace, recorder)
     control.sendall(encode(ready))
-    follow(engine, Broadcast())
+    follow(engine, Broadcast(), trace)
 
 
 class Turns:
     """Whose request runs, and who waits in which order. On the leader."""
 
-    def __init__(self, engine: "Engine", front_ends: FrontEnds, lockstep: "Lockstep") -> None:
+    def __init__(self, engine: "Engine", front_ends: FrontEnds, lockstep: "Lockstep", trace: Trace) -> None:
         self._engine = engine
+        self._trace = trace
         self._front_ends = front_ends
         self._lockstep = lockstep
         self._waiting: deque[Ticket] = deque()
@@ -114,7 +119,9 @@ class Turns:
             self._running = ticket, self._engine.generate(ticket.request)
         ticket, stream = self._running
         self._lockstep.tell("go_on")
+        self._trace.step()
         token = next(stream)
+        self._trace.idle()
         self._front_ends.send(ticket.front_end, Tokens((token,)))
         if token.finish_reason is not None:
             self._end()
@@ -139,11 +146,13 @@ class Ticket:
     request: Request
 
 
-def lead(engine: "Engine", front_ends: FrontEnds, lockstep: "Lockstep", recorder: "Recorder | None") -> None:
+def lead(
+    engine: "Engine", front_ends: FrontEnds, lockstep: "Lockstep", trace: Trace, recorder: "Recorder | None"
+) -> None:
     """One request at a time, for as long as the process lives."""
     from .lockstep import IDLE_EVERY_S
 
-    turns = Turns(engine, front_ends, lockstep)
+    turns = Turns(engine, front_ends, lockstep, trace)
     while True:
         for front_end, message in front_ends.poll(IDLE_EVERY_S if turns.idle else 0):
             turns.take(front_end, message)
@@ -155,7 +164,7 @@ def lead(engine: "Engine", front_ends: FrontEnds, lockstep: "Lockstep", recorder
             recorder.write(at_once=turns.idle)
 
 
-def follow(engine: "Engine", lockstep: "Broadcast") -> None:
+def follow(engine: "Engine", lockstep: "Broadcast", trace: Trace) -> None:
     """Do what the leader does, for as long as the process lives."""
     stream: Generator[Token] | None = None
     while True:
@@ -165,7 +174,9 @@ def follow(engine: "Engine", lockstep: "Broadcast") -> None:
             stream = engine.generate(request)
         elif word == "go_on":
             assert stream is not None
+            trace.step()
             next(stream)
+            trace.idle()
         elif word == "end" and stream is not None:
             stream.close()
             stream = None

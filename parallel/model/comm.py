@@ -95,6 +95,33 @@ def way_for(message_bytes: int, limits: Limits) -> str:
     return next((way for limit, way in limits if message_bytes <= limit), "group")
 
 
+class Marks(Protocol):
+    """Who wants to know that this rank is in a collective (`engine.trace.Trace`)."""
+
+    def collective_begins(self) -> None: ...
+    def collective_ends(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Marked(Comm):
+    """`comm`, each of whose collectives is marked while it lasts."""
+
+    comm: Comm
+    marks: Marks
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.marks.collective_begins()
+        x = self.comm.all_reduce(x)
+        self.marks.collective_ends()
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        self.marks.collective_begins()
+        x = self.comm.all_gather(x)
+        self.marks.collective_ends()
+        return x
+
+
 @dataclass(frozen=True)
 class Sums(Comm):
     """Every all-reduce of `comm` checked: all ranks must hold the same bits. For debugging; slow."""

@@ -1,0 +1,40 @@
+"""Real processes, real torchrun, gloo: every ep of R = 2, 3 and 4 ranks gives what one rank gives.
+
+The ranks compare every all-reduce and every router choice among themselves meanwhile (--check-ranks).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rank_work
+import torch
+from small_models import TINY, plain_engine, plain_plan
+from thread_ranks import with_ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_layout_over_gloo(ranks: int, tmp_path: Path) -> None:
+    plans = [with_ranks(plain_plan(TINY), ranks, ep) for ep in range(1, ranks + 1) if ranks % ep == 0]
+    files = []
+    for plan in plans:
+        files.append(tmp_path / f"{plan.digest}.json")
+        plan.save(files[-1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    command += [rank_work.__file__, str(tmp_path), *map(str, files)]
+    path = os.pathsep.join([str(Path(rank_work.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+    oracle, draws = rank_work.work(plain_engine(plain_plan(TINY)))
+    for plan in plans:
+        logits, drawn = torch.load(tmp_path / f"{plan.digest}.pt")
+        error = (logits - oracle).abs().max().item() / oracle.abs().max().item()
+        print(f"gloo, R = {ranks}, ep = {plan.ep}: largest error {error:.2e} of the largest logit")
+        assert error <= 1e-5
+        assert torch.equal(logits.argmax(-1), oracle.argmax(-1))
+        assert drawn == draws
