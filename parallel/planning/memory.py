@@ -32,7 +32,7 @@ PROCESS: dict[Device, ProcessCost] = {
     "cpu": ProcessCost(context_bytes=0, nccl_bytes=0, host_bytes=1 << 30),
 }
 
-SYMMETRIC_BUFFERS = 2  # of a whole step's hidden states, used in turn so that no rank waits for the slowest to read
+SYMMETRIC_BUFFERS = 1  # of a whole step's hidden states
 
 # How many copies of a thing live at the same time at the worst moment, read off the plain operations in kernels/.
 SCORE_TILES = 4  # last tile's weights, this tile's scores, their difference to the maximum, its exponential

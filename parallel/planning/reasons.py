@@ -1,5 +1,6 @@
 """The planner's words: a `why` line for each decision, and what is said when nothing fits. Decides nothing."""
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -123,11 +124,14 @@ def _ranks(place: Place, asked: Asked, choice: Choice) -> str:
     step = choice.steps.get(ranks)
     if asked.ranks is not None:
         return head + "asked for" + (f"; {_step(step)}" if step else "")
+    if place.device == "cpu" and ranks > 1:
+        return head + f"the fewest that ep {asked.ep} divides"
     if place.device == "cpu":
         return head + "more ranks would share the same memory and cores; --ranks N starts them all the same"
     if not others:
+        fixed = "".join(f", with --{name} {value}" for name, value in (("dp", asked.dp), ("ep", asked.ep)) if value)
         reason = "there is 1 GPU a node" if len(place.gpus) == 1 else "no other number of ranks holds this context"
-        return head + reason + (f"; {_step(step)}" if step else "")
+        return head + reason + fixed + (f"; {_step(step)}" if step else "")
     if step is None:
         return head + f"the fewest that fit, as the memory bandwidth of {place.gpus[0].name} is not in the table"
     if asked.workload == "throughput":
@@ -293,17 +297,25 @@ def _other_layouts(spec: Spec, place: Place, asked: Asked, context: int) -> list
             wanted = asked.ranks
             changes.append(f"--ranks {min(fitting, key=lambda ranks: abs(ranks - wanted))} fits")
     if asked.dp is not None:
-        for dp in range(asked.dp - 1, 0, -1):
-            fewer = dataclasses.replace(asked, dp=dp)
-            layouts = (Layout(mesh, asked_per_node(place, fewer), context) for mesh in candidates(spec, place, fewer))
-            if any(not shortfall(spec, place, layout) for layout in layouts):
-                changes.append(f"--dp {dp} fits")
-                break
+        fewer = bisect.bisect_left(
+            range(1, asked.dp), True, key=lambda dp: not _some_fit(spec, place, asked, context, dp)
+        )
+        if fewer:
+            changes.append(f"--dp {fewer} fits")
     return changes
 
 
+def _some_fit(spec: Spec, place: Place, asked: Asked, context: int, dp: int) -> bool:
+    """Whether so many replicas fit in some layout."""
+    fewer = dataclasses.replace(asked, dp=dp)
+    layouts = (Layout(mesh, asked_per_node(place, fewer), context) for mesh in candidates(spec, place, fewer))
+    return any(not shortfall(spec, place, layout) for layout in layouts)
+
+
 def _other_gpus(spec: Spec, machine: Machine, place: Place, asked: Asked, context: int) -> list[str]:
-    """Freer GPUs of this node in place of the first ones; or how many more like these would do."""
+    """For one replica: freer GPUs of this node in place of the first ones; or how many like these would do."""
+    if (asked.dp or 1) > 1:
+        return []
     sizes = range(1, spec.kv_heads + 1) if asked.ranks is None else (asked.ranks,)
     usable = [index for index, gpu in enumerate(machine.gpus) if dtype_of(gpu)]
     freest = sorted(usable, key=lambda index: -machine.gpus[index].free_bytes)

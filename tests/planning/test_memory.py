@@ -39,5 +39,5 @@ def test_workspace_grows_with_context_and_step_and_shrinks_with_ranks() -> None:
 def test_communication_is_for_several_ranks_on_gpus() -> None:
     assert communication_bytes(SPEC, SINGLE, "cuda", "bf16", 2048) == 0
     assert communication_bytes(SPEC, Mesh(2), "cpu", "fp32", 512) == 0
-    buffers = 2 * 2048 * 2880 * 2
-    assert communication_bytes(SPEC, Mesh(2), "cuda", "bf16", 2048) == PROCESS["cuda"].nccl_bytes + buffers
+    buffer_bytes = 2048 * 2880 * 2
+    assert communication_bytes(SPEC, Mesh(2), "cuda", "bf16", 2048) == PROCESS["cuda"].nccl_bytes + buffer_bytes

@@ -294,6 +294,20 @@ def test_an_override_that_does_not_fit_gets_the_nearest_that_does(
     planned("120b", machine, **asked | fits)
 
 
+def test_far_too_many_replicas_on_a_cpu() -> None:
+    error = refused("20b", "cpu", dp=2**31 - 1, dtype="bf16", context_tokens=1024)
+    assert "--dp 2 fits" in error.hint
+    assert planned("20b", "cpu", dp=2, dtype="bf16", context_tokens=1024).world_size == 2
+    refused("20b", "cpu", dp=3, dtype="bf16", context_tokens=1024)
+
+
+def test_hint_of_the_freest_gpus() -> None:
+    machine = read_machine("a100-40x4")
+    busy = dataclasses.replace(machine.gpus[0], free_bytes=GIB)
+    error = refused("120b", dataclasses.replace(machine, gpus=(busy, *machine.gpus[1:])))
+    assert "CUDA_VISIBLE_DEVICES=1,2 fits" in error.hint
+
+
 def test_experts_in_host_memory_are_named_as_not_built() -> None:
     tried = refused("120b", "rtx3090x2").tried
     assert [line.split(",")[0].split(" on ")[0] for line in tried[:2]] == ["1 rank", "2 ranks"]
