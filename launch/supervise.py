@@ -190,16 +190,20 @@ def torchrun_command(worker: str, ranks: int, plan: Path, control: Path, listen:
     ]
 
 
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
 def replica_devices(plan: Plan, replica: int, visible: str | None) -> dict[str, str]:
     """Environment variables that give a replica its own GPUs, of those in `visible` (CUDA_VISIBLE_DEVICES) or of all.
 
-    GPUs are numbered by bus, as the plan's machine has them; CUDA alone would put the fastest first.
+    GPUs are numbered by bus, as the plan's machine has them; CUDA alone would put the fastest first. With
+    expandable segments torch's allocator holds no freed blocks of sizes that do not come again, which no plan foresees.
     """
     if plan.device != "cuda":
         return {}
     here = [str(index) for index in range(plan.world_size)] if visible is None else visible.split(",")
     own = here[replica * plan.ranks : (replica + 1) * plan.ranks]
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(own)}
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(own), **ALLOCATOR}
 
 
 def run_folder() -> Path:

@@ -25,25 +25,37 @@ class Meter:
         if self._device.type == "cuda":
             self._parts[name] = torch.cuda.memory_allocated(self._device) - sum(self._parts.values())
 
-    def finish(self) -> dict[str, int]:
-        """The marked parts, and two more: workspace_bytes, what the allocator holds besides them at its peak; and
-        context_bytes, what is used on the device outside of it: CUDA's context, loaded kernels, NCCL, other processes.
+    def outside_bytes(self) -> int:
+        """What is used on the device, by this process or others, and is not the allocator's."""
+        if self._device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free - torch.cuda.memory_reserved(self._device)
+
+    def finish(self, communication_bytes: int) -> dict[str, int]:
+        """The marked parts, and three more: workspace_bytes, what the allocator holds besides them at its peak;
+        communication_bytes, as it was found; and context_bytes, what else is used outside of the allocator: CUDA's
+        context, loaded kernels, other processes.
         """
         if self._device.type != "cuda":
             return {}
-        free, total = torch.cuda.mem_get_info(self._device)
-        reserved = torch.cuda.max_memory_reserved(self._device)
         return self._parts | {
-            "workspace_bytes": reserved - sum(self._parts.values()),
-            "context_bytes": total - free - torch.cuda.memory_reserved(self._device),
+            "workspace_bytes": torch.cuda.max_memory_reserved(self._device) - sum(self._parts.values()),
+            "communication_bytes": communication_bytes,
+            "context_bytes": self.outside_bytes() - communication_bytes,
         }
 
 
 def warm_up(engine: Engine) -> None:
-    """A step of the largest size on a GPU, so that kernels are loaded and the peak is seen; a token on the CPU."""
-    plan = engine.plan
-    tokens = min(plan.step_tokens, plan.context_tokens) if plan.device == "cuda" else 1
-    sequence = kv.Sequence()
+    """On a GPU the largest step at the end of the longest context, so that kernels are loaded and the peak is seen and
+    taken, before anybody else takes it; on the CPU a token."""
+    plan, sequence = engine.plan, kv.Sequence()
+    tokens = 1
+    if plan.device == "cuda":
+        tokens = min(plan.step_tokens, plan.context_tokens)
+        while sequence.length + 2 * tokens <= plan.context_tokens:  # pages as if these steps had been made
+            kv.extend(engine.pool, sequence, tokens, plan.spec, plan.page_tokens)
+            kv.drop_passed(engine.pool, sequence, plan.spec, plan.page_tokens)
     engine.step(sequence, [0] * tokens)
     kv.release(engine.pool, sequence)
 

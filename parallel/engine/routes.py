@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels import Operations
 from ..model.comm import Comm, check_equal
+from ..planning.plan import Plan
 
 WRITE_EVERY_S = 5.0
 
@@ -37,11 +38,13 @@ def checked(ops: Operations, comm: Comm, layers: int) -> Operations:
 class Recorder:
     """How often each expert was chosen, a count for each token: [layers, experts]."""
 
-    def __init__(self, path: Path, model: str, layers: int, experts: int, device: torch.device) -> None:
+    def __init__(self, path: Path, plan: Plan, device: torch.device) -> None:
+        layers, experts = plan.spec.layers, plan.spec.experts
         self._path = path
-        self._model = model
+        self._model = plan.model
         self._layer = itertools.cycle(range(layers))
         self._counts = torch.zeros((layers, experts), dtype=torch.int64, device=device)
+        self._order = plan.expert_order or (tuple(range(experts)),) * layers
         self._written_s = 0.0
 
     def counted(self, ops: Operations) -> Operations:
@@ -62,5 +65,10 @@ class Recorder:
             return
         self._written_s = time.monotonic()
         draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"model": self._model, "counts": self._counts.tolist()}) + "\n", encoding="utf-8")
+        placed = self._counts.tolist()
+        counts = [  # by published expert: place i holds expert order[i]
+            [count for _, count in sorted(zip(order, row, strict=True))]
+            for order, row in zip(self._order, placed, strict=True)
+        ]
+        draft.write_text(json.dumps({"model": self._model, "counts": counts}) + "\n", encoding="utf-8")
         draft.replace(self._path)

@@ -53,23 +53,31 @@ def start(
     inventory = read_inventory(folder)
     check_inventory(plan.spec, inventory, folder)
     meter = Meter(device)
-    weights = load(plan, rank, inventory, device, progress)
+    read_bytes = 0
+
+    def count(done_bytes: int, total_bytes: int) -> None:
+        nonlocal read_bytes
+        read_bytes = done_bytes
+        progress(done_bytes, total_bytes)
+
+    weights = load(plan, rank, inventory, device, count)
     meter.mark("weights_bytes")
+    outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
     if plan.ranks > 1:
         comm = Marked(connect(plan, device), trace)
-    meter.mark("communication_bytes")
+    communication_bytes = meter.outside_bytes() - outside_bytes
     ops, recorder = PLAIN, None
     if options.check_ranks:
         comm = Sums(comm)
         ops = checked(ops, comm, plan.spec.layers)
     if options.record_routing is not None:
-        recorder = Recorder(options.record_routing, plan.model, plan.spec.layers, plan.spec.experts, device)
+        recorder = Recorder(options.record_routing, plan, device)
         ops = recorder.counted(ops)
     engine = Engine(plan, rank, weights, ops, comm)
     meter.mark("kv_bytes")
     warm_up(engine)
-    memory = meter.finish()
+    memory = meter.finish(communication_bytes) | {"read_bytes": read_bytes}
     times = step_times(engine)
     if recorder is not None:
         recorder.reset()

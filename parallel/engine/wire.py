@@ -71,7 +71,8 @@ class Progress:
 class Ready:
     """Any process -> supervisor: it can work.
 
-    memory: bytes by part as measured, for the comparison with the plan. times: seconds of a step and of its parts.
+    memory: bytes by part as measured, for the comparison with the plan, and read_bytes, of the files.
+    times: seconds of a step and of its parts.
     """
 
     rank: int

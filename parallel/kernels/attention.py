@@ -42,35 +42,50 @@ def attend(q_TND: Tensor, kv_PCSKD: Tensor, sinks_N: Tensor, batch: Batch, pages
 
     Returns [T, N * D]. Computed in fp32 (fp64 for fp64 queries).
     """
-    _, _, page_tokens, kv_heads, head_dim = kv_PCSKD.shape
-    tokens, heads, _ = q_TND.shape
     out_TND = torch.empty_like(q_TND)
-    precision = wide(q_TND.dtype)
-    sinks_KG1 = sinks_N.to(precision).view(kv_heads, -1, 1)
     for index, (start, stop, length) in enumerate(batch.spans):
-        first = length - (stop - start)  # position of this sequence's first token in the step
-        tile = max(1, SCORES_LIMIT_BYTES // (heads * length * precision.itemsize))
-        for low in range(start, stop, tile):
-            high = min(low + tile, stop)
-            query = torch.arange(first + low - start, first + high - start, device=q_TND.device)
-            end = first + high - start
-            begin = 0 if pages.window_tokens is None else max(0, first + low - start - pages.window_tokens + 1)
-            page_begin = begin // page_tokens
-            used = pages.table[index, page_begin : -(-end // page_tokens)]
-            keys, values = (
-                kv_PCSKD[used, part].flatten(0, 1)[begin - page_begin * page_tokens : end - page_begin * page_tokens]
-                for part in (0, 1)
-            )  # [J, K, D]
-            key = torch.arange(begin, end, device=q_TND.device)
-            hidden = key > query[:, None]
-            if pages.window_tokens is not None:
-                hidden |= key <= query[:, None] - pages.window_tokens
-            q_KGTD = q_TND[low:high].to(precision).view(high - low, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-            scores = torch.einsum("kgtd,jkd->kgtj", q_KGTD * head_dim**-0.5, keys.to(precision))
-            scores.masked_fill_(hidden, float("-inf"))
-            top = torch.maximum(scores.amax(-1), sinks_KG1)
-            weights = torch.exp(scores - top[..., None])
-            total = weights.sum(-1) + torch.exp(sinks_KG1 - top)
-            out = torch.einsum("kgtj,jkd->tkgd", weights / total[..., None], values.to(precision))
-            out_TND[low:high] = out.reshape(high - low, heads, head_dim)
-    return out_TND.view(tokens, heads * head_dim)
+        begin = 0 if pages.window_tokens is None else max(0, length - (stop - start) - pages.window_tokens + 1)
+        keys_JKD, values_JKD = read_pages(kv_PCSKD, pages.table[index], begin, length, wide(q_TND.dtype))
+        attend_one(q_TND[start:stop], keys_JKD, values_JKD, sinks_N, pages.window_tokens, out_TND[start:stop])
+    return out_TND.flatten(1)
+
+
+def read_pages(kv_PCSKD: Tensor, table: Tensor, begin: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [J, K, D] of one sequence's positions begin to end."""
+    page_tokens = kv_PCSKD.shape[2]
+    first = begin // page_tokens
+    used = table[first : -(-end // page_tokens)]
+    rows = slice(begin - first * page_tokens, end - first * page_tokens)
+    return kv_PCSKD[used, 0].flatten(0, 1)[rows].to(dtype), kv_PCSKD[used, 1].flatten(0, 1)[rows].to(dtype)
+
+
+def attend_one(
+    q_TND: Tensor, keys_JKD: Tensor, values_JKD: Tensor, sinks_N: Tensor, window_tokens: int | None, out_TND: Tensor
+) -> None:
+    """The last T of J positions of one sequence, into out_TND. Queries go in tiles of one size, so that the scores of
+    a tile stay under SCORES_LIMIT_BYTES and each tile can use the memory of the one before."""
+    tokens, heads, head_dim = q_TND.shape
+    length, kv_heads, _ = keys_JKD.shape
+    precision = keys_JKD.dtype
+    sinks_KG1 = sinks_N.to(precision).view(kv_heads, -1, 1)
+    columns = length if window_tokens is None else min(length, window_tokens + tokens)
+    tile = max(1, min(tokens, SCORES_LIMIT_BYTES // (heads * columns * precision.itemsize)))
+    for low in range(0, tokens, tile):
+        high = min(low + tile, tokens)
+        query = torch.arange(length - tokens + low, length - tokens + high, device=q_TND.device)[:, None]
+        # a window's tile sees few of the keys; without a window, all of them, those to come hidden
+        seen = slice(0, length)
+        if window_tokens is not None:
+            seen = slice(max(0, length - tokens + low - window_tokens + 1), length - tokens + high)
+        key = torch.arange(seen.start, seen.stop, device=q_TND.device)
+        hidden = key > query
+        if window_tokens is not None:
+            hidden |= key <= query - window_tokens
+        q_KGTD = q_TND[low:high].to(precision).view(high - low, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        scores = torch.einsum("kgtd,jkd->kgtj", q_KGTD * head_dim**-0.5, keys_JKD[seen])
+        scores.masked_fill_(hidden, float("-inf"))
+        top = torch.maximum(scores.amax(-1), sinks_KG1)
+        weights = scores.sub_(top[..., None]).exp_()
+        total = weights.sum(-1) + torch.exp(sinks_KG1 - top)
+        mixed = torch.einsum("kgtj,jkd->tkgd", weights, values_JKD[seen])
+        out_TND[low:high] = (mixed / total.permute(2, 0, 1)[..., None]).reshape(high - low, heads, head_dim)

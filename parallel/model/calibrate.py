@@ -31,6 +31,9 @@ def connect(plan: Plan, device: torch.device) -> Comm:
         if dist.get_rank() == 0:
             write_cache(cache_file(device, plan.ranks), kept[0])
     linked.limits = tuple((limit, way) for limit, way in kept[0] or ())
+    for size in message_sizes(buffer_bytes):  # now, so that NCCL takes its buffers before they are counted
+        linked.all_reduce_by("group", torch.zeros(size, dtype=torch.uint8, device=device))
+    torch.cuda.synchronize()
     return linked
 
 

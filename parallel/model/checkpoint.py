@@ -31,7 +31,7 @@ def load(
 ) -> Weights:
     """The share of `rank`. Calls progress(done_bytes, total_bytes) after each tensor, in bytes of the files."""
     rows = {row.name: row for row in table(plan.spec)}
-    total_bytes = sum(local_bytes(row, plan.mesh, rank) for row in rows.values())
+    total_bytes = sum(_read_bytes(row, plan, rank) for row in rows.values())
     done_bytes = 0
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
@@ -43,7 +43,7 @@ def load(
             if path not in files:
                 files[path] = stack.enter_context(safe_open(path, framework="pt"))
             tensor = _place(files[path], row, plan, rank, device)
-            done_bytes += local_bytes(row, plan.mesh, rank)
+            done_bytes += _read_bytes(row, plan, rank)
             progress(done_bytes, total_bytes)
             return tensor
 
@@ -84,6 +84,20 @@ def _place(file: Any, row: Row, plan: Plan, rank: int, device: torch.device) -> 
             dtype = torch.promote_types(dtype, torch.float32)
     if is_zero_here(row, plan.mesh, rank):
         return torch.zeros(local_shape(row, plan.mesh, rank), dtype=dtype, device=device)
-    tensor = file.get_slice(row.published)[local_slices(row, plan.mesh, rank)]
+    tensor = _read(file, row, plan, rank)
     # a tensor that needs no conversion would still be a view into the mapped file: own memory is what was planned for
     return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+
+def _read(file: Any, row: Row, plan: Plan, rank: int) -> Tensor:
+    """This rank's slice as it is in the file; experts in the plan's order, one by one, where it has one."""
+    stored, slices = file.get_slice(row.published), local_slices(row, plan.mesh, rank)
+    if not (plan.expert_order and row.by_expert):
+        return stored[slices]
+    order = plan.expert_order[int(row.name.split(".")[1])]
+    return torch.cat([stored[(slice(expert, expert + 1), *slices[1:])] for expert in order[slices[0]]])
+
+
+def _read_bytes(row: Row, plan: Plan, rank: int) -> int:
+    """What this rank asks the file for."""
+    return 0 if is_zero_here(row, plan.mesh, rank) else local_bytes(row, plan.mesh, rank)

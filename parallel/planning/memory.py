@@ -28,22 +28,24 @@ class ProcessCost:
 
 
 PROCESS: dict[Device, ProcessCost] = {
-    "cuda": ProcessCost(context_bytes=600 << 20, nccl_bytes=300 << 20, host_bytes=3 << 30),
+    "cuda": ProcessCost(context_bytes=690 << 20, nccl_bytes=840 << 20, host_bytes=3 << 30),  # seen on two H200
     "cpu": ProcessCost(context_bytes=0, nccl_bytes=0, host_bytes=1 << 30),
 }
 
 SYMMETRIC_BUFFERS = 1  # of a whole step's hidden states
 
-# How many copies of a thing live at the same time at the worst moment, read off the plain operations in kernels/.
-SCORE_TILES = 4  # last tile's weights, this tile's scores, their difference to the maximum, its exponential
-KEY_COPIES = 4  # keys and values of this tile and of the last one
-WIDE_KEY_COPIES = 2  # one of them in fp32, and once more where the product reorders it
+# How many copies of a thing live at the same time at the worst moment, counted over the plain operations in kernels/ by
+# following every tensor of a step at the published width: 2048 tokens of 2048, 512 of 32768 and 64 of 131072.
+SCORE_TILES = 2  # scores, and once more where a product reorders them
+WIDE_KEY_COPIES = 2  # a sequence's keys and values, in fp32
 DEQUANTIZED_COPIES = 3  # last matrix, looked-up values, their product with the scales
 INNER_COPIES = 6  # gate_up's product counts two; gate, up, sigmoid, result
-HIDDEN_COPIES = 6  # rows of one expert, its output, normalised input, attention's output and two in passing
-WIDE_HIDDEN_COPIES = 4  # norm: value, square, product; experts: the sum
+EXPERT_ROWS_COPIES = 2  # rows of one expert and its output
+HIDDEN_COPIES = 3  # normalised input, attention's output and what is added to the residual
+WIDE_HIDDEN_COPIES = 3  # norm: value, square, product; experts: the sum and what is added to it
+QKV_COPIES = 2  # the product and what is rotated
 LOGIT_COPIES = 8  # fp64, [1, vocab]: sorted, order, probabilities, their sums, race
-ALLOCATOR_SLACK = 1.1  # freed blocks of other sizes that torch's allocator keeps
+ALLOCATOR_SLACK = 1.05  # what torch's allocator adds by rounding, with expandable segments
 
 KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # kept in fp32: few bytes, and their readers compute so
 WIDE_BYTES = 4  # fp32
@@ -68,31 +70,34 @@ def workspace_bytes(
 ) -> int:
     """Most bytes that live during a step besides weights and KV, for the plain operations in kernels/.
 
-    hidden states that live all along + the largest of (attention, experts, head), times the allocator's slack:
-      hidden     T x H x (2 residual + HIDDEN_COPIES x compute + WIDE_HIDDEN_COPIES x fp32)
+    hidden states that live all along + the largest of (attention, experts, norm, head), times the allocator's slack:
+      hidden     T x H x (2 residual + HIDDEN_COPIES x compute)
       attention  SCORE_TILES x min(limit, heads x T x C x fp32), keys and values of C tokens, q, k, v of T tokens
       experts    one expert's larger matrix (gate_up) DEQUANTIZED_COPIES times, its bytes as indexes, T rows inside
+      norm       WIDE_HIDDEN_COPIES x T x H x fp32
       head       LOGIT_COPIES x vocab fp64
     with T step_tokens, C context_tokens, H hidden.
     """
     element, residual = DTYPE_BYTES[dtype], DTYPE_BYTES[residual_dtype]
-    here, hidden = _widths(spec, mesh, rank), spec.hidden
-    lasting = step_tokens * hidden * (2 * residual + HIDDEN_COPIES * element + WIDE_HIDDEN_COPIES * WIDE_BYTES)
-    heads = here.q // spec.head_dim
-    scores = min(SCORES_LIMIT_BYTES, heads * step_tokens * context_tokens * WIDE_BYTES)
+    here, rows = _widths(spec, mesh, rank), step_tokens * spec.hidden
+    lasting = rows * (2 * residual + HIDDEN_COPIES * element)
+    scores = here.q // spec.head_dim * step_tokens * context_tokens * WIDE_BYTES
     attention = (
-        SCORE_TILES * scores
-        + context_tokens * here.kv * (KEY_COPIES * element + WIDE_KEY_COPIES * WIDE_BYTES)
-        + step_tokens * (here.q + 2 * here.kv) * (2 * element + WIDE_BYTES)
+        SCORE_TILES * min(SCORES_LIMIT_BYTES, scores)
+        + context_tokens * here.kv * WIDE_KEY_COPIES * WIDE_BYTES
+        + step_tokens * (here.q + 2 * here.kv) * QKV_COPIES * element
     )
-    matrix = here.gate_up * hidden
+    matrix = here.gate_up * spec.hidden
+    norm = rows * WIDE_HIDDEN_COPIES * WIDE_BYTES
     experts = (
         matrix * DEQUANTIZED_COPIES * element
         + matrix // 2 * INDEX_BYTES
         + step_tokens * here.gate_up // 2 * INNER_COPIES * element
+        + rows * EXPERT_ROWS_COPIES * element
+        + norm
     )
     head = LOGIT_COPIES * spec.vocab * DTYPE_BYTES["fp64"]
-    return ceil((lasting + max(attention, experts, head)) * ALLOCATOR_SLACK)
+    return ceil((lasting + max(attention, experts, norm, head)) * ALLOCATOR_SLACK)
 
 
 def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, step_tokens: int) -> int:

@@ -46,6 +46,11 @@ class Row:
     once: Axis | None = None
 
     @property
+    def by_expert(self) -> bool:
+        """Whether dim 0 counts experts, and so stands in the plan's order of experts."""
+        return ".router." in self.name or any(cut.axis == "ep" for cut in self.cuts)
+
+    @property
     def nbytes(self) -> int:
         return prod(self.shape) * BYTES_PER_ELEMENT[self.dtype]
 

@@ -40,18 +40,11 @@ def our_logits(folder: Path, tokens: list[int], dtype, device, step_tokens: int)
     return torch.cat(logits), torch.stack(by_layer)
 
 
-def compare(logits: Tensor, routes: Tensor, oracle: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """(largest error on unflipped tokens, share of flipped tokens) against the oracle's (logits, routes)."""
-    same = (routes.sort(-1).values == oracle[1].sort(-1).values).all(-1).all(0)  # [tokens]
-    error = (logits.float() - oracle[0]).abs().amax(-1)
-    return error[same].max().item(), 1 - same.float().mean().item()
-
-
 def check(folder: Path, tokens: list[int], device, step_tokens: int, what: str) -> None:
     with torch.inference_mode():
         oracle = oracles.transformers_logits(folder, tokens, torch.float32, device)
-        theirs = compare(*oracles.transformers_logits(folder, tokens, torch.bfloat16, device), oracle)
-        ours = compare(*our_logits(folder, tokens, "bf16", device, step_tokens), oracle)
+        theirs = oracles.compare(*oracles.transformers_logits(folder, tokens, torch.bfloat16, device), oracle)
+        ours = oracles.compare(*our_logits(folder, tokens, "bf16", device, step_tokens), oracle)
     for name, (error, flipped) in (("transformers", theirs), ("gptoss-launch", ours)):
         print(f"{what}, {len(tokens)} tokens, {name}: largest error {error:.3f}, flipped {flipped:.1%}")
     assert ours[0] <= 1.5 * theirs[0]
