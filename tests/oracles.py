@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,20 +39,35 @@ def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: 
     return model.to(device=device, dtype=dtype).eval()
 
 
+@dataclass(frozen=True)
+class Run:
+    """Over one sequence: logits [tokens, vocab]; the experts of every token [layers, tokens, experts a token]; and how
+    far the last chosen expert's router logit is from the first one left out [layers, tokens]."""
+
+    logits: Tensor
+    routes: Tensor
+    margins: Tensor
+
+
 @torch.no_grad()
-def transformers_logits(
-    folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Over one sequence: logits [tokens, vocab], and the experts of every token [layers, tokens, experts a token]."""
+def transformers_run(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32, device: str = "cpu") -> Run:
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
     model = load_transformers(folder, dtype, device)
     routes: list[Tensor] = []
+    margins: list[Tensor] = []
+
+    def record(module, inputs, outputs) -> None:
+        logits, _, chosen = outputs
+        routes.append(chosen)
+        best = logits.topk(chosen.shape[-1] + 1, dim=-1).values
+        margins.append(best[..., -2] - best[..., -1])
+
     for module in model.modules():
         if isinstance(module, GptOssTopKRouter):
-            module.register_forward_hook(lambda module, inputs, outputs: routes.append(outputs[-1]))
+            module.register_forward_hook(record)
     logits = model(torch.tensor([tokens], device=device), use_cache=False).logits[0]
-    return logits, torch.stack(routes)
+    return Run(logits, torch.stack(routes), torch.stack(margins))
 
 
 @torch.no_grad()
@@ -155,8 +171,29 @@ def openai_logits(module, original: Path, tokens: list[int]) -> Tensor:
     return model(torch.tensor(tokens))
 
 
-def compare(logits: Tensor, routes: Tensor, oracle: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """(largest error on unflipped tokens, share of flipped tokens) against the oracle's (logits, routes)."""
-    same = (routes.sort(-1).values == oracle[1].sort(-1).values).all(-1).all(0)  # [tokens]
-    error = (logits.float() - oracle[0]).abs().amax(-1)
+def same_routes(routes: Tensor, oracle: Run) -> Tensor:
+    """[layers, tokens]: whether the same experts were chosen, in whatever order."""
+    return (routes.sort(-1).values == oracle.routes.sort(-1).values).all(-1)
+
+
+def compare(logits: Tensor, routes: Tensor, oracle: Run) -> tuple[float, float]:
+    """(largest error on unflipped tokens, share of flipped tokens) against the oracle."""
+    same = same_routes(routes, oracle).all(0)  # [tokens]
+    error = (logits.float() - oracle.logits).abs().amax(-1)
     return error[same].max().item(), 1 - same.float().mean().item()
+
+
+def tokens_before_a_tie(routes: Tensor, oracle: Run, tie: float) -> int:
+    """How many tokens come before the first whose routing differs from the oracle's: later ones attend to it.
+
+    In exact arithmetic nothing would differ; in fp32 a choice may, if it was a tie: AssertionError unless the margin of
+    the first choice that differs is at most `tie`.
+    """
+    same = same_routes(routes, oracle)
+    if same.all():
+        return same.shape[1]
+    token = int((~same.all(0)).nonzero()[0])
+    layer = int((~same[:, token]).nonzero()[0])
+    margin = oracle.margins[layer, token].item()
+    assert margin <= tie, f"layer {layer} routes token {token} differently, and its margin is {margin:.2e}"
+    return token

@@ -1,4 +1,4 @@
-"""The model against two implementations that share no line with it (design: "exact").
+"""The model against two implementations that share no line with it (README: "What equal means", exact).
 
 fp32 compute on packed weights: every logit within 1e-5 of the largest one, every argmax equal, 64 greedy tokens
 identical.
@@ -48,7 +48,7 @@ def assert_exact(ours: torch.Tensor, oracle: torch.Tensor, what: str) -> None:
 def test_logits_equal_transformers(name: str, device: Literal["cpu", "cuda"], checkpoints: Path) -> None:
     folder = checkpoint(name, checkpoints)
     tokens = prompt(SPECS[name], PROMPT_TOKENS[name])
-    oracle, _ = oracles.transformers_logits(folder, tokens, device=device)
+    oracle = oracles.transformers_run(folder, tokens, device=device).logits
     engine = plain_engine(plain_plan(folder, device=device))
     assert_exact(all_logits(engine, tokens), oracle, f"{name}, token by token, against transformers")
     for chunk in (512, 7):  # whole, and in chunks that cut pages and windows unevenly
@@ -92,7 +92,7 @@ def test_transposed_down_proj_cannot_pass(checkpoints: Path, monkeypatch: pytest
     """down_proj is square at the true width, so a transposed one fits everywhere and must be told by its values."""
     folder = checkpoint("true_width", checkpoints)
     tokens = prompt(SPECS["true_width"], 8)
-    oracle, _ = oracles.transformers_logits(folder, tokens)
+    oracle = oracles.transformers_run(folder, tokens).logits
 
     def transposed(blocks, scales, dtype):
         weight = mxfp4.dequantize(blocks, scales, dtype)
