@@ -1,4 +1,4 @@
-"""The parts of README.md that are made from the code: a command's output, and the file tree.
+"""The parts of README.md that are made from the code: a command's output, what ranks hold, and the file tree.
 
 Each lies between two comments, `<!-- NAME -->` or `<!-- NAME: COMMAND -->`, and `<!-- /NAME -->`. After a change write
 them anew:
@@ -15,6 +15,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from gptoss_launch.parallel.planning.machine import read_machine
+from gptoss_launch.parallel.planning.picture import picture, rank_table
+from gptoss_launch.parallel.planning.planner import plan
+from gptoss_launch.parallel.planning.spec import PUBLISHED
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 COLUMNS = 110  # of the terminal that the README shows
@@ -26,6 +31,12 @@ def current(text: str) -> str:
     text = re.sub(
         r"(<!-- plan: gptoss-launch (.+?) -->\n).*?(<!-- /plan -->)",
         lambda found: f"{found[1]}```text\n{output_of(shlex.split(found[2]))}```\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+    text = re.sub(
+        r"(<!-- ranks: (\S+) on (\S+) -->\n).*?(<!-- /ranks -->)",
+        lambda found: f"{found[1]}{ranks_of(found[2], found[3])}{found[4]}",
         text,
         flags=re.DOTALL,
     )
@@ -43,6 +54,12 @@ def output_of(arguments: list[str]) -> str:
     command = [sys.executable, "-m", "gptoss_launch.launch", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
+
+
+def ranks_of(model: str, machine: str) -> str:
+    """A picture and a table of what each rank of the plan for `machine` holds."""
+    chosen = plan(PUBLISHED[model], read_machine(machine), model=model)
+    return f"{picture(chosen)}\n{rank_table(chosen)}"
 
 
 def tree(folder: Path, depth: int = 0) -> Iterator[str]:
