@@ -44,8 +44,10 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
         routing=read_routing(settings.routing, spec.layers, spec.experts) if settings.routing else None,
     )
     plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)
-    if need_weights and settings.machine and plan.device == "cuda" and not probe().gpus:
-        raise UserError(f"the plan for {machine.name} needs a GPU, and there is none here", "leave out --machine")
+    if need_weights and settings.machine and plan.device == "cuda" and plan.world_size > len(probe().gpus):
+        here = len(probe().gpus)
+        message = f"the plan for {machine.name} does not run here: GPUs needed {plan.world_size}, found {here}"
+        raise UserError(message, "leave out --machine")
     return plan
 
 

@@ -61,7 +61,7 @@ def test_plan_names_the_checkpoint() -> None:
 def test_a_plan_for_a_gpu_that_is_elsewhere_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert make_plan("tiny", Settings(machine="h100"), need_weights=False).device == "cuda"
-    with pytest.raises(UserError, match="the plan for h100 needs a GPU, and there is none here"):
+    with pytest.raises(UserError, match="does not run here: GPUs needed 1, found 0"):
         make_plan("tiny", Settings(machine="h100"), need_weights=True)
 
 
