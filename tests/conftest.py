@@ -5,10 +5,15 @@ Slurm. Away from the network some cannot be had; CI passes `--oracles-required` 
 none goes missing there unnoticed.
 """
 
+import os
 from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
+
+# Before torch is loaded, here and in the processes that tests start: OpenMP threads that spin while they wait take the
+# cores from the very process that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
