@@ -120,7 +120,10 @@ class Decoder:
         self._unpacker = msgpack.Unpacker(max_buffer_size=MESSAGE_LIMIT_BYTES, use_list=True)
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        self._unpacker.feed(data)
+        try:
+            self._unpacker.feed(data)
+        except msgpack.BufferFull:
+            raise ValueError(f"a message of more than {MESSAGE_LIMIT_BYTES} bytes") from None
         for value in self._unpacker:
             yield _decode(value)
 
