@@ -1,0 +1,155 @@
+"""Two real ranks on tiny, over gloo: what a person is told when one of them dies or hangs, and that nothing is left.
+
+Each test starts `serve` as a user does and needs a server of its own, as it destroys it. Where a rank is, is read from
+its trace, so that it is hit within a step and not between two.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from gptoss_launch.launch.resolve import make_plan
+from gptoss_launch.launch.settings import Settings
+from gptoss_launch.parallel.engine.trace import Where, read_where, trace_file
+from gptoss_launch.parallel.planning.limits import step_limit_s
+
+PROGRAM = ("-m", "gptoss_launch.launch")
+ARGUMENTS = ("--machine", "cpu", "--ranks", "2", "--dp", "1", "--context", "256", "--port", "0")
+HELLO = [{"role": "user", "content": "Hello"}]
+GONE_S = 10.0
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def server(start):
+    running = start("serve", "tiny", *ARGUMENTS, program=PROGRAM)
+    assert rank_pids(running).keys() == {0, 1}
+    yield running
+    for pid in rank_pids(running).values():  # of a test that failed: a stopped process does not end by itself
+        os.kill(pid, signal.SIGKILL)
+
+
+def rank_pids(running) -> dict[int, int]:
+    """rank -> pid of what lives."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes().decode().split("\0")
+            environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        of_ours = any(str(running.tmp) in argument for argument in arguments)
+        rank = next((entry[5:] for entry in environment if entry.startswith("RANK=")), None)
+        if of_ours and rank is not None and state != "Z":
+            found[int(rank)] = int(folder.name)
+    return found
+
+
+def where(running, rank: int) -> Where:
+    (folder,) = running.tmp.glob("gptoss-*")
+    found = read_where(trace_file(folder / "replica-0.sock", rank))
+    assert found is not None
+    return found
+
+
+class Stream:
+    """A client that reads an answer in a thread, and then the next one, until the server is gone."""
+
+    def __init__(self, running) -> None:
+        self.errors: list[Exception] = []
+        self.chunks = 0
+        self._client = openai.OpenAI(base_url=running.url, api_key="none", max_retries=0, timeout=60)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        deadline = time.monotonic() + 20
+        while self.chunks < 5:
+            assert time.monotonic() < deadline and not self.errors, self.errors
+            time.sleep(0.01)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                stream = self._client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=150, stream=True)
+                for _ in stream:
+                    self.chunks += 1
+        except (openai.APIError, httpx.HTTPError) as error:
+            self.errors.append(error)
+
+    def ended(self) -> None:
+        """It was told, and does not wait for ever."""
+        self._thread.join(5)
+        assert not self._thread.is_alive() and len(self.errors) == 1
+        self._client.close()
+
+
+def stop_within_a_step(running, rank: int) -> None:
+    """SIGSTOP that hits `rank` in a step, and others in a later place of it or of the next.
+
+    Two ranks in the same collective look alike from outside: which of them did not bring its part cannot be told.
+    """
+    pid = rank_pids(running)[rank]
+    for _ in range(200):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.1)  # for the others to come as far as they can
+        here, others = where(running, rank), where(running, 1 - rank)
+        if here.phase in ("step", "collective") and here.progress < others.progress:
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.007)
+    raise AssertionError("never stopped within a step")
+
+
+def error_line(running) -> str:
+    """The one line on stderr that says what went wrong."""
+    (line,) = [line for line in running.stderr().splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_killed_rank_is_named_with_where_it_was(server):
+    stream = Stream(server)
+    stop_within_a_step(server, 1)
+    was = where(server, 1)
+    os.kill(rank_pids(server)[1], signal.SIGKILL)
+    print(f"gone {server.gone_within(GONE_S):.1f} s after rank 1 was killed {was}")
+    assert server.process.wait() == 7
+    assert error_line(server) == f"error: rank 1 on {HOST} died {was}"
+    stream.ended()
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_is_named_once_a_step_takes_too_long(server):
+    settings = Settings(machine="cpu", ranks=2, dp=1, context_tokens=256)
+    limit_s = step_limit_s(make_plan("tiny", settings, need_weights=True))
+    stream = Stream(server)
+    stop_within_a_step(server, 1)
+    was = where(server, 1)
+    begun_s = time.monotonic()
+    while not stream.errors:
+        assert time.monotonic() - begun_s < limit_s + 5
+        time.sleep(0.05)
+    detected_s = time.monotonic() - begun_s
+    print(f"limit {limit_s:.1f} s, client told after {detected_s:.1f} s, gone {server.gone_within(GONE_S):.1f} s later")
+    assert detected_s > limit_s - 1  # it is not taken for dead
+    assert server.process.wait() == 7
+    assert error_line(server) == f"error: rank 1 on {HOST} hangs {was}: a step may take {limit_s:.0f} s"
+    assert f"rank 0 on {HOST} is in collective" in server.stderr()
+    stream.ended()
+
+
+@pytest.mark.parametrize("victim", ["torchrun", "http", "command"])
+def test_kill_9_of_the_others_leaves_nothing(server, victim):
+    stream = Stream(server)
+    os.kill(server.pids()[victim], signal.SIGKILL)
+    print(f"gone {server.gone_within(GONE_S):.1f} s after {victim} was killed")
+    assert server.process.wait() == (-signal.SIGKILL if victim == "command" else 7)
+    if victim != "command":
+        name = {"torchrun": "torchrun", "http": "the HTTP process"}[victim]
+        assert error_line(server).startswith(f"error: {name} on {HOST} died while ")
+    stream.ended()
