@@ -60,8 +60,9 @@ def transformers_run(folder: Path, tokens: list[int], dtype: torch.dtype = torch
     def record(module, inputs, outputs) -> None:
         logits, _, chosen = outputs
         routes.append(chosen)
-        best = logits.topk(chosen.shape[-1] + 1, dim=-1).values
-        margins.append(best[..., -2] - best[..., -1])
+        best = logits.sort(dim=-1, descending=True).values
+        left_out = best[..., chosen.shape[-1] :]  # nothing, where all experts are chosen
+        margins.append(best[..., chosen.shape[-1] - 1] - left_out[..., 0] if left_out.numel() else best[..., 0] * 0)
 
     for module in model.modules():
         if isinstance(module, GptOssTopKRouter):
