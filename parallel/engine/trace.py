@@ -38,7 +38,7 @@ class Where:
     @property
     def progress(self) -> tuple[int, int, bool]:
         """Grows as the rank goes on; whoever has the smallest holds up the others."""
-        return self.step, self.collective, self.phase == "collective"
+        return self.step, self.collective, self.phase != "collective"
 
 
 class Trace:

@@ -16,7 +16,7 @@ import openai
 import pytest
 from gptoss_launch.launch.resolve import make_plan
 from gptoss_launch.launch.settings import Settings
-from gptoss_launch.parallel.engine.trace import Where, read_where, trace_file
+from gptoss_launch.parallel.engine.trace import Trace, Where, read_where, trace_file
 from gptoss_launch.parallel.planning.limits import step_limit_s
 
 PROGRAM = ("-m", "gptoss_launch.launch")
@@ -110,6 +110,21 @@ def error_line(running) -> str:
     """The one line on stderr that says what went wrong."""
     (line,) = [line for line in running.stderr().splitlines() if line.startswith("error: ")]
     return line
+
+
+def test_progress_grows_as_a_rank_goes_on(tmp_path):
+    """The rank with the smallest is taken for the one that holds up the others."""
+    trace = Trace(tmp_path / "trace")
+    steps = (trace.step, *(trace.collective_begins, trace.collective_ends) * 2, trace.idle)
+    seen = []
+    for go_on in (trace.collective_begins, trace.collective_ends, trace.idle):  # warming up: all of it is step 0
+        go_on()
+        assert read_where(tmp_path / "trace").progress[:2] == (0, 0)
+    for go_on in steps * 2:
+        go_on()
+        seen.append(read_where(tmp_path / "trace").progress)
+    assert seen == sorted(seen)
+    assert len(set(seen)) == len(seen) - 2  # idle is where the last collective was left
 
 
 def test_a_killed_rank_is_named_with_where_it_was(server):
