@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from gptoss_launch.parallel.kernels.hash import mix
 from gptoss_launch.parallel.kernels.sample import FIRST_CANDIDATES, exponential_times, in_nucleus, sample
 from gptoss_launch.parallel.model.comm import Alone
 from hypothesis import assume, given, settings
@@ -150,6 +151,20 @@ def test_seed_and_position_both_matter() -> None:
     assert sum(a == b for a, b in zip(by_seed, by_position, strict=True)) < 10
 
 
+def test_bits_are_those_of_splitmix64() -> None:
+    """Outputs of the reference implementation (https://prng.di.unimi.it/splitmix64.c) for the states 0 and 1234567."""
+    step = 0x9E3779B97F4A7C15
+    expected = {
+        0: (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F),
+        1234567: (6457827717110365317, 3203168211198807973, 9817491932198370423),
+    }
+    for state, outputs in expected.items():
+        for index, output in enumerate(outputs):
+            before = (state + index * step) % 2**64
+            mixed = mix(torch.tensor([before - 2**64 if before >= 2**63 else before]))
+            assert mixed.item() % 2**64 == output
+
+
 def test_times_are_positive_for_any_seed() -> None:
     seed_S = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)])
     times_SV = exponential_times(seed_S, torch.zeros(5, dtype=torch.int64), torch.arange(20000))
@@ -200,7 +215,7 @@ def test_top_p_of_any_depth(cuts: tuple[int, ...], scale: float) -> None:
 
 def test_equals_deeper_than_the_candidates_enter_by_id() -> None:
     """All alike: the nucleus is the lowest ids, from the first rank on."""
-    for top_p, count in ((0.1001, 101), (0.6001, 601), (0.9999, 1000)):
+    for top_p, count in ((0.1001, 101), (0.4001, 401), (0.6001, 601), (0.9999, 1000)):
         assert nucleus(torch.zeros((1, 1000)), [top_p], (600,)) == [set(range(count))]
 
 

@@ -19,14 +19,20 @@ BAD = "bad"  # id of a request that the engine refuses
 
 @dataclass
 class FakeEngine:
-    """Token i of a request is i. `events`: what was begun, drawn and closed."""
+    """Token i of a request is i. `events`: what was begun, drawn and closed. Streams are kept, so that one that nobody
+    closes stays open."""
 
     events: list[tuple[str, str]] = field(default_factory=list)
+    streams: list[Generator[Token]] = field(default_factory=list)
 
     def refusal(self, request: Request) -> str | None:
         return "7 is too many" if request.id == BAD else None
 
     def generate(self, request: Request) -> Generator[Token]:
+        self.streams.append(self._stream(request))
+        return self.streams[-1]
+
+    def _stream(self, request: Request) -> Generator[Token]:
         self.events.append(("begin", request.id))
         try:
             for index in range(request.max_tokens):
