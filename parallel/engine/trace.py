@@ -36,9 +36,9 @@ class Where:
         return self.phase
 
     @property
-    def progress(self) -> tuple[int, int, bool]:
+    def progress(self) -> tuple[int, int, int]:
         """Grows as the rank goes on; whoever has the smallest holds up the others."""
-        return self.step, self.collective, self.phase != "collective"
+        return self.step, self.collective, {"collective": 0, "idle": 2}.get(self.phase, 1)
 
 
 class Trace:

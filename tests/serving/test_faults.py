@@ -123,8 +123,7 @@ def test_progress_grows_as_a_rank_goes_on(tmp_path):
     for go_on in steps * 2:
         go_on()
         seen.append(read_where(tmp_path / "trace").progress)
-    assert seen == sorted(seen)
-    assert len(set(seen)) == len(seen) - 2  # idle is where the last collective was left
+    assert seen == sorted(set(seen))
 
 
 def test_a_killed_rank_is_named_with_where_it_was(server):
