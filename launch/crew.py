@@ -151,7 +151,8 @@ class Crew:
         self._fail(RankDiedError(f"{self._control.stem} ended with exit code {code}", self._tail(-1)), FOLLOWS)
 
     async def _watch_steps(self, limit_s: float) -> None:
-        """Fails the crew when a rank is longer in one step than limit_s; names the rank that holds up the others."""
+        """Fails the crew when a rank is longer in one step than limit_s, and names who holds up the others: the rank
+        that is least far, and of several the one that is stopped."""
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
             places = {member: self._where(member.hello.rank) for member in self._members if member.hello.role == "rank"}
@@ -160,15 +161,15 @@ class Crew:
             late = [where for where in working.values() if where.phase != "idle" and now_s - where.since_s > limit_s]
             if not late:
                 continue
-            culprit = min(working, key=lambda member: working[member].progress)
-            others = "; ".join(f"{m.name} is {where}" for m, where in working.items() if m is not culprit)
-            self._fail(
-                RankDiedError(
-                    f"{culprit.name} hangs {working[culprit]}: a step may take {limit_s:.0f} s",
-                    "\n".join(part for part in (others, self._tail(culprit.hello.rank)) if part),
-                ),
-                CAUSE,
-            )
+            least = min(where.progress for where in working.values())
+            stuck = [member for member in working if working[member].progress == least]
+            stuck = [member for member in stuck if _is_stopped(member.hello)] or stuck
+            names = " and ".join(member.name for member in stuck)
+            others = "; ".join(f"{member.name} is {where}" for member, where in working.items() if member not in stuck)
+            hint = "\n".join(part for part in (others, self._tail(stuck[0].hello.rank)) if part)
+            verb = "hangs" if len(stuck) == 1 else "hang"
+            message = f"{names} {verb} {working[stuck[0]]}: a step may take {limit_s:.0f} s"
+            self._fail(RankDiedError(message, hint), CAUSE)
             return
 
     def _where(self, rank: int) -> Where | None:
@@ -177,7 +178,9 @@ class Crew:
     def _doing(self, member: _Member) -> str:
         """What the member was at, for the message that says it is gone."""
         where = self._where(member.hello.rank) if member.hello.role == "rank" else None
-        return str(where) if where is not None and where.phase in ("step", "collective") else f"while {member.doing}"
+        if where is not None and where.phase in ("step", "collective"):
+            return str(where)
+        return "while serving" if self.ready.done() else f"while {member.doing}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         decoder = Decoder()
@@ -252,6 +255,15 @@ def _hang_up(writer: asyncio.StreamWriter) -> None:
         writer.write_eof()
     except OSError:
         pass  # gone already
+
+
+def _is_stopped(hello: Hello) -> bool:
+    """Whether a process of this host is stopped, by a signal or a debugger; False where that cannot be seen."""
+    try:
+        state = Path(f"/proc/{hello.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in ("T", "t") and hello.host == socket.gethostname()
 
 
 def _last_lines(path: Path) -> list[str]:
