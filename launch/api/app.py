@@ -36,6 +36,7 @@ from .respond import ClientGoneError, EventStream, chunks, new_completion, read_
 from .schema import ChatRequest, parse_chat_request
 
 BODY_LIMIT_BYTES = 32 << 20
+REQUEST_LIMIT = 1024  # of one replica, running and waiting; more are told to come back
 
 
 class Engine(Protocol):
@@ -192,7 +193,12 @@ def _choose(engines: Sequence[Engine]) -> Engine:
     """The least busy replica."""
     able = [engine for engine in engines if engine.ready]
     if able:
-        return min(able, key=lambda engine: engine.running)
+        engine = min(able, key=lambda engine: engine.running)
+        if engine.running >= REQUEST_LIMIT:
+            raise ApiError(
+                429, f"{engine.running} requests run or wait already: try again later", code="too_many_requests"
+            )
+        return engine
     if any(engine.dead for engine in engines):
         raise engine_died("the engine died")
     raise ApiError(503, "the model is still loading; /ready says when it can answer", code="not_ready")

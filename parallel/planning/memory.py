@@ -45,7 +45,7 @@ HIDDEN_COPIES = 3  # normalised input, attention's output and what is added to t
 WIDE_HIDDEN_COPIES = 3  # norm: value, square, product; experts: the sum and what is added to it
 QKV_COPIES = 2  # the product and what is rotated
 LOGIT_COPIES = 8  # fp64, [1, vocab]: sorted, order, probabilities, their sums, race
-ALLOCATOR_SLACK = 1.05  # what torch's allocator adds by rounding, with expandable segments
+ALLOCATOR_SLACK = 1.25  # what torch's allocator holds besides, with expandable segments: a guess on the safe side
 
 KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # kept in fp32: few bytes, and their readers compute so
 WIDE_BYTES = 4  # fp32

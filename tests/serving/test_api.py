@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import httpx
 import openai
 import pytest
-from gptoss_launch.launch.api.app import Served, create_app
+from gptoss_launch.launch.api.app import REQUEST_LIMIT, Served, create_app
 from gptoss_launch.launch.engine_client import EngineDiedError
 from gptoss_launch.parallel.engine.request import Request, Token
 from gptoss_launch.parallel.errors import UserError
@@ -317,6 +317,16 @@ def test_the_key(serving, markup):
         assert call("GET", "/health", headers=headers).status_code == 200
         assert call("GET", "/ready", headers=headers).status_code == 200
     assert call.chat().choices[0].message.content == "Hello, world"
+
+
+def test_more_requests_than_may_wait_are_told_to_come_back(serving, markup):
+    engine, call = serving(markup(ANSWERS))
+    engine.running = REQUEST_LIMIT
+    answer = call("POST", "/v1/chat/completions", json=BODY)
+    assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_requests"
+    assert not engine.asked
+    engine.running -= 1
+    assert call("POST", "/v1/chat/completions", json=BODY).status_code == 200
 
 
 def test_not_ready_and_dead(serving):
