@@ -44,8 +44,8 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
         routing=read_routing(settings.routing, spec.layers, spec.experts) if settings.routing else None,
     )
     plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)
-    if need_weights and settings.machine and plan.device == "cuda" and plan.world_size > len(probe().gpus):
-        here = len(probe().gpus)
+    here = len(probe().gpus) if need_weights and settings.machine and plan.device == "cuda" else plan.world_size
+    if plan.world_size > here:
         message = f"the plan for {machine.name} does not run here: GPUs needed {plan.world_size}, found {here}"
         raise UserError(message, "leave out --machine")
     return plan

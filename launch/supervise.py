@@ -77,7 +77,7 @@ class Supervisor:
                 self._worker, self._plan.ranks, self.plan_file, control, self.engine_socket(replica), logs
             )
             logs.mkdir()
-            environment = os.environ | replica_devices(self._plan, replica, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            environment = os.environ | replica_environment(self._plan, replica, os.environ.get("CUDA_VISIBLE_DEVICES"))
             await crew.start([*command, *self._worker_arguments], logs / "torchrun.log", environment=environment)
 
     async def start_http(
@@ -190,10 +190,7 @@ def torchrun_command(worker: str, ranks: int, plan: Path, control: Path, listen:
     ]
 
 
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-
-
-def replica_devices(plan: Plan, replica: int, visible: str | None) -> dict[str, str]:
+def replica_environment(plan: Plan, replica: int, visible: str | None) -> dict[str, str]:
     """Environment variables that give a replica its own GPUs, of those in `visible` (CUDA_VISIBLE_DEVICES) or of all.
 
     GPUs are numbered by bus, as the plan's machine has them; CUDA alone would put the fastest first. With
@@ -203,7 +200,11 @@ def replica_devices(plan: Plan, replica: int, visible: str | None) -> dict[str, 
         return {}
     here = [str(index) for index in range(plan.world_size)] if visible is None else visible.split(",")
     own = here[replica * plan.ranks : (replica + 1) * plan.ranks]
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(own), **ALLOCATOR}
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": ",".join(own),
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
 
 
 def run_folder() -> Path:

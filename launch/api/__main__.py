@@ -14,11 +14,11 @@ from pathlib import Path
 
 import uvicorn
 
+from ...parallel.engine.lifeline import hold
 from ...parallel.engine.wire import Failed, Ready, encode
 from ...parallel.errors import UserError
 from ...parallel.planning.plan import Plan
 from ..engine_client import EngineClient
-from ..lifeline import attach
 from ..listen import read_api_key
 from ..tokenizer import load_tokenizer
 from .app import Served, create_app
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--api-key-file", type=Path)
     parser.add_argument("--drain-s", type=float, required=True)
     arguments = parser.parse_args()
-    lifeline = attach(arguments.control, role="http")
+    lifeline = hold(arguments.control, role="http")
     try:
         asyncio.run(_serve(arguments, lifeline))
     except UserError as error:

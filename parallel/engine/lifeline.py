@@ -21,10 +21,16 @@ def hold(control: Path, role: str, rank: int = -1) -> socket.socket:
     removed, as soon as the supervisor's end closes. The socket returned carries Progress, Ready or Failed the other
     way.
 
-    Raises OSError if the supervisor is gone already.
+    If the supervisor died before it was reached, the process ends here: with nobody else left, it removes the folder.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(str(control))
+    try:
+        connection.connect(str(control))
+    except ConnectionRefusedError:  # the socket is there, and nobody listens: it is a run folder, and a dead one
+        remove_folder(control.parent)
+        raise SystemExit(1) from None
+    except FileNotFoundError:  # another process has removed it
+        raise SystemExit(1) from None
     connection.sendall(encode(Hello(role=role, rank=rank, pid=os.getpid(), host=socket.gethostname())))
     threading.Thread(target=_end_with, args=(connection, control.parent), name="lifeline", daemon=True).start()
     return connection

@@ -1,4 +1,4 @@
-"""Which all-reduce for which message size: measured once per GPU, driver and number of ranks, and kept on disk.
+"""Which all-reduce for which message size: measured once per GPU, CUDA, torch and number of ranks, and kept on disk.
 
 All ranks measure together, since a collective needs all of them; rank 0's times decide, and every rank gets its
 decision.
@@ -76,8 +76,8 @@ def _seconds(linked: Linked, way: str, message: torch.Tensor) -> float:
 def cache_file(device: torch.device, ranks: int) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss-launch" / "calibration"
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
-    driver = f"cuda{torch.version.cuda}-torch{torch.__version__}"
-    return base / f"all-reduce-{name}-x{ranks}-{driver}.json"
+    software = f"cuda{torch.version.cuda}-torch{torch.__version__}"
+    return base / f"all-reduce-{name}-x{ranks}-{software}.json"
 
 
 def read_cache(path: Path, buffer_bytes: int) -> Limits | None:

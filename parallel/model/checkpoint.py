@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.experts import Packed
 from ..planning.headers import Entry
-from ..planning.memory import KEPT_WIDE
+from ..planning.memory import stored_dtype
 from ..planning.plan import Plan
 from ..planning.shards import Row, is_zero_here, local_bytes, local_shape, local_slices, table
 from .dtypes import TORCH_DTYPE
@@ -77,11 +77,8 @@ def load(
 
 def _place(file: Any, row: Row, plan: Plan, rank: int, device: torch.device) -> Tensor:
     """This rank's slice of one tensor, on the device, in the dtype that the forward pass reads."""
-    dtype = torch.uint8
-    if row.dtype != "U8":
-        dtype = TORCH_DTYPE[plan.dtype]
-        if row.name.split(".")[-1] in KEPT_WIDE:
-            dtype = torch.promote_types(dtype, torch.float32)
+    kept = stored_dtype(row, plan.dtype)
+    dtype = torch.uint8 if kept is None else TORCH_DTYPE[kept]
     if is_zero_here(row, plan.mesh, rank):
         return torch.zeros(local_shape(row, plan.mesh, rank), dtype=dtype, device=device)
     tensor = _read(file, row, plan, rank)

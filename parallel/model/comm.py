@@ -57,7 +57,7 @@ class Group(Comm):
 
 
 class Linked(Comm):
-    """GPUs that can read each other's memory: each message by the way that `choice` says for its size.
+    """GPUs that can read each other's memory: each message by the way that `limits` says for its size.
 
     One-shot: every rank reads all messages and adds them in rank order. Two-shot: every rank adds its piece and the
     pieces are read back. limits: (most bytes, way), ascending; larger messages go through the group.

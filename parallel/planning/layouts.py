@@ -1,7 +1,7 @@
 """Which layouts there are on a machine, and what each of them holds: replicas, ranks, ep, and the memory they need.
 
 A layout is a mesh and a number of replicas on a node. Knows bytes and GPUs; does not know which layout is the best
-(`planner`), nor how fast one is (`estimate`).
+(`choice`), nor how fast one is (`estimate`).
 """
 
 from collections.abc import Iterable

@@ -52,11 +52,18 @@ WIDE_BYTES = 4  # fp32
 INDEX_BYTES = 4  # int32, for one byte of packed weights while it is looked up
 
 
-def stored_element_bytes(row: Row, dtype: DType) -> int:
-    """Packed experts (U8) stay as they are, norms and sinks are fp32 at least, the rest has the compute dtype."""
+def stored_dtype(row: Row, dtype: DType) -> DType | None:
+    """In which dtype a rank keeps `row` where `dtype` is the plan's: packed experts (U8) as they are, for which None
+    stands; norms and sinks in fp32 at least; the rest in the plan's."""
     if row.dtype == "U8":
-        return 1
-    return max(DTYPE_BYTES[dtype], WIDE_BYTES if row.name.split(".")[-1] in KEPT_WIDE else 0)
+        return None
+    is_wide = row.name.split(".")[-1] in KEPT_WIDE and DTYPE_BYTES[dtype] < WIDE_BYTES
+    return "fp32" if is_wide else dtype
+
+
+def stored_element_bytes(row: Row, dtype: DType) -> int:
+    kept = stored_dtype(row, dtype)
+    return 1 if kept is None else DTYPE_BYTES[kept]
 
 
 @cache

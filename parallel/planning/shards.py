@@ -83,9 +83,6 @@ class Mesh:
         return {"tp": (rank, self.tp), "ep": (rank // self.etp, self.ep), "etp": (rank % self.etp, self.etp)}
 
 
-SINGLE = Mesh()
-
-
 @cache
 def table(spec: Spec) -> tuple[Row, ...]:
     """All rows of `spec`, in the order in which a forward pass needs them."""

@@ -2,8 +2,10 @@
 
 import pytest
 from gptoss_launch.parallel.planning.memory import PROCESS, communication_bytes, weights_bytes, workspace_bytes
-from gptoss_launch.parallel.planning.shards import SINGLE, Mesh, table
+from gptoss_launch.parallel.planning.shards import Mesh, table
 from gptoss_launch.parallel.planning.spec import PUBLISHED
+
+SINGLE = Mesh()
 
 SPEC = PUBLISHED["openai/gpt-oss-20b"]
 WIDE_ELEMENTS = 24 * (2 * 2880 + 64) + 2880  # norms and sinks, fp32 in memory, bf16 in the checkpoint

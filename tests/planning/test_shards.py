@@ -5,7 +5,6 @@ import math
 import pytest
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.planning.shards import (
-    SINGLE,
     Mesh,
     Row,
     checkpoint_bytes,
@@ -17,6 +16,8 @@ from gptoss_launch.parallel.planning.shards import (
     table,
 )
 from gptoss_launch.parallel.planning.spec import PUBLISHED
+
+SINGLE = Mesh()
 
 MESHES = [Mesh(ranks, ep) for ranks in range(1, 9) for ep in range(1, ranks + 1) if ranks % ep == 0]
 
