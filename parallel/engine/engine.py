@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import Operations
-from ..kernels.batch import Batch
+from ..kernels.batch import Batch, Chunk, tiles
 from ..kernels.rope import inverse_frequencies
 from ..model.comm import Comm
 from ..model.dtypes import TORCH_DTYPE
@@ -88,10 +88,14 @@ class Engine:
         spec, page_tokens = self.plan.spec, self.plan.page_tokens
         start = sequence.length
         kv.extend(self.pool, sequence, len(tokens), spec, page_tokens)
+        chunks = (Chunk(0, len(tokens), 0, sequence.length),)
         batch = Batch(
             tokens_T=torch.tensor(tokens, device=self.device),
             positions_T=torch.arange(start, sequence.length, device=self.device),
-            spans=((0, len(tokens), sequence.length),),
+            rows_T=torch.zeros(len(tokens), dtype=torch.int64, device=self.device),
+            decodes=0,
+            chunks=chunks,
+            tiles_X4=torch.tensor(tiles(chunks), dtype=torch.int32, device=self.device),
             pages=kv.page_views(sequence, len(tokens), spec, page_tokens, self.device),
             wanted_S=torch.arange(len(tokens), device=self.device)[wanted],
         )

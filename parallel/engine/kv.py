@@ -75,5 +75,5 @@ def page_views(
         table = torch.tensor([pages], dtype=torch.int64)
         slots_T = table[0, positions_T // page_tokens] * page_tokens + positions_T % page_tokens
         window_tokens = spec.window_tokens if kind == "window" else None
-        views[kind] = PageView(table.to(device), slots_T.to(device), window_tokens)
+        views[kind] = PageView(table.int().to(device), slots_T.to(device), window_tokens)
     return views

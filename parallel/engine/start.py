@@ -60,7 +60,7 @@ def start(
         read_bytes = done_bytes
         progress(done_bytes, total_bytes)
 
-    weights = load(plan, rank, inventory, device, count)
+    weights = load(plan, rank, inventory, device, count, PLAIN.pack)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()

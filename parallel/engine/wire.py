@@ -1,8 +1,8 @@
 """Messages between processes: frozen values, msgpack on a stream socket.
 
-Two conversations use it. Front end and leader rank: Generate and Cancel one way; Tokens and Refused back. Every process
-and the supervisor: Hello, then Progress, Ready or Failed. A process whose supervisor connection ends must end too, so
-that nothing outlives the command, not even after kill -9.
+Two conversations use it. Front end and leader rank: Generate and Cancel one way; Tokens, Refused, Done and Stats back.
+Every process and the supervisor: Hello, then Progress, Ready or Failed. A process whose supervisor connection ends must
+end too, so that nothing outlives the command, not even after kill -9.
 
 Knows nothing of sockets or event loops: bytes in, values out.
 """
@@ -46,6 +46,47 @@ class Refused:
 
     request_id: str
     message: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """Leader -> front end, after the last token of a request: where its time went.
+
+    queue_s: from arrival to its first step. prefill_s: from there to its first token. decode_s: from there to its last.
+    cached_tokens: of the prompt, found in the prefix cache. tokens: of the answer.
+    """
+
+    request_id: str
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Leader -> every front end, now and then: how busy the replica is, and what it has done since it started.
+
+    Those that count since the start end in _total. exact_draws_total: draws that had to be repeated because the first
+    candidates did not suffice. slow_paths: slower ways that are taken, by name, with the reason.
+    """
+
+    running: int
+    waiting: int
+    kv_pages: int
+    kv_pages_used: int
+    prefix_queried_tokens_total: int
+    prefix_hit_tokens_total: int
+    preemptions_total: int
+    exact_draws_total: int
+    steps_total: int
+    prefill_tokens_total: int
+    decode_tokens_total: int
+    decode_step_s: float
+    communication_s: float
+    slow_paths: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -96,16 +137,16 @@ class Failed:
     follows: bool = False
 
 
-Message = Generate | Cancel | Tokens | Refused | Hello | Progress | Ready | Failed
+Message = Generate | Cancel | Tokens | Refused | Done | Stats | Hello | Progress | Ready | Failed
 _TYPES: dict[str, type] = {
-    kind.__name__: kind for kind in (Generate, Cancel, Tokens, Refused, Hello, Progress, Ready, Failed)
+    kind.__name__: kind for kind in (Generate, Cancel, Tokens, Refused, Done, Stats, Hello, Progress, Ready, Failed)
 }
 
 
 def encode(message: Message) -> bytes:
     name = type(message).__name__
     if isinstance(message, Tokens):  # sent every step: no field names on the wire
-        body: Any = [(token.request_id, token.id, token.finish_reason) for token in message.tokens]
+        body: Any = [(one.request_id, one.id, one.finish_reason, one.logprob, one.top) for one in message.tokens]
     else:
         body = dataclasses.asdict(message)
     packed: bytes | None = msgpack.packb([name, body])
@@ -132,7 +173,7 @@ def _decode(value: Any) -> Message:
     try:
         name, body = value
         if name == "Tokens":
-            return Tokens(tuple(Token(*fields) for fields in body))
+            return Tokens(tuple(Token(*fields, top=tuple((id, p) for id, p in top)) for *fields, top in body))
         if name == "Generate":
             fields = body["request"]
             return Generate(
@@ -141,10 +182,17 @@ def _decode(value: Any) -> Message:
                     | {
                         "prompt_tokens": tuple(fields["prompt_tokens"]),
                         "stop_tokens": tuple(fields["stop_tokens"]),
-                        "sampling": Sampling(**fields["sampling"]),
+                        "sampling": _sampling(fields["sampling"]),
                     }
                 )
             )
+        if name == "Stats":
+            return Stats(**body | {"slow_paths": tuple(body["slow_paths"])})
         return _TYPES[name](**body)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"not a message: {error!r}") from None
+
+
+def _sampling(fields: dict[str, Any]) -> Sampling:
+    bias = tuple((id, value) for id, value in fields.pop("logit_bias"))
+    return Sampling(**fields, logit_bias=bias)

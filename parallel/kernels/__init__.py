@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import attention, experts, norm, sample
+from . import attention, experts, linear, norm, sample
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Signatures and meaning are those of the plain versions in this folder."""
+    """Signatures and meaning are those of the plain versions in this folder. pack is called while weights are loaded, on
+    each product of a layer; `experts` reads what it made."""
 
+    pack: Callable[..., experts.Packed]
+    linear: Callable[..., Tensor]
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     qkv_write: Callable[..., Tensor]
     attend: Callable[..., Tensor]
@@ -25,6 +28,8 @@ class Operations:
 
 
 PLAIN = Operations(
+    pack=experts.Packed,
+    linear=linear.linear,
     add_norm=norm.add_norm,
     qkv_write=attention.qkv_write,
     attend=attention.attend,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..planning.memory import SCORES_LIMIT_BYTES
-from .batch import Batch, PageView
+from .batch import Batch, Chunk, PageView
 from .precision import wide
 from .rope import rotate
 
@@ -32,9 +32,17 @@ def qkv_write(
     qkv = torch.nn.functional.linear(x_TH, weight_QH, bias_Q).view(tokens, -1, head_dim)
     q_TND, k_TKD, v_TKD = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     page, offset = slots_T // page_tokens, slots_T % page_tokens
-    kv_PCSKD[page, 0, offset] = rotate(k_TKD, *rotation).to(kv_PCSKD.dtype)
-    kv_PCSKD[page, 1, offset] = v_TKD.to(kv_PCSKD.dtype)
+    write(kv_PCSKD, page, 0, offset, rotate(k_TKD, *rotation))
+    write(kv_PCSKD, page, 1, offset, v_TKD)
     return rotate(q_TND, *rotation)
+
+
+def write(kv_PCSKD: Tensor, page_T: Tensor, part: int, offset_T: Tensor, x_TKD: Tensor) -> None:
+    """Keys (part 0) or values (1) to their slots, rounded to the dtype of the pages."""
+    x_TKD = x_TKD.to(kv_PCSKD.dtype)
+    if kv_PCSKD.dtype.itemsize == 1:  # torch indexes no fp8: the same bytes as integers
+        kv_PCSKD, x_TKD = kv_PCSKD.view(torch.uint8), x_TKD.view(torch.uint8)
+    kv_PCSKD[page_T, part, offset_T] = x_TKD
 
 
 def attend(q_TND: Tensor, kv_PCSKD: Tensor, sinks_N: Tensor, batch: Batch, pages: PageView) -> Tensor:
@@ -43,20 +51,33 @@ def attend(q_TND: Tensor, kv_PCSKD: Tensor, sinks_N: Tensor, batch: Batch, pages
     Returns [T, N * D]. Computed in fp32 (fp64 for fp64 queries).
     """
     out_TND = torch.empty_like(q_TND)
-    for index, (start, stop, length) in enumerate(batch.spans):
-        begin = 0 if pages.window_tokens is None else max(0, length - (stop - start) - pages.window_tokens + 1)
-        keys_JKD, values_JKD = read_pages(kv_PCSKD, pages.table[index], begin, length, wide(q_TND.dtype))
-        attend_one(q_TND[start:stop], keys_JKD, values_JKD, sinks_N, pages.window_tokens, out_TND[start:stop])
+    for chunk in (*_decodes(batch), *batch.chunks):
+        tokens = chunk.stop - chunk.start
+        begin = 0 if pages.window_tokens is None else max(0, chunk.length - tokens - pages.window_tokens + 1)
+        table_P = pages.table_RP[chunk.row]
+        keys_JKD, values_JKD = read_pages(kv_PCSKD, table_P, begin, chunk.length, wide(q_TND.dtype))
+        rows = slice(chunk.start, chunk.stop)
+        attend_one(q_TND[rows], keys_JKD, values_JKD, sinks_N, pages.window_tokens, out_TND[rows])
     return out_TND.flatten(1)
 
 
-def read_pages(kv_PCSKD: Tensor, table: Tensor, begin: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _decodes(batch: Batch) -> list[Chunk]:
+    """Decodes as chunks of one token; asks the device where their sequences are."""
+    where = zip(batch.rows_T[: batch.decodes].tolist(), batch.positions_T[: batch.decodes].tolist(), strict=True)
+    return [Chunk(index, index + 1, row, position + 1) for index, (row, position) in enumerate(where)]
+
+
+def read_pages(kv_PCSKD: Tensor, table_P: Tensor, begin: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values [J, K, D] of one sequence's positions begin to end."""
     page_tokens = kv_PCSKD.shape[2]
     first = begin // page_tokens
-    used = table[first : -(-end // page_tokens)]
+    used = table_P[first : -(-end // page_tokens)]
     rows = slice(begin - first * page_tokens, end - first * page_tokens)
-    return kv_PCSKD[used, 0].flatten(0, 1)[rows].to(dtype), kv_PCSKD[used, 1].flatten(0, 1)[rows].to(dtype)
+    stored = kv_PCSKD.dtype
+    if stored.itemsize == 1:  # as in `write`
+        kv_PCSKD = kv_PCSKD.view(torch.uint8)
+    keys_JKD, values_JKD = (kv_PCSKD[used, part].flatten(0, 1)[rows].view(stored).to(dtype) for part in (0, 1))
+    return keys_JKD, values_JKD
 
 
 def attend_one(

@@ -1,6 +1,8 @@
 """One step's work as the operations see it: which tokens, of which sequences, in which pages.
 
-Host numbers are plain ints, so that no operation has to ask the device for them.
+Each sequence has a row in the page tables for as long as it runs. A step holds decodes (one token of a sequence each)
+and then chunks (many tokens of a sequence). What concerns decodes is on the device alone, so that a CUDA graph of a
+step of decodes holds whatever the sequences; chunks have host numbers too.
 """
 
 from dataclasses import dataclass
@@ -9,31 +11,58 @@ from torch import Tensor
 
 from ..planning.spec import LayerKind
 
+TILE_TOKENS = 64  # queries of a chunk that are attended for together
+
 
 @dataclass(frozen=True)
 class PageView:
     """Where one kind of layer keeps its keys and values.
 
-    table: [sequences, pages] int64; entry i holds positions i * page_tokens and on. Window layers have dropped the
-    pages that no later token can see: those entries are never read. slots_T: page * page_tokens + offset of each
-    token of the step. window_tokens: how many tokens a query sees, itself included; None: all.
+    table_RP: [rows, pages] int32; entry i of a sequence's row is the page of its positions i * page_tokens and on.
+    Window layers have dropped the pages that no later token can see: those entries are never read. slots_T: page *
+    page_tokens + offset of each token of the step, int64. window_tokens: how many tokens a query sees, itself included;
+    None: all.
     """
 
-    table: Tensor
+    table_RP: Tensor
     slots_T: Tensor
     window_tokens: int | None
 
 
 @dataclass(frozen=True)
-class Batch:
-    """T tokens of some sequences, one sequence after the other.
+class Chunk:
+    """Tokens [start, stop) of the step: the next ones of the sequence in `row`, which has `length` when it is done."""
 
-    spans: (start, stop, length) a sequence: its rows in the step, and its tokens in the cache when the step is done.
-    wanted_S: rows of the step whose logits are wanted, int64; S of them.
+    start: int
+    stop: int
+    row: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens of some sequences.
+
+    tokens_T, positions_T, rows_T: int64, each token's id, place in its sequence and row in the page tables. The first
+    `decodes` tokens are decodes; `chunks` are the others, in order. tiles_X4: int32 [X, 4], the chunks cut into pieces
+    of at most TILE_TOKENS: first token and end in the step, row, position of the first token. wanted_S: tokens of the
+    step whose logits are wanted, int64; S of them.
     """
 
     tokens_T: Tensor
     positions_T: Tensor
-    spans: tuple[tuple[int, int, int], ...]
+    rows_T: Tensor
+    decodes: int
+    chunks: tuple[Chunk, ...]
+    tiles_X4: Tensor
     pages: dict[LayerKind, PageView]
     wanted_S: Tensor
+
+
+def tiles(chunks: tuple[Chunk, ...]) -> list[tuple[int, int, int, int]]:
+    """The rows of Batch.tiles_X4."""
+    return [
+        (first, min(first + TILE_TOKENS, chunk.stop), chunk.row, chunk.length - (chunk.stop - first))
+        for chunk in chunks
+        for first in range(chunk.start, chunk.stop, TILE_TOKENS)
+    ]

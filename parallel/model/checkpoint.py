@@ -28,8 +28,12 @@ def load(
     inventory: Mapping[str, Entry],
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+    pack: Callable[[Tensor, Tensor, Tensor], Packed] = Packed,
 ) -> Weights:
-    """The share of `rank`. Calls progress(done_bytes, total_bytes) after each tensor, in bytes of the files."""
+    """The share of `rank`. Calls progress(done_bytes, total_bytes) after each tensor, in bytes of the files.
+
+    pack: `Operations.pack`, of blocks, scales and bias of one product.
+    """
     rows = {row.name: row for row in table(plan.spec)}
     total_bytes = sum(_read_bytes(row, plan, rank) for row in rows.values())
     done_bytes = 0
@@ -48,7 +52,7 @@ def load(
             return tensor
 
         def read_packed(prefix: str) -> Packed:
-            return Packed(read(f"{prefix}.blocks"), read(f"{prefix}.scales"), read(f"{prefix}.bias"))
+            return pack(read(f"{prefix}.blocks"), read(f"{prefix}.scales"), read(f"{prefix}.bias"))
 
         def read_layer(prefix: str) -> Layer:
             return Layer(

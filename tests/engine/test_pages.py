@@ -82,7 +82,7 @@ def check_views(sequence: kv.Sequence, tokens: int, sizes: Sizes) -> None:
     assert views.keys() == set(sizes.spec.layer_kinds)
     for kind, view in views.items():
         table = sequence.tables[kind]
-        assert view.table.tolist() == [table]
+        assert view.table_RP.tolist() == [table]
         assert view.window_tokens == (sizes.spec.window_tokens if kind == "window" else None)
         positions = range(sequence.length - tokens, sequence.length)
         slots = [table[p // sizes.page_tokens] * sizes.page_tokens + p % sizes.page_tokens for p in positions]

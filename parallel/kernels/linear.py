@@ -1,0 +1,12 @@
+"""The matrix products that are not inside another operation: attention's output and the head.
+
+T tokens, I columns in, O rows out.
+"""
+
+import torch
+from torch import Tensor
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b, [T, O], in the dtype of x."""
+    return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
