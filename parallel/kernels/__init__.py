@@ -14,8 +14,8 @@ from . import attention, experts, linear, norm, sample
 
 @dataclass(frozen=True)
 class Operations:
-    """Signatures and meaning are those of the plain versions in this folder. pack is called while weights are loaded, on
-    each product of a layer; `experts` reads what it made."""
+    """Signatures and meaning are those of the plain versions in this folder. pack is called while weights are loaded,
+    on each product of a layer; `experts` reads what it made."""
 
     pack: Callable[..., experts.Packed]
     linear: Callable[..., Tensor]
