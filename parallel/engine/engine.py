@@ -1,106 +1,147 @@
-"""The engine: one function, generate(Request) -> stream of Token, over this rank's share of the model.
+"""One rank's engine: a step record in, the tokens that the step draws out.
 
-Purely token ids; it knows no text. One request at a time: the prompt in chunks of the plan's step_tokens, then a
-token a step.
+Holds this rank's weights, its share of the KV pool and what the device keeps for every row. Purely token ids and rows;
+it knows no text, and no other rank but through `comm`. Every rank of a replica launches the same records in the same
+order.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..kernels import Operations
-from ..kernels.batch import Batch, Chunk, tiles
+from ..kernels import Operations, sample
+from ..kernels.batch import Batch, Chunk
 from ..kernels.rope import inverse_frequencies
+from ..kernels.sample import Drawn, Wanted
 from ..model.comm import Comm
 from ..model.dtypes import TORCH_DTYPE
 from ..model.forward import forward
 from ..model.weights import Weights
 from ..planning.pages import layers_per_page, local_kv_heads, pool_pages
 from ..planning.plan import Plan
-from . import kv
-from .request import Request, Token
+from . import inputs
+from .graphs import Graphs
+from .record import Head, Record, Sizes, encode
+from .request import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K, Request
+from .schedule import Result, Step
+
+
+def sizes_of(plan: Plan) -> Sizes:
+    """What records of this plan can hold. The page after the pool's last is the scratch page."""
+    return Sizes(
+        rows=plan.sequences,
+        row_pages=-(-plan.context_tokens // plan.page_tokens),
+        scratch_page=pool_pages(plan.spec, plan.kv_tokens, plan.sequences, plan.step_tokens, plan.page_tokens),
+        step_tokens=plan.step_tokens,
+        page_tokens=plan.page_tokens,
+        vocab=plan.spec.vocab,
+    )
+
+
+def refusal(plan: Plan, request: Request) -> str | None:
+    """Why this request can never run under `plan`, with the numbers; None if it can."""
+    prompt, limit, vocab = len(request.prompt_tokens), min(plan.context_tokens, plan.kv_tokens), plan.spec.vocab
+    sampling = request.sampling
+    if not prompt or request.max_tokens < 1:
+        return f"{prompt} prompt tokens and max_tokens {request.max_tokens}: both must be at least 1"
+    outside = next((token for token in request.prompt_tokens if not 0 <= token < vocab), None)
+    outside = next((token for token, _ in sampling.logit_bias if not 0 <= token < vocab), outside)
+    if outside is not None:
+        return f"token id {outside} is outside the vocabulary of {vocab}"
+    if prompt + request.max_tokens > limit:
+        return f"{prompt} prompt tokens and max_tokens {request.max_tokens} exceed the context of {limit}"
+    if not 0 <= sampling.top_k <= MOST_TOP_K:
+        return f"top_k {sampling.top_k} is not between 0 and {MOST_TOP_K}"
+    if len(sampling.logit_bias) > MOST_BIASES:
+        return f"a logit_bias of {len(sampling.logit_bias)} tokens, and {MOST_BIASES} is the most"
+    if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LOGPROBS:
+        return f"logprobs {request.logprobs} is not between 0 and {MOST_LOGPROBS}"
+    return None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that runs, or has run. out_S2: drawn tokens and whether each is valid, on the host once `done`; logprobs:
+    of the drawn, ids and logprobs of the most likely."""
+
+    out_S2: Tensor
+    logprobs: tuple[Tensor, Tensor, Tensor] | None
+    done: torch.cuda.Event | None
+
+    def results(self, count: int) -> list[Result]:
+        """Of the first `count` draws; waits for the device."""
+        if self.done is not None:
+            self.done.synchronize()
+        pairs = self.out_S2[:count].tolist()
+        if self.logprobs is None:
+            return [Result(token, bool(complete)) for token, complete in pairs]
+        rows = zip(pairs, *(part[:count].tolist() for part in self.logprobs), strict=True)
+        return [
+            Result(token, bool(complete), logprob, tuple(zip(ids, values, strict=True)))
+            for (token, complete), logprob, ids, values in rows
+        ]
 
 
 class Engine:
-    """Weights, the KV pool and what a step needs besides. `plan` is resolved; nothing is detected here."""
+    """`plan` is resolved; nothing is detected here. graph_sizes: of steps of decodes that run as CUDA graphs; none on
+    the CPU, or where every operation has to be watched."""
 
-    def __init__(self, plan: Plan, rank: int, weights: Weights, ops: Operations, comm: Comm) -> None:
+    def __init__(
+        self, plan: Plan, rank: int, weights: Weights, ops: Operations, comm: Comm, graph_sizes: Sequence[int] = ()
+    ) -> None:
         spec = plan.spec
         self.plan, self.weights, self.ops, self.comm = plan, weights, ops, comm
         self.device = weights.embed_VH.device
+        self.sizes = sizes_of(plan)
         self.frequencies = inverse_frequencies(spec).to(self.device)
-        pages = pool_pages(spec, plan.kv_tokens, plan.step_tokens, plan.page_tokens)
-        heads = local_kv_heads(spec, plan.mesh, rank)
-        self.pool = kv.Pool.of(pages)
         # zeros, not empty: the bytes are really taken now, and a page never holds what another process left there
         self.kv_LPCSKD = torch.zeros(
-            (layers_per_page(spec), pages, 2, plan.page_tokens, heads, spec.head_dim),
+            (
+                layers_per_page(spec),
+                self.sizes.scratch_page + 1,
+                2,
+                plan.page_tokens,
+                local_kv_heads(spec, plan.mesh, rank),
+                spec.head_dim,
+            ),
             dtype=TORCH_DTYPE[plan.kv_dtype],
             device=self.device,
         )
-
-    def refusal(self, request: Request) -> str | None:
-        """Why this request can never run here, with the numbers; None if it can."""
-        prompt, limit = len(request.prompt_tokens), min(self.plan.context_tokens, self.plan.kv_tokens)
-        vocab = self.plan.spec.vocab
-        if not prompt or request.max_tokens < 1:
-            return f"{prompt} prompt tokens and max_tokens {request.max_tokens}: both must be at least 1"
-        if not all(0 <= token < vocab for token in request.prompt_tokens):
-            outside = next(token for token in request.prompt_tokens if not 0 <= token < vocab)
-            return f"token id {outside} is outside the vocabulary of {vocab}"
-        if prompt + request.max_tokens > limit:
-            return f"{prompt} prompt tokens and max_tokens {request.max_tokens} exceed the context of {limit}"
-        return None
-
-    def generate(self, request: Request) -> Generator[Token]:
-        """Tokens as they are drawn; closing the stream frees its pages. Raises UserError for what `refusal` names."""
-        reason = self.refusal(request)
-        if reason is not None:
-            raise UserError(reason, "shorten the prompt or lower max_tokens")
-        sequence = kv.Sequence()
-        try:
-            logits_SV = self.prefill(sequence, request.prompt_tokens)
-            for index in range(request.max_tokens):
-                drawn = self._draw(logits_SV, request, sequence.length)
-                if drawn in request.stop_tokens:
-                    yield Token(request.id, drawn, "stop")
-                    return
-                if index == request.max_tokens - 1:
-                    yield Token(request.id, drawn, "length")
-                    return
-                yield Token(request.id, drawn)
-                logits_SV = self.step(sequence, (drawn,))
-        finally:
-            kv.release(self.pool, sequence)
-
-    def prefill(self, sequence: kv.Sequence, tokens: Sequence[int]) -> Tensor:
-        """Logits [1, V] after the last of `tokens`, which go through the model in chunks."""
-        chunk = self.plan.step_tokens
-        for start in range(0, len(tokens) - chunk, chunk):
-            self.step(sequence, tokens[start : start + chunk])
-        return self.step(sequence, tokens[(len(tokens) - 1) // chunk * chunk :])
+        self.words = inputs.Words(self.sizes, self.device)
+        self.rows = inputs.Rows.empty(self.sizes, len(weights.head_VH), self.device)
+        self.graphs = Graphs(graph_sizes, self._decode)
+        pinned = self.device.type == "cuda"
+        self._outs = [torch.zeros((plan.sequences, 2), dtype=torch.int64, pin_memory=pinned) for _ in range(4)]
 
     @torch.inference_mode()
-    def step(self, sequence: kv.Sequence, tokens: Sequence[int], wanted: slice = slice(-1, None)) -> Tensor:
-        """One forward pass over the next tokens of the sequence: logits [S, V] after the wanted ones of them."""
-        spec, page_tokens = self.plan.spec, self.plan.page_tokens
-        start = sequence.length
-        kv.extend(self.pool, sequence, len(tokens), spec, page_tokens)
-        chunks = (Chunk(0, len(tokens), 0, sequence.length),)
-        batch = Batch(
-            tokens_T=torch.tensor(tokens, device=self.device),
-            positions_T=torch.arange(start, sequence.length, device=self.device),
-            rows_T=torch.zeros(len(tokens), dtype=torch.int64, device=self.device),
-            decodes=0,
-            chunks=chunks,
-            tiles_X4=torch.tensor(tiles(chunks), dtype=torch.int32, device=self.device),
-            pages=kv.page_views(sequence, len(tokens), spec, page_tokens, self.device),
-            wanted_S=torch.arange(len(tokens), device=self.device)[wanted],
-        )
-        logits_SV = forward(
-            spec,
+    def launch(self, record: Record) -> Launched:
+        """Start the step; on the CPU it is over on return."""
+        head = record.head
+        in_graph = bool(head.graph and not head.exact)
+        if in_graph:
+            self._capture(head)
+        self.words.upload(record)
+        inputs.begin_rows(head, self.words.device_W, self.rows)
+        if in_graph:
+            logits_SV, drawn = self.graphs.replay(head)
+        else:
+            logits_SV, drawn = self._logits(head, record.chunks), None
+        if drawn is None:
+            drawn = self._draw(head, logits_SV)
+        logprobs = None
+        if head.most_logprobs >= 0:
+            logprobs = sample.logprobs(
+                logits_SV, self.weights.first_token, self.comm.all_gather, drawn.tokens_S, head.most_logprobs
+            )
+        return self._deliver(head, drawn, logprobs)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [S, V] of the wanted tokens over the vocabulary rows held here."""
+        return forward(
+            self.plan.spec,
             self.weights,
             self.ops,
             self.comm,
@@ -109,24 +150,60 @@ class Engine:
             batch,
             TORCH_DTYPE[self.plan.residual_dtype],
         )
-        kv.drop_passed(self.pool, sequence, spec, page_tokens)
-        return logits_SV
 
-    @torch.inference_mode()
-    def _draw(self, logits_SV: Tensor, request: Request, position: int) -> int:
-        sampling = request.sampling
-
-        def one(value: float | int, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([value], dtype=dtype, device=self.device)
-
-        drawn_S = self.ops.sample(
-            logits_SV,
-            self.weights.first_token,
-            self.comm.all_gather,
-            one(sampling.temperature, torch.float32),
-            one(sampling.top_p, torch.float32),
-            one(sampling.seed, torch.int64),
-            one(position, torch.int64),
-            any_top_p=sampling.top_p < 1.0,
+    def _logits(self, head: Head, chunks: tuple[Chunk, ...]) -> Tensor:
+        return self.forward(
+            inputs.batch(head, chunks, self.words.device_W, self.rows, self.plan.spec, self.plan.page_tokens)
         )
-        return int(drawn_S.item())
+
+    def _draw(self, head: Head, logits_SV: Tensor) -> Drawn:
+        """Draw, and remember each row's token for its next step."""
+        words_W, first_token, gather = self.words.device_W, self.weights.first_token, self.comm.all_gather
+        draws = inputs.draws(head, words_W)
+        row_S = words_W[inputs.places(head)["draw_row"]].long()
+        if head.counts:
+            sample.count_tokens(self.rows.counts_RV, first_token, *inputs.fed(head, words_W, self.rows))
+        if head.adjusts:
+            logits_SV = sample.adjust(
+                logits_SV,
+                first_token,
+                self.rows.counts_RV,
+                row_S,
+                draws,
+                *inputs.biases(head, words_W, self.rows),
+                inputs.allowed(head, words_W),
+            )
+        if head.exact:
+            tokens_S = sample.sample_exact(logits_SV, first_token, gather, draws)
+            drawn = Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))
+        else:
+            drawn = self.ops.sample(
+                logits_SV, first_token, gather, draws, Wanted(bool(head.candidates), bool(head.min_p))
+            )
+        self.rows.last_R.index_copy_(0, row_S, drawn.tokens_S)
+        return drawn
+
+    def _capture(self, head: Head) -> None:
+        """Capture the graph that `head` needs if there is none yet, on a step of the scratch row: the step is run once
+        before, so that kernels are compiled, and what it leaves behind must not matter."""
+        if not self.graphs.has(head):
+            self.words.upload(encode(Step((), 0, False, (), ()), head.number, self.sizes, head.graph))
+            self.graphs.capture(head)
+
+    def _decode(self, head: Head, draw: bool) -> tuple[Tensor, Drawn | None]:
+        """What a graph holds."""
+        logits_SV = self._logits(head, ())
+        return logits_SV, self._draw(head, logits_SV) if draw else None
+
+    def _deliver(self, head: Head, drawn: Drawn, logprobs: tuple[Tensor, Tensor, Tensor] | None) -> Launched:
+        out_S2 = torch.stack((drawn.tokens_S, drawn.complete_S.long()), dim=1)
+        if self.device.type == "cpu":
+            return Launched(out_S2, logprobs, None)
+        host_S2 = self._outs[head.number % len(self._outs)][: len(out_S2)]
+        host_S2.copy_(out_S2, non_blocking=True)
+        if logprobs is not None:  # seldom wanted: not worth buffers of its own
+            values, ids, tops = (part.to("cpu", non_blocking=True) for part in logprobs)
+            logprobs = (values, ids, tops)
+        done = torch.cuda.Event()
+        done.record()
+        return Launched(host_S2, logprobs, done)

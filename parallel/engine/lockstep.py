@@ -1,53 +1,70 @@
-"""The leader's word to the other ranks of its replica: what all of them do next.
+"""How the leader's step records reach the other ranks of its replica: a few slots of a mapped file that all can read.
 
-Every rank runs the same generator on the same request and draws the same tokens, so a word is enough: start this
-request, go on, or end it. Travels over the process group on the host. Knows nothing of models or front ends.
+Every rank does what the record says and draws the same tokens, so nothing has to come back. Works inside one host,
+where a replica stays. Knows records as words; knows nothing of what they mean.
 """
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+import mmap
+import time
+import zlib
+from array import array
+from collections.abc import Callable
+from pathlib import Path
 
-import torch
-import torch.distributed as dist
+from .record import WORD_BYTES, Record, read
 
-from .request import Request
-from .wire import Decoder, Generate, encode
-
-Word = Literal["start", "go_on", "end", "idle"]
-_WORDS: tuple[Word, ...] = ("start", "go_on", "end", "idle")
-IDLE_EVERY_S = 5.0  # the leader says "idle" so often, so that nobody waits longer than a collective may take
-
-
-class Lockstep(Protocol):
-    """`tell` is called by rank 0 and `hear` by all others, in the same order."""
-
-    def tell(self, word: Word, request: Request | None = None) -> None: ...
-
-
-@dataclass(frozen=True)
-class NoFollowers(Lockstep):
-    def tell(self, word: Word, request: Request | None = None) -> None:
-        pass
+# The leader writes step n after it has seen the results of step n - 2, for which every rank had to read that record:
+# nobody can be more than two records behind.
+SLOTS = 4
+HEAD_WORDS = (
+    2  # of a slot: the number of the step, and a checksum that tells a record that is being written from a whole one
+)
+SPIN_S = 200e-6  # for so long a rank looks without pause, then ever more rarely
+LONGEST_PAUSE_S = 1e-3
 
 
-@dataclass(frozen=True)
-class Broadcast(Lockstep):
-    """Over the default process group, which must take host tensors (gloo)."""
+class Ring:
+    """All slots. The leader makes the file before any other rank opens it."""
 
-    def tell(self, word: Word, request: Request | None = None) -> None:
-        body = encode(Generate(request)) if request is not None else b""
-        dist.broadcast(torch.tensor([_WORDS.index(word), len(body)]), src=0)
-        if body:
-            dist.broadcast(torch.frombuffer(bytearray(body), dtype=torch.uint8), src=0)
+    def __init__(self, path: Path, words: int, *, create: bool) -> None:
+        self._slot_words = HEAD_WORDS + words
+        size = SLOTS * self._slot_words * WORD_BYTES
+        with path.open("w+b" if create else "r+b") as file:
+            if create:
+                file.truncate(size)  # a sparse file: what is never written takes no memory
+            self._map = mmap.mmap(file.fileno(), size)
+        self._words = memoryview(self._map).cast("i")
 
-    def hear(self) -> tuple[Word, Request | None]:
-        head = torch.zeros(2, dtype=torch.int64)
-        dist.broadcast(head, src=0)
-        word, length = head.tolist()
-        if not length:
-            return _WORDS[word], None
-        body = torch.zeros(length, dtype=torch.uint8)
-        dist.broadcast(body, src=0)
-        message = next(Decoder().feed(body.numpy().tobytes()))
-        assert isinstance(message, Generate)
-        return _WORDS[word], message.request
+    def _slot(self, number: int) -> memoryview:
+        begin = number % SLOTS * self._slot_words
+        return self._words[begin : begin + self._slot_words]
+
+    def publish(self, record: Record) -> None:
+        slot = self._slot(record.head.number)
+        slot[HEAD_WORDS : HEAD_WORDS + record.head.words] = record.words
+        slot[:HEAD_WORDS] = array("i", (record.head.number, _checksum(record.words)))
+
+    def wait(self, number: int, pause: Callable[[float], None] = time.sleep) -> Record:
+        """The record of step `number`, once it is there whole."""
+        slot = self._slot(number)
+        began_s = time.monotonic()
+        while True:
+            written, checksum = slot[:HEAD_WORDS].tolist()
+            if written == number:
+                record = read(slot[HEAD_WORDS:])
+                if record.head.number == number and _checksum(record.words) == checksum:
+                    return record
+            waited_s = time.monotonic() - began_s
+            if waited_s > SPIN_S:
+                pause(min(waited_s / 10, LONGEST_PAUSE_S))
+
+
+def _checksum(words: memoryview) -> int:
+    """CRC-32, as a signed word."""
+    checksum = zlib.crc32(words)
+    return checksum - (1 << 32) if checksum >= 1 << 31 else checksum
+
+
+def steps_file(control: Path) -> Path:
+    """Beside the control socket of the replica."""
+    return control.with_name(f"{control.stem}.steps")

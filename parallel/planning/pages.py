@@ -8,6 +8,8 @@ from .plan import DTYPE_BYTES, DType
 from .shards import Mesh, part
 from .spec import Spec
 
+VOID_TOKENS = 2  # at the end of a sequence, drawn before it was known that the draw before them has to be repeated
+
 
 def layers_per_page(spec: Spec) -> int:
     """Layers of one kind that a page has room for; where the kinds differ in number, the larger."""
@@ -31,12 +33,17 @@ def full_pages(spec: Spec, tokens: int, page_tokens: int) -> int:
 
 
 def window_pages(spec: Spec, step_tokens: int, page_tokens: int) -> int:
-    """Most pages that one sequence holds in window layers: a step's tokens and the window before them, unaligned."""
+    """Most pages that one sequence holds in window layers: a step's tokens, those that may be void, and the window before
+    them, unaligned."""
     if not spec.layers_of("window"):
         return 0
-    return -(-(spec.window_tokens - 1 + step_tokens) // page_tokens) + 1
+    return -(-(spec.window_tokens - 1 + VOID_TOKENS + step_tokens) // page_tokens) + 1
 
 
-def pool_pages(spec: Spec, kv_tokens: int, step_tokens: int, page_tokens: int) -> int:
-    """Pages of a pool in which one sequence of kv_tokens tokens fits, whatever its steps."""
-    return full_pages(spec, kv_tokens, page_tokens) + window_pages(spec, step_tokens, page_tokens)
+def pool_pages(spec: Spec, kv_tokens: int, sequences: int, step_tokens: int, page_tokens: int) -> int:
+    """Pages of a pool in which so many sequences of kv_tokens tokens together fit, whatever their steps.
+
+    Each sequence but the first may waste a page at its end and holds a window; one step's tokens are anybody's.
+    """
+    others = (sequences - 1) * (1 + window_pages(spec, 1, page_tokens))
+    return full_pages(spec, kv_tokens, page_tokens) + window_pages(spec, step_tokens, page_tokens) + others

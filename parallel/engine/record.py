@@ -1,0 +1,265 @@
+"""A step as numbers: what the leader tells every rank, itself included, and what goes to the device as it is.
+
+One array of int32 words: a head, then columns one after the other, whose lengths the head tells; never more than
+`Sizes.words`. A step that a CUDA graph runs is padded to the graph's size with tokens of the scratch row, so that the
+columns that it reads, which come first, begin where it expects them. Floats are stored by their bits. Host arithmetic
+alone.
+"""
+
+import struct
+from array import array
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+from itertools import accumulate
+
+from ..kernels.batch import Chunk, tiles
+from .request import MOST_BIASES
+from .schedule import Item, Running, Step
+
+KINDS = ("window", "full")  # the order of the page tables on the device
+
+
+@dataclass(frozen=True)
+class Head:
+    """number: of the step. decodes: tokens that are one of a sequence each, they come first. graph: the size that the
+    step was padded to, 0 if it was not. most_logprobs: -1 where nobody wants any. adjusts: some draw has penalties,
+    biases or a mask. The rest are lengths: of groups of columns, and of the whole record in words."""
+
+    number: int
+    decodes: int
+    graph: int
+    exact: int
+    candidates: int
+    min_p: int
+    adjusts: int
+    counts: int
+    most_logprobs: int
+    tokens: int
+    changes: int
+    draws: int
+    resets: int
+    biases: int
+    chunks: int
+    tiles: int
+    masks: int
+    mask_words: int
+    words: int
+
+
+HEAD_WORDS = len(fields(Head))
+
+# Groups of columns in order: name of their length in Head, then the columns.
+COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("tokens", ("token", "position", "row", "counted")),  # token -1: the one that was drawn last in this row
+    ("draws", ("at", "draw_row", "draw_position", "seed_low", "seed_high", "top_k", "biased")),
+    ("draws", ("temperature", "top_p", "min_p", "presence", "frequency")),  # fp32
+    ("changes", ("entry", "page")),  # of both page tables as one flat array
+    ("resets", ("reset_row",)),
+    ("biases", ("bias_row", "bias_place", "bias_token", "bias_value")),  # bias_value: fp32
+    ("chunks", ("start", "stop", "chunk_row", "length")),
+    ("tiles", ("tile",) * 4),  # rows of Batch.tiles_X4, as they are
+    ("masks", ("masked_draw",)),
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Capacities. rows: sequences; row number `rows` is the scratch row, whose entries are all the scratch page.
+    row_pages: entries of a row in each page table."""
+
+    rows: int
+    row_pages: int
+    scratch_page: int
+    step_tokens: int
+    page_tokens: int
+    vocab: int
+    most_biased: int = 4  # sequences with biases that may begin in one step
+
+    @property
+    def changes(self) -> int:
+        """Of one step: an admission that takes over a whole row, and the growth of everybody else."""
+        return 2 * (self.row_pages + self.step_tokens // self.page_tokens + 2 + self.rows)
+
+    @property
+    def mask_words(self) -> int:
+        return -(-self.vocab // 32)
+
+    @property
+    def words(self) -> int:
+        rows = self.rows
+        most = {"tokens": self.step_tokens, "changes": self.changes, "draws": rows, "resets": rows}
+        most |= {"biases": self.most_biased * MOST_BIASES, "chunks": rows, "masks": rows}
+        most |= {"tiles": self.step_tokens // self.page_tokens + rows}
+        columns = sum(len(names) * most[length] for length, names in COLUMNS)
+        return HEAD_WORDS + columns + rows * self.mask_words
+
+
+@dataclass(frozen=True)
+class Record:
+    """words: all of them, the head's included, of format "i"."""
+
+    head: Head
+    words: memoryview
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        found = places(self.head)
+        columns = [self.words[found[name]].tolist() for name in ("start", "stop", "chunk_row", "length")]
+        return tuple(Chunk(*numbers) for numbers in zip(*columns, strict=True))
+
+
+def read(words: memoryview) -> Record:
+    """words: a record and whatever follows it."""
+    head = Head(*words[:HEAD_WORDS].tolist())
+    return Record(head, words[: head.words])
+
+
+def places(head: Head) -> dict[str, slice]:
+    """Where each column stands among the words; `tile` and `mask` are all their columns together."""
+    found = {}
+    begin = HEAD_WORDS
+    for length, names in COLUMNS:
+        count = getattr(head, length)
+        for name in names:
+            first = found[name].start if name in found else begin
+            found[name] = slice(first, begin + count)
+            begin += count
+    found["mask"] = slice(begin, begin + head.masks * head.mask_words)
+    return found
+
+
+def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:
+    """The record of `step`; graph: pad it to so many decodes."""
+    draws = step.draws
+    columns: dict[str, Iterable[int]] = {}
+    token, position, row, counted = [], [], [], []
+    for item in step.items:
+        running, stop = item.running, item.start + item.count
+        known = running.tokens[item.start : stop]
+        token += known + [-1] * (item.count - len(known))
+        position += range(item.start, stop)
+        row += [running.row] * item.count
+        answer = len(running.request.prompt_tokens)
+        counted += [int(running.counts and at >= answer) for at in range(item.start, stop)]
+    padding = max(0, graph - len(token))
+    columns["token"] = token + [0] * padding
+    columns["position"] = position + [0] * padding
+    columns["row"] = row + [sizes.rows] * padding
+    columns["counted"] = counted + [0] * padding
+
+    columns["entry"] = [_entry(sizes, *change[:3]) for change in step.changes]
+    columns["page"] = [page for _, _, _, page in step.changes]
+
+    ends = accumulate(item.count for item in step.items)
+    at = [end - 1 for item, end in zip(step.items, ends, strict=True) if item.draws]
+    columns |= _draw_columns(draws, at, sizes, graph)
+
+    columns["reset_row"] = [running.row for running in step.fresh if running.counts]
+    biases = [
+        (running.row, place, id, value)
+        for running in step.fresh
+        for place, (id, value) in enumerate(running.request.sampling.logit_bias)
+    ]
+    for name, index in (("bias_row", 0), ("bias_place", 1), ("bias_token", 2)):
+        columns[name] = [int(one[index]) for one in biases]
+    columns["bias_value"] = _bits(one[3] for one in biases)
+
+    begin = step.decodes
+    chunks = []
+    for item in step.items[step.decodes :]:
+        chunks.append(Chunk(begin, begin + item.count, item.running.row, item.start + item.count))
+        begin += item.count
+    for name, field in (("start", "start"), ("stop", "stop"), ("chunk_row", "row"), ("length", "length")):
+        columns[name] = [getattr(chunk, field) for chunk in chunks]
+    pieces = tiles(tuple(chunks))
+    columns["tile"] = [number for piece in pieces for number in piece]
+    masked = [(index, item.running) for index, item in enumerate(draws) if item.running.matcher is not None]
+    columns["masked_draw"] = [index for index, _ in masked]
+
+    samplings = [item.running.request.sampling for item in draws]
+    logprobs = [item.running.request.logprobs for item in draws]
+    lengths = {
+        "tokens": len(token) + padding,
+        "changes": len(step.changes),
+        "draws": max(len(draws), graph),
+        "resets": len(list(columns["reset_row"])),
+        "biases": len(biases),
+        "chunks": len(chunks),
+        "tiles": len(pieces),
+        "masks": len(masked),
+    }
+    counts = any(item.running.counts for item in step.items)
+    head = Head(
+        number=number,
+        decodes=max(step.decodes, graph),
+        graph=graph,
+        exact=int(step.exact),
+        candidates=int(any(one.top_p < 1 or one.top_k for one in samplings)),
+        min_p=int(any(one.min_p > 0 for one in samplings)),
+        adjusts=int(bool(masked) or any(one.presence or one.frequency or one.logit_bias for one in samplings)),
+        counts=int(counts),
+        most_logprobs=max((-1 if most is None else most for most in logprobs), default=-1),
+        mask_words=sizes.mask_words,
+        words=0,
+        **lengths,
+    )
+    body = array("i")
+    written = set()
+    for _, names in COLUMNS:
+        for name in names:
+            if name not in written:
+                body.extend(columns[name])
+                written.add(name)
+    for _, running in masked:
+        body.frombytes(_allowed(running, sizes))
+    total = HEAD_WORDS + len(body)
+    words = array("i", astuple(head)[:-1])
+    words.append(total)
+    words.extend(body)
+    assert total <= sizes.words, f"a record of {total} words, and there is room for {sizes.words}"
+    return read(memoryview(words))
+
+
+def _entry(sizes: Sizes, kind: str, row: int, index: int) -> int:
+    """Place of an entry in both page tables as one flat array."""
+    return (KINDS.index(kind) * (sizes.rows + 1) + row) * sizes.row_pages + index
+
+
+def _draw_columns(draws: tuple[Item, ...], at: list[int], sizes: Sizes, graph: int) -> dict[str, Iterable[int]]:
+    """Padding draws greedily from a token of the scratch row."""
+    padding = max(0, graph - len(draws))
+    samplings = [item.running.request.sampling for item in draws]
+    scratch = [sizes.rows] * padding
+    zeros = [0] * padding
+    columns: dict[str, Iterable[int]] = {
+        "at": at + list(range(graph - padding, graph)),
+        "draw_row": [item.running.row for item in draws] + scratch,
+        "draw_position": [item.start + item.count for item in draws] + zeros,
+        "seed_low": [_signed(one.seed & 0xFFFFFFFF) for one in samplings] + zeros,
+        "seed_high": [_signed(one.seed >> 32) for one in samplings] + zeros,
+        "top_k": [one.top_k for one in samplings] + zeros,
+        "biased": [int(bool(one.logit_bias)) for one in samplings] + zeros,
+        "top_p": _bits([one.top_p for one in samplings] + [1.0] * padding),
+    }
+    for name in ("temperature", "min_p", "presence", "frequency"):
+        columns[name] = _bits([getattr(one, name) for one in samplings] + [0.0] * padding)
+    return columns
+
+
+def _bits(values: Iterable[float]) -> "array[int]":
+    """fp32 values as the int32 words that hold the same bits."""
+    numbers = list(values)
+    words = array("i")
+    words.frombytes(struct.pack(f"={len(numbers)}f", *numbers))
+    return words
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _allowed(running: Running, sizes: Sizes) -> bytes:
+    assert running.matcher is not None
+    allowed = running.matcher.allowed()
+    assert len(allowed) == 4 * sizes.mask_words, f"a mask of {len(allowed)} bytes for {sizes.vocab} tokens"
+    return allowed
