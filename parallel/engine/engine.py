@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..kernels import Operations
 from ..kernels.batch import Batch, Chunk, tiles
 from ..kernels.rope import inverse_frequencies
+from ..kernels.sample import Draws, Wanted
 from ..model.comm import Comm
 from ..model.dtypes import TORCH_DTYPE
 from ..model.forward import forward
@@ -119,14 +120,19 @@ class Engine:
         def one(value: float | int, dtype: torch.dtype) -> Tensor:
             return torch.tensor([value], dtype=dtype, device=self.device)
 
-        drawn_S = self.ops.sample(
-            logits_SV,
-            self.weights.first_token,
-            self.comm.all_gather,
-            one(sampling.temperature, torch.float32),
-            one(sampling.top_p, torch.float32),
-            one(sampling.seed, torch.int64),
-            one(position, torch.int64),
-            any_top_p=sampling.top_p < 1.0,
+        draws = Draws(
+            temperature_S=one(sampling.temperature, torch.float32),
+            top_p_S=one(sampling.top_p, torch.float32),
+            min_p_S=one(sampling.min_p, torch.float32),
+            presence_S=one(sampling.presence, torch.float32),
+            frequency_S=one(sampling.frequency, torch.float32),
+            top_k_S=one(sampling.top_k, torch.int32),
+            seed_S=one(sampling.seed, torch.int64),
+            position_S=one(position, torch.int64),
         )
-        return int(drawn_S.item())
+        where = logits_SV, self.weights.first_token, self.comm.all_gather
+        wanted = Wanted(candidates=sampling.top_p < 1 or sampling.top_k > 0, min_p=sampling.min_p > 0)
+        drawn = self.ops.sample(*where, draws, wanted)
+        if not bool(drawn.complete_S.all()):
+            return int(self.ops.sample_exact(*where, draws).item())
+        return int(drawn.tokens_S.item())
