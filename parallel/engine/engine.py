@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import Operations, sample
+from ..kernels import Operations
+from ..kernels.adjust import adjust, count_tokens
 from ..kernels.batch import Batch, Chunk
 from ..kernels.rope import inverse_frequencies
-from ..kernels.sample import Drawn, Wanted
+from ..kernels.logprobs import logprobs
+from ..kernels.sample import Drawn, Wanted, sample_exact
 from ..model.comm import Comm
 from ..model.dtypes import TORCH_DTYPE
 from ..model.forward import forward
@@ -130,12 +132,11 @@ class Engine:
             logits_SV, drawn = self._logits(head, record.chunks), None
         if drawn is None:
             drawn = self._draw(head, logits_SV)
-        logprobs = None
+        likely = None
         if head.most_logprobs >= 0:
-            logprobs = sample.logprobs(
-                logits_SV, self.weights.first_token, self.comm.all_gather, drawn.tokens_S, head.most_logprobs
-            )
-        return self._deliver(head, drawn, logprobs)
+            first_token, gather = self.weights.first_token, self.comm.all_gather
+            likely = logprobs(logits_SV, first_token, gather, drawn.tokens_S, head.most_logprobs)
+        return self._deliver(head, drawn, likely)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -162,24 +163,16 @@ class Engine:
         draws = inputs.draws(head, words_W)
         row_S = words_W[inputs.places(head)["draw_row"]].long()
         if head.counts:
-            sample.count_tokens(self.rows.counts_RV, first_token, *inputs.fed(head, words_W, self.rows))
+            count_tokens(self.rows.counts_RV, first_token, *inputs.fed(head, words_W, self.rows))
         if head.adjusts:
-            logits_SV = sample.adjust(
-                logits_SV,
-                first_token,
-                self.rows.counts_RV,
-                row_S,
-                draws,
-                *inputs.biases(head, words_W, self.rows),
-                inputs.allowed(head, words_W),
-            )
+            bias, allowed_SW = inputs.biases(head, words_W, self.rows), inputs.allowed(head, words_W)
+            logits_SV = adjust(logits_SV, first_token, draws, self.rows.counts_RV, row_S, bias, allowed_SW)
         if head.exact:
-            tokens_S = sample.sample_exact(logits_SV, first_token, gather, draws)
+            tokens_S = sample_exact(logits_SV, first_token, gather, draws)
             drawn = Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))
         else:
-            drawn = self.ops.sample(
-                logits_SV, first_token, gather, draws, Wanted(bool(head.candidates), bool(head.min_p))
-            )
+            wanted = Wanted(bool(head.candidates), bool(head.min_p))
+            drawn = self.ops.sample(logits_SV, first_token, gather, draws, wanted)
         self.rows.last_R.index_copy_(0, row_S, drawn.tokens_S)
         return drawn
 
@@ -195,15 +188,15 @@ class Engine:
         logits_SV = self._logits(head, ())
         return logits_SV, self._draw(head, logits_SV) if draw else None
 
-    def _deliver(self, head: Head, drawn: Drawn, logprobs: tuple[Tensor, Tensor, Tensor] | None) -> Launched:
+    def _deliver(self, head: Head, drawn: Drawn, likely: tuple[Tensor, Tensor, Tensor] | None) -> Launched:
         out_S2 = torch.stack((drawn.tokens_S, drawn.complete_S.long()), dim=1)
         if self.device.type == "cpu":
-            return Launched(out_S2, logprobs, None)
+            return Launched(out_S2, likely, None)
         host_S2 = self._outs[head.number % len(self._outs)][: len(out_S2)]
         host_S2.copy_(out_S2, non_blocking=True)
-        if logprobs is not None:  # seldom wanted: not worth buffers of its own
-            values, ids, tops = (part.to("cpu", non_blocking=True) for part in logprobs)
-            logprobs = (values, ids, tops)
+        if likely is not None:  # seldom wanted: not worth buffers of its own
+            mine, ids, tops = (part.to("cpu", non_blocking=True) for part in likely)
+            likely = (mine, ids, tops)
         done = torch.cuda.Event()
         done.record()
-        return Launched(host_S2, logprobs, done)
+        return Launched(host_S2, likely, done)

@@ -24,7 +24,8 @@ class Operations:
     attend: Callable[..., Tensor]
     route: Callable[..., tuple[Tensor, Tensor]]
     experts: Callable[..., Tensor]
-    sample: Callable[..., Tensor]
+    sample: Callable[..., sample.Drawn]
+    sample_exact: Callable[..., Tensor]
 
 
 PLAIN = Operations(
@@ -36,4 +37,5 @@ PLAIN = Operations(
     route=experts.route,
     experts=experts.experts,
     sample=sample.sample,
+    sample_exact=sample.sample_exact,
 )

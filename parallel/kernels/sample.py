@@ -1,84 +1,262 @@
-"""Drawing the next token from logits whose vocabulary is cut over ranks, without gathering them.
+"""Drawing the next tokens of many sequences from logits whose vocabulary is cut over ranks, without gathering them.
 
 The draw is a race: token i finishes at time E_i / p_i with E_i exponential, and the first one wins, which is exactly a
-draw from p (the Gumbel-max trick in another dress). E_i is a pure function of (seed, position, i), so a draw depends
-neither on the batch nor on the device nor on how the vocabulary is cut: each rank finds its own winner, and the winners
-are compared. For top_p the ranks exchange their most likely tokens, and as many as the nucleus takes.
+draw from p (the Gumbel-max trick in another dress). E_i is a pure function of (seed, position, i), so each rank finds
+its own winner, and the winners are compared. For top_p and top_k the ranks exchange their most likely tokens.
 
-S sequences, V vocabulary rows of this rank, R ranks.
+A row's draw is the same bit for bit in any batch and for any cut of the vocabulary: what is computed in floating point
+goes element by element, and the only sums, of probabilities, are sums of whole numbers.
+
+S sequences, V vocabulary rows of this rank, R ranks, C candidates of a rank, N = R C. Logits are raced in fp32, in fp64
+where they are fp64. They may hold -inf (never drawn) as long as something else stands beside it; no nan, no +inf.
+Knows nothing of requests, penalties or masks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..planning.memory import DRAW_ELEMENT_BYTES, DRAW_LIMIT_BYTES
 from .hash import mix
+from .precision import wide
 
-FIRST_CANDIDATES = 256  # of each rank, exchanged for top_p; four times as many each time they do not suffice
+CANDIDATES = 256  # most likely tokens of each rank, exchanged for top_p and top_k
+MORE_CANDIDATES = 4  # times as many each time they do not suffice
+LISTED_BYTES = 64  # of a candidate while the merged list is gone through
+WEIGHT_BITS = 44  # a probability is counted in 2^-44 of the largest; 2^18 of the largest still fit an int64
+EXPONENTIAL_BITS = 52  # of a uniform number; one more would round to 1 in fp64
+NEVER = float("-inf")
+NO_TOKEN = (1 << 31) - 1  # above any id
 
-AllGather = Callable[[Tensor], Tensor]
+AllGather = Callable[[Tensor], Tensor]  # x -> [R, ...], in rank order
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How each of S rows is drawn, on the device; see engine.request.Sampling for what the words mean.
+
+    temperature, top_p, min_p, presence and frequency fp32, top_k int32, seed and position int64. position is where the
+    drawn token will stand. The last two before top_k are for `adjust`; nothing here reads them.
+    """
+
+    temperature_S: Tensor
+    top_p_S: Tensor
+    min_p_S: Tensor
+    presence_S: Tensor
+    frequency_S: Tensor
+    top_k_S: Tensor
+    seed_S: Tensor
+    position_S: Tensor
+
+    def rows(self, which: Tensor | slice) -> "Draws":
+        return Draws(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What some row of a step asks for; the same on every rank. What no row asks for costs nothing and is not done."""
+
+    candidates: bool  # some row has top_p < 1 or top_k > 0
+    min_p: bool  # some row has min_p > 0
+
+
+EVERYTHING = Wanted(candidates=True, min_p=True)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """tokens int64, the same on every rank. Where complete (bool) is False the exchanged candidates did not suffice,
+    and the token means nothing: `sample_exact` draws it."""
+
+    tokens_S: Tensor
+    complete_S: Tensor
+
+
+@dataclass(frozen=True)
+class Raced:
+    """What one rank found: its first token to finish, when (larger is earlier), and the weight of all its tokens in
+    whole numbers (int64), if it was asked for."""
+
+    best_S: Tensor
+    token_S: Tensor
+    total_S: Tensor | None
+
+
+Race = Callable[[Tensor, int, Draws, Tensor | None, Tensor | None], Raced]  # `race`, or a fast one
 
 
 def sample(
+    logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws, wanted: Wanted, run: Race | None = None
+) -> Drawn:
+    """One token a row, without waiting for the device. Temperature 0 takes the largest logit, the lowest id of equals.
+
+    first_token: id of this rank's first row. run: `race` unless given. A row is complete unless its top_k or its
+    nucleus reaches down to the last of some rank's candidates.
+    """
+    return _draw(logits_SV, first_token, all_gather, draws, wanted, CANDIDATES, run or race)
+
+
+def sample_exact(
+    logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws, run: Race | None = None
+) -> Tensor:
+    """Token ids [S] int64 of any draws; waits for the device. Equal to `sample` where that is complete."""
+    sizes_R1 = all_gather(torch.tensor([logits_SV.shape[1]], device=logits_SV.device))
+    largest = int(sizes_R1.max())
+    listed_bytes = len(sizes_R1) * largest * LISTED_BYTES  # the same on every rank, as are the tiles
+    tokens = []
+    for rows in tiles(len(logits_SV), listed_bytes):
+        candidates, part = min(CANDIDATES, largest), (logits_SV[rows], first_token, all_gather, draws.rows(rows))
+        drawn = _draw(*part, EVERYTHING, candidates, run or race)
+        while not bool(drawn.complete_S.all()):
+            candidates = min(MORE_CANDIDATES * candidates, largest)
+            drawn = _draw(*part, EVERYTHING, candidates, run or race)
+        tokens.append(drawn.tokens_S)
+    return torch.cat(tokens)
+
+
+def _draw(
     logits_SV: Tensor,
     first_token: int,
     all_gather: AllGather,
-    temperature_S: Tensor,
-    top_p_S: Tensor,
-    seed_S: Tensor,
-    position_S: Tensor,
-    any_top_p: bool,
-) -> Tensor:
-    """Token ids [S] int64, the same on every rank. Temperature 0 takes the largest logit, the lowest id among equals.
+    draws: Draws,
+    wanted: Wanted,
+    candidates: int,
+    run: Race,
+) -> Drawn:
+    precision = wide(logits_SV.dtype)
+    divisor_S = divisor(draws, precision)
+    everyone_R2SC = top_S = floor_S = None
+    if wanted.candidates:
+        everyone_R2SC = all_gather(most_likely(logits_SV, first_token, candidates))
+        top_S = everyone_R2SC[:, 0].amax((0, 2)) / divisor_S
+    elif wanted.min_p:
+        top_S = all_gather(logits_SV.amax(-1).to(precision)).amax(0) / divisor_S
+    if wanted.min_p:
+        assert top_S is not None
+        floor_S = top_S + draws.min_p_S.to(precision).log()
+    mine = run(logits_SV, first_token, draws, floor_S, top_S if wanted.candidates else None)
+    parts = [mine.best_S.double().view(torch.int64), mine.token_S]
+    found_RSX = all_gather(torch.stack(parts if mine.total_S is None else [*parts, mine.total_S], dim=-1))
+    winner_1S = found_RSX[..., 0].view(torch.float64).max(0, keepdim=True).indices  # the first of equals: lowest ids
+    tokens_S = found_RSX[..., 1].gather(0, winner_1S)[0]
+    if everyone_R2SC is None or top_S is None:
+        return Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))
+    filtered_S = ((draws.top_p_S < 1) | (draws.top_k_S > 0)) & (draws.temperature_S > 0)
+    listed = among_candidates(everyone_R2SC, found_RSX[..., 2].sum(0), draws, floor_S, top_S)
+    return Drawn(listed.tokens_S.where(filtered_S, tokens_S), listed.complete_S | ~filtered_S)
 
-    first_token: id of this rank's first row. all_gather: x -> [R, ...]. temperature_S, top_p_S: fp32. seed_S,
-    position_S: int64; position is where the drawn token will stand. any_top_p: whether some row has top_p < 1.
+
+def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | None, top_S: Tensor | None) -> Raced:
+    """This rank's winners. With x = logit / temperature:
+
+    floor_S: tokens of x below it do not take part. top_S: x of the most likely token of all ranks; where it is given,
+    the weights exp(x - top) of all tokens are added up, whatever the floor.
     """
-    cold_S1 = (temperature_S == 0)[:, None]
-    scaled_SV = logits_SV.double() / temperature_S.double()[:, None].masked_fill(cold_S1, 1.0)
-    token_V = torch.arange(first_token, first_token + logits_SV.shape[1], device=logits_SV.device)
-    race_SV = torch.where(cold_S1, scaled_SV, scaled_SV - exponential_times(seed_S, position_S, token_V).log())
-    if any_top_p:
-        race_SV = race_SV.masked_fill(~in_nucleus(scaled_SV, token_V, top_p_S, all_gather), float("-inf"))
-    best_S, index_S = race_SV.max(-1)
-    found_RS2 = all_gather(torch.stack((best_S, token_V[index_S].double()), dim=-1))
-    winners_RS = found_RS2[..., 0] == found_RS2[..., 0].amax(0)
-    return found_RS2[..., 1].masked_fill(~winners_RS, float("inf")).amin(0).long()
+    precision, vocab = wide(logits_SV.dtype), logits_SV.shape[1]
+    token_V = torch.arange(first_token, first_token + vocab, device=logits_SV.device)
+    best, token, total = [], [], []
+    for rows in tiles(len(logits_SV), vocab * DRAW_ELEMENT_BYTES[precision == torch.float64]):
+        here = draws.rows(rows)
+        race_SV = logits_SV[rows].to(precision) / divisor(here, precision)[:, None]
+        if top_S is not None:
+            total.append(weights(race_SV, top_S[rows]).sum(-1))
+        if floor_S is not None:
+            race_SV.masked_fill_(race_SV < floor_S[rows][:, None], NEVER)
+        race_SV -= log_times(here, token_V, precision)
+        best_S, index_S = race_SV.max(-1)
+        best.append(best_S)
+        token.append(token_V[index_S])
+    return Raced(torch.cat(best), torch.cat(token), torch.cat(total) if top_S is not None else None)
 
 
-def in_nucleus(scaled_SV: Tensor, token_V: Tensor, top_p_S: Tensor, all_gather: AllGather) -> Tensor:
-    """[S, V]: whether a token is in the smallest set of most likely tokens whose probability reaches top_p.
+def most_likely(logits_SV: Tensor, first_token: int, count: int) -> Tensor:
+    """[2, S, C + 1]: logits of this rank's `count` most likely tokens, and their ids, in ascending order of id.
 
-    Equally likely tokens enter by lowest id. Exact: a rank's candidates are complete above its last one, so the merged
-    list is complete above the highest of these; where the nucleus goes deeper, more are exchanged.
+    Which of equals at the lower end are in is left open; the last column holds the logit above which the list has
+    everything (-inf: it has all there is). In the dtype of the race, which holds ids below 2^24 exactly.
     """
-    total_S = all_gather(scaled_SV.logsumexp(-1)).logsumexp(0)
-    sorted_SV, order_SV = scaled_SV.sort(dim=-1, descending=True, stable=True)  # stable: equals stay by id
-    largest = int(all_gather(torch.tensor([len(token_V)], device=token_V.device)).max())
-    count = FIRST_CANDIDATES
-    while True:
-        here = min(count, len(token_V))
-        padded = torch.full((2, len(scaled_SV), count), float("-inf"), dtype=torch.float64, device=scaled_SV.device)
-        padded[0, :, :here] = sorted_SV[:, :here]
-        padded[1, :, :here] = token_V[order_SV[:, :here]].double()
-        everyone_R2SC = all_gather(padded)
-        value_SN, token_SN = (everyone_R2SC[:, part].transpose(0, 1).flatten(1) for part in (0, 1))
-        value_SN, order_SN = value_SN.sort(dim=-1, descending=True, stable=True)  # ranks hold ascending ids: as above
-        token_SN = token_SN.gather(1, order_SN)
-        reached_SN = (value_SN - total_S[:, None]).exp().cumsum(-1) >= top_p_S.double()[:, None]
-        # rounding may leave the sum of all a hair under top_p: then the nucleus is everything
-        last_S1 = torch.where(reached_SN.any(-1), reached_SN.int().argmax(-1), value_SN.shape[1] - 1)[:, None]
-        complete_S = value_SN.gather(1, last_S1)[:, 0] > everyone_R2SC[:, 0, :, -1].amax(0)
-        if count >= largest or bool((complete_S & reached_SN.any(-1)).all()):
-            break
-        count = min(4 * count, largest)
-    value_S1, token_S1 = value_SN.gather(1, last_S1), token_SN.gather(1, last_S1)
-    return (scaled_SV > value_S1) | ((scaled_SV == value_S1) & (token_V <= token_S1))
+    rows, vocab = logits_SV.shape
+    here = min(count, vocab)
+    value_SC, index_SC = logits_SV.topk(here, dim=-1, sorted=False)
+    index_SC, order_SC = index_SC.sort(dim=-1)
+    out = torch.full((2, rows, count + 1), NEVER, dtype=wide(logits_SV.dtype), device=logits_SV.device)
+    out[0, :, :here] = value_SC.gather(1, order_SC)
+    out[1, :, :here] = index_SC + first_token
+    out[1, :, here:] = 0
+    if here < vocab:
+        out[0, :, count] = value_SC.amin(-1)
+    return out
 
 
-def exponential_times(seed_S: Tensor, position_S: Tensor, token_V: Tensor) -> Tensor:
-    """Exponential variates [S, V] fp64, strictly positive: -ln(1 - u) with 53 bits of u."""
-    stream_S = mix(mix(seed_S) + position_S)
-    bits_SV = (mix(stream_S[:, None] + token_V) >> 11) & ((1 << 53) - 1)
-    return -torch.log1p(-(bits_SV.double() + 0.5) * 2.0**-53)
+def among_candidates(
+    everyone_R2SC: Tensor, total_S: Tensor, draws: Draws, floor_S: Tensor | None, top_S: Tensor
+) -> Drawn:
+    """The draws of rows with top_p or top_k from what all ranks sent as `most_likely`. Every rank does the same.
+
+    total_S: weight of all tokens. A rank's list is complete above its last column, so the merged one is complete above
+    the highest of these. Equally likely tokens enter by lowest id.
+    """
+    precision, divisor_S1 = everyone_R2SC.dtype, divisor(draws, everyone_R2SC.dtype)[:, None]
+    value_SN, token_SN = (everyone_R2SC[:, part, :, :-1].transpose(0, 1).flatten(1) for part in (0, 1))
+    bound_S = everyone_R2SC[:, 0, :, -1].amax(0)
+    value_SN, order_SN = value_SN.sort(dim=-1, descending=True, stable=True)  # stable: ids ascend, over the ranks too
+    token_SN = token_SN.gather(1, order_SN).long()
+    scaled_SN = value_SN / divisor_S1
+    target_S = (draws.top_p_S.double() * total_S.double()).ceil().long()
+    deepest = value_SN.shape[1] - 1
+    # the place of the last one kept; deepest + 1: the list does not reach so far, or everything is kept
+    last_S = (weights(scaled_SN, top_S).cumsum(-1) < target_S[:, None]).sum(-1)
+    last_S = last_S.where(draws.top_p_S < 1, deepest + 1)
+    last_S = last_S.where((draws.top_k_S == 0) | (draws.top_k_S > last_S), draws.top_k_S.long() - 1)
+    last_value_S = value_SN.gather(1, last_S.clamp(max=deepest)[:, None])[:, 0]
+    complete_S = (last_value_S > bound_S) | (bound_S == NEVER)
+    out_SN = torch.arange(deepest + 1, device=value_SN.device) > last_S[:, None]
+    if floor_S is not None:
+        out_SN |= scaled_SN < floor_S[:, None]
+        complete_S |= floor_S > bound_S / divisor_S1[:, 0]
+    race_SN = (scaled_SN - log_times(draws, token_SN, precision)).masked_fill_(out_SN, NEVER)
+    late_SN = race_SN < race_SN.amax(-1, keepdim=True)
+    return Drawn(token_SN.masked_fill(late_SN, NO_TOKEN).amin(-1), complete_S)
+
+
+def weights(scaled_SX: Tensor, top_S: Tensor) -> Tensor:
+    """exp(x - top) in units of 2^-WEIGHT_BITS, rounded down, int64: sums of them depend on no order."""
+    return (scaled_SX - top_S[:, None]).exp_().mul_(2.0**WEIGHT_BITS).long()
+
+
+def log_times(draws: Draws, token_X: Tensor, precision: torch.dtype) -> Tensor:
+    """ln E [S, X] of tokens [X] or [S, X], 0 where the temperature is 0: there the largest logit wins."""
+    times_SX = exponential_times(draws.seed_S, draws.position_S, token_X, precision).log_()
+    return times_SX.masked_fill_((draws.temperature_S == 0)[:, None], 0.0)
+
+
+def exponential_times(seed_S: Tensor, position_S: Tensor, token_X: Tensor, precision: torch.dtype) -> Tensor:
+    """Exponential variates [S, X], positive and finite: -ln(1 - u), of tokens [X] or [S, X].
+
+    u is an odd multiple of 2^-53, then rounded to `precision`: near 0, where races are won, each E is exact to a
+    rounding error. The other end stops at 16.6 in fp32 (beyond which lie 6e-8 of all), at 36.7 in fp64.
+    """
+    bits_SX = mix(stream(seed_S, position_S)[:, None] + token_X)
+    bits_SX >>= 64 - EXPONENTIAL_BITS
+    bits_SX &= (1 << EXPONENTIAL_BITS) - 1
+    uniform_SX = bits_SX.to(precision).add_(0.5).mul_(2.0**-EXPONENTIAL_BITS)
+    uniform_SX.clamp_(max=1 - torch.finfo(precision).eps / 2)
+    return uniform_SX.neg_().log1p_().neg_()
+
+
+def stream(seed_S: Tensor, position_S: Tensor) -> Tensor:
+    """Where the bits of a draw start, int64: those of token i are the mix of this + i."""
+    return mix(mix(seed_S) + position_S)
+
+
+def divisor(draws: Draws, precision: torch.dtype) -> Tensor:
+    """Temperature [S], 1 where it is 0."""
+    return draws.temperature_S.to(precision).masked_fill(draws.temperature_S == 0, 1.0)
+
+
+def tiles(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Slices over rows, of as many as stay under DRAW_LIMIT_BYTES, but one at least."""
+    step = max(1, DRAW_LIMIT_BYTES // row_bytes)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

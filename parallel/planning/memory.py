@@ -16,6 +16,8 @@ from .spec import Spec
 Device = Literal["cuda", "cpu"]
 
 SCORES_LIMIT_BYTES = 256 << 20  # attention goes over queries in tiles whose scores stay under this
+DRAW_LIMIT_BYTES = 256 << 20  # the draw goes over rows of logits in tiles that take no more, but one row at a time
+DRAW_ELEMENT_BYTES = (32, 48)  # of a row, for each of its logits: raced in fp32, in fp64
 
 
 @dataclass(frozen=True)
