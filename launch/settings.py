@@ -15,9 +15,10 @@ import click
 
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.machine import parse_size
-from ..parallel.planning.plan import DType, Workload
+from ..parallel.planning.plan import DType, KvDType, Workload
 
 DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
+KV_DTYPES: tuple[KvDType, ...] = (*DTYPES, "fp8")
 WORKLOADS: tuple[Workload, ...] = ("latency", "throughput")
 
 PRESETS = "serve"  # folder in gptoss_launch.configs
@@ -63,6 +64,12 @@ def _dtype(value: Any) -> DType:
     return value
 
 
+def _kv_dtype(value: Any) -> KvDType:
+    if value not in KV_DTYPES:
+        raise UserError(f"{value!r} is none of {', '.join(KV_DTYPES)}")
+    return value
+
+
 def _workload(value: Any) -> Workload:
     if value not in WORKLOADS:
         raise UserError(f"{value!r} is none of {', '.join(WORKLOADS)}")
@@ -85,6 +92,9 @@ class Settings:
         None, "machine", "NAME", _text, "Plan for a machine of configs/machines, or a YAML file."
     )
     dtype: DType | None = _key(None, "dtype", "|".join(DTYPES), _dtype, "Compute dtype.")
+    kv_dtype: KvDType | None = _key(
+        None, "kv-dtype", "|".join(KV_DTYPES), _kv_dtype, "KV cache dtype; the compute dtype when left out."
+    )
     gpu_memory_bytes: int | None = _key(
         None, "gpu-memory", "SIZE", _size, "Free memory a GPU, in place of what is found; 0: no GPU."
     )
@@ -93,6 +103,9 @@ class Settings:
     )
     context_tokens: int | None = _key(
         None, "context", "N", _number(1, _MOST), "Longest prompt and answer together, in tokens."
+    )
+    sequences: int | None = _key(
+        None, "sequences", "N", _number(1, 4096), "Requests that run at the same time in a replica; others wait."
     )
     dp: int | None = _key(None, "dp", "N", _number(1, _MOST), "Replicas.")
     ranks: int | None = _key(None, "ranks", "R", _number(1, _MOST), "Ranks of one replica.")

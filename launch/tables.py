@@ -34,6 +34,7 @@ def plan_table(plan: Plan) -> RenderableType:
         ("dtype", f"{plan.dtype}, hidden states {plan.residual_dtype}, KV cache {plan.kv_dtype}"),
         ("offload", plan.offload),
         ("context", f"{plan.context_tokens} tokens"),
+        ("sequences", f"{plan.sequences} at a time"),
         ("KV cache", f"{plan.kv_tokens} tokens"),
     ):
         facts.add_row(name, value)

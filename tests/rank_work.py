@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gptoss_launch.parallel.engine import kv
+from forced import Forced, answers
 from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.start import Options, join, start
@@ -29,22 +29,21 @@ SAMPLINGS = {
 
 def gathered_logits(engine: Engine, tokens: list[int]) -> Tensor:
     """[tokens, whole vocabulary], in steps of 50."""
-    sequence = kv.Sequence()
+    forced = Forced(engine)
     parts = []
     for first in range(0, len(tokens), 50):
-        local = engine.step(sequence, tokens[first : first + 50], slice(None))
+        local = forced.step(tokens[first : first + 50], slice(None))
         widest = int(engine.comm.all_gather(torch.tensor([local.shape[1]])).max())
         padded = torch.full((len(local), widest), float("nan"), dtype=local.dtype)
         padded[:, : local.shape[1]] = local
         everyone = torch.cat(engine.comm.all_gather(padded).unbind(), dim=1)
         parts.append(everyone[:, ~everyone[0].isnan()])
-    kv.release(engine.pool, sequence)
     return torch.cat(parts)
 
 
 def draws(engine: Engine, tokens: list[int]) -> dict[str, list[int]]:
     requests = [Request(name, tuple(tokens[:20]), 6, sampling) for name, sampling in SAMPLINGS.items()]
-    return {request.id: [token.id for token in engine.generate(request)] for request in requests}
+    return {name: [token.id for token in several] for name, several in answers(engine, requests).items()}
 
 
 def work(engine: Engine) -> tuple[Tensor, dict[str, list[int]]]:

@@ -57,6 +57,7 @@ def plain_plan(
     context_tokens: int = 1024,
     step_tokens: int = 512,
     device: Literal["cuda", "cpu"] = "cpu",
+    sequences: int = 4,
 ) -> Plan:
     return Plan(
         model=folder.name,
@@ -72,6 +73,7 @@ def plain_plan(
         kv_dtype=dtype,
         offload="none",
         context_tokens=context_tokens,
+        sequences=sequences,
         kv_tokens=context_tokens,
         page_tokens=16,
         step_tokens=step_tokens,

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..kernels import Operations
 from ..kernels.adjust import adjust, count_tokens
 from ..kernels.batch import Batch, Chunk
-from ..kernels.rope import inverse_frequencies
 from ..kernels.logprobs import logprobs
+from ..kernels.rope import inverse_frequencies
 from ..kernels.sample import Drawn, Wanted, sample_exact
 from ..model.comm import Comm
 from ..model.dtypes import TORCH_DTYPE
@@ -25,9 +25,10 @@ from ..planning.pages import layers_per_page, local_kv_heads, pool_pages
 from ..planning.plan import Plan
 from . import inputs
 from .graphs import Graphs
+from .pages import Cache, Pool
 from .record import Head, Record, Sizes, encode
 from .request import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K, Request
-from .schedule import Result, Step
+from .schedule import Limits, Result, Scheduler, Step
 
 
 def sizes_of(plan: Plan) -> Sizes:
@@ -40,6 +41,13 @@ def sizes_of(plan: Plan) -> Sizes:
         page_tokens=plan.page_tokens,
         vocab=plan.spec.vocab,
     )
+
+
+def scheduler_for(plan: Plan) -> Scheduler:
+    """The leader's, with the whole pool free."""
+    sizes = sizes_of(plan)
+    limits = Limits(sizes.rows, sizes.step_tokens, sizes.changes, sizes.most_biased)
+    return Scheduler(Cache(Pool(sizes.scratch_page), plan.spec, plan.page_tokens), limits)
 
 
 def refusal(plan: Plan, request: Request) -> str | None:
@@ -130,6 +138,8 @@ class Engine:
             logits_SV, drawn = self.graphs.replay(head)
         else:
             logits_SV, drawn = self._logits(head, record.chunks), None
+        if not head.draws:  # the middle of a prompt
+            return Launched(torch.empty((0, 2), dtype=torch.int64), None, None)
         if drawn is None:
             drawn = self._draw(head, logits_SV)
         likely = None

@@ -6,6 +6,7 @@ fits a step; does not know what a step computes.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ Key = tuple[int, bool, int, int]
 
 
 class Graphs:
-    """sizes: ascending. run: (head, whether to draw) -> the tensors of the step; reads its inputs from static places."""
+    """sizes: ascending. run: (head, whether to draw) -> tensors of the step; its inputs stand in static places."""
 
     def __init__(self, sizes: Sequence[int], run: Callable[[Head, bool], Outputs]) -> None:
         self._sizes = tuple(sizes)
         self._run = run
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
-        self._memory: tuple[int, int] | None = None  # one pool for all: graphs of one stream never run together
+        self._memory: Any = None  # torch's handle of one pool for all: graphs of one stream never run together
 
     def size_for(self, decodes: int) -> int:
         """The smallest size that holds so many; 0 if none does."""

@@ -1,17 +1,22 @@
 """What a rank's memory really went into, by the names of the plan, and how long a step takes.
 
-On CUDA from the books of torch's own allocator. On the CPU torch keeps none, and no memory is reported.
+Works on steps of the scratch row, which no request uses. On CUDA memory is read from the books of torch's own
+allocator; on the CPU torch keeps none, and no memory is reported.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from . import kv
 from .engine import Engine
+from .record import Record, encode
+from .request import Request, Sampling
+from .schedule import Item, Running, Step
 
 REPEATS = 5
+PLAIN = Sampling()
+EVERYTHING = Sampling(top_p=0.9, min_p=0.01, presence=0.1)  # what takes the most memory to draw
 
 
 class Meter:
@@ -32,32 +37,56 @@ class Meter:
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free - torch.cuda.memory_reserved(self._device)
 
-    def finish(self, communication_bytes: int) -> dict[str, int]:
-        """The marked parts, and three more: workspace_bytes, what the allocator holds besides them at its peak;
-        communication_bytes, as it was found; and context_bytes, what else is used outside of the allocator: CUDA's
-        context, loaded kernels, other processes.
+    def finish(self, communication_bytes: int, capture: Callable[[], None]) -> dict[str, int]:
+        """The marked parts, and four more: workspace_bytes, what the allocator holds besides them at its peak;
+        graphs_bytes, what `capture` takes; communication_bytes, as it was found; and context_bytes, what else is used
+        outside of the allocator: CUDA's context, loaded kernels, other processes.
         """
         if self._device.type != "cuda":
             return {}
+        workspace_bytes = torch.cuda.max_memory_reserved(self._device) - sum(self._parts.values())
+        context_bytes = self.outside_bytes() - communication_bytes
+        free_bytes, _ = torch.cuda.mem_get_info(self._device)
+        capture()
         return self._parts | {
-            "workspace_bytes": torch.cuda.max_memory_reserved(self._device) - sum(self._parts.values()),
+            "workspace_bytes": workspace_bytes,
+            "graphs_bytes": free_bytes - torch.cuda.mem_get_info(self._device)[0],
             "communication_bytes": communication_bytes,
-            "context_bytes": self.outside_bytes() - communication_bytes,
+            "context_bytes": context_bytes,
         }
 
 
+def scratch_step(engine: Engine, tokens: int, sequences: int, sampling: Sampling = PLAIN) -> Record:
+    """A step of `sequences` sequences with so many tokens each, at the end of the longest context: it takes the time
+    and memory of a real one, and leaves nothing behind but in the scratch row."""
+    start = engine.plan.context_tokens - tokens
+    running = Running(Request("scratch", (0,), 1, sampling), 0.0, row=engine.sizes.rows)
+    items = (Item(running, 0, start, tokens, draws=True),) * sequences
+    return encode(Step(items, sequences if tokens == 1 else 0, False, (), ()), 0, engine.sizes)
+
+
+def decode_step(engine: Engine, size: int) -> Record:
+    """A step of `size` decodes as a graph runs it, where graphs are used."""
+    if engine.graphs.size_for(size) != size:
+        return scratch_step(engine, 1, size)
+    return encode(Step((), 0, False, (), ()), 0, engine.sizes, graph=size)
+
+
 def warm_up(engine: Engine) -> None:
-    """On a GPU the largest step at the end of the longest context, so that kernels are loaded and the peak is seen and
-    taken, before anybody else takes it; on the CPU a token."""
-    plan, sequence = engine.plan, kv.Sequence()
-    tokens = 1
-    if plan.device == "cuda":
-        tokens = min(plan.step_tokens, plan.context_tokens)
-        while sequence.length + 2 * tokens <= plan.context_tokens:  # pages as if these steps had been made
-            kv.extend(engine.pool, sequence, tokens, plan.spec, plan.page_tokens)
-            kv.drop_passed(engine.pool, sequence, plan.spec, plan.page_tokens)
-    engine.step(sequence, [0] * tokens)
-    kv.release(engine.pool, sequence)
+    """On a GPU the largest steps, so that kernels are loaded and the peak is seen and taken, before anybody else takes
+    it; on the CPU a token."""
+    plan = engine.plan
+    if plan.device == "cpu":
+        engine.launch(scratch_step(engine, 1, 1)).results(1)
+        return
+    engine.launch(scratch_step(engine, plan.step_tokens, 1)).results(1)
+    engine.launch(scratch_step(engine, 1, min(plan.sequences, plan.step_tokens), EVERYTHING)).results(1)
+
+
+def capture(engine: Engine, sizes: Sequence[int]) -> None:
+    """CUDA graphs of the sizes that come up first; others are captured when they are needed."""
+    for size in sizes:
+        engine.launch(decode_step(engine, size)).results(1)
 
 
 def step_times(engine: Engine) -> dict[str, float]:
@@ -65,18 +94,29 @@ def step_times(engine: Engine) -> dict[str, float]:
 
     Every rank of the replica calls it.
     """
-    spec, sequence = engine.plan.spec, kv.Sequence()
-    step_s = _fastest(lambda: engine.step(sequence, [0]), engine.device)
-    kv.release(engine.pool, sequence)
+    spec, record = engine.plan.spec, decode_step(engine, 1)
+    times = {"decode_step_s": _fastest(lambda: engine.launch(record).results(1), engine.device)}
     if engine.plan.ranks == 1:
-        return {"decode_step_s": step_s}
+        return times
     message_TH = torch.zeros((1, spec.hidden), dtype=engine.weights.embed_VH.dtype, device=engine.device)
 
     def all_reduces() -> None:
         for _ in range(2 * spec.layers + 1):  # two a layer, and the embedding's
             engine.comm.all_reduce(message_TH)
 
-    return {"decode_step_s": step_s, "communication_s": _fastest(all_reduces, engine.device)}
+    if engine.graphs.size_for(1):
+        all_reduces = in_graph(all_reduces)
+    return times | {"communication_s": _fastest(all_reduces, engine.device)}
+
+
+def in_graph(work: Callable[[], object]) -> Callable[[], None]:
+    """`work` as the steps of decodes run it, on a GPU."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:

@@ -16,6 +16,7 @@ from ..kernels.batch import Chunk, tiles
 from .request import MOST_BIASES
 from .schedule import Item, Running, Step
 
+WORD_BYTES = 4
 KINDS = ("window", "full")  # the order of the page tables on the device
 
 

@@ -16,10 +16,13 @@ from ..model.comm import Alone, Comm, Marked, Sums
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
 from .engine import Engine
-from .measure import Meter, step_times, warm_up
+from .measure import Meter, capture, step_times, warm_up
 from .routes import Recorder, checked
 from .trace import Trace
 from .wire import Ready
+
+GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # decodes of a step that runs as a CUDA graph
+CAPTURED_AT_START = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,22 @@ def start(
         comm = Marked(connect(plan, device), trace)
     communication_bytes = meter.outside_bytes() - outside_bytes
     ops, recorder = PLAIN, None
+    slow_paths = []
     if options.check_ranks:
+        slow_paths.append("no CUDA graphs: --check-ranks compares in the middle of steps")
         comm = Sums(comm)
         ops = checked(ops, comm, plan.spec.layers)
     if options.record_routing is not None:
-        recorder = Recorder(options.record_routing, plan, device)
-        ops = recorder.counted(ops)
-    engine = Engine(plan, rank, weights, ops, comm)
+        slow_paths.append("no CUDA graphs: --record-routing would count their padding")
+        if rank == 0:
+            recorder = Recorder(options.record_routing, plan, device)
+            ops = recorder.counted(ops)
+    engine = Engine(plan, rank, weights, ops, comm, () if slow_paths or plan.device == "cpu" else GRAPH_SIZES)
     meter.mark("kv_bytes")
     warm_up(engine)
-    memory = meter.finish(communication_bytes) | {"read_bytes": read_bytes}
+    first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
+    memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
     times = step_times(engine)
     if recorder is not None:
         recorder.reset()
-    return engine, recorder, Ready(rank, plan.digest, memory, times, time.monotonic() - began_s)
+    return engine, recorder, Ready(rank, plan.digest, memory, times, time.monotonic() - began_s, tuple(slow_paths))

@@ -113,7 +113,7 @@ class Ready:
     """Any process -> supervisor: it can work.
 
     memory: bytes by part as measured, for the comparison with the plan, and read_bytes, of the files.
-    times: seconds of a step and of its parts.
+    times: seconds of a step and of its parts. slow_paths: slower ways that are taken, with the reason.
     """
 
     rank: int
@@ -121,6 +121,7 @@ class Ready:
     memory: dict[str, int]
     times: dict[str, float]
     load_s: float
+    slow_paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ def _decode(value: Any) -> Message:
                     }
                 )
             )
-        if name == "Stats":
-            return Stats(**body | {"slow_paths": tuple(body["slow_paths"])})
+        if name in ("Stats", "Ready"):
+            body |= {"slow_paths": tuple(body["slow_paths"])}
         return _TYPES[name](**body)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"not a message: {error!r}") from None

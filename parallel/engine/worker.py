@@ -1,8 +1,8 @@
 """A rank's entry point: torchrun runs this module with --plan FILE --control SOCKET --listen SOCKET.
 
 Loads this rank's share of the model as the plan says and reports to the supervisor over the control socket. Rank 0, the
-leader, then serves front ends on its own socket, one request at a time, the others waiting their turn; the other ranks
-follow its word. Knows no text and no HTTP.
+leader, then serves front ends on its own socket; the other ranks do what its step records say. Knows no text and no
+HTTP.
 """
 
 import argparse
@@ -11,9 +11,6 @@ import socket
 import sys
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,16 +18,16 @@ from ..errors import UserError
 from ..planning.plan import Plan
 from .front_ends import FrontEnds
 from .lifeline import hold
-from .request import Request, Token
 from .trace import Trace, trace_file
-from .wire import Cancel, Failed, Generate, Message, Progress, Refused, Tokens, encode
+from .wire import Failed, Progress, Ready, encode
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .lockstep import Broadcast, Lockstep
+    from .lockstep import Ring
     from .routes import Recorder
 
 PROGRESS_EVERY_S = 0.1
+IDLE_POLL_S = 5.0
 
 
 def main() -> None:
@@ -60,7 +57,8 @@ def fail(control: socket.socket, message: Failed) -> None:
 
 def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.socket, trace: Trace) -> None:
     """Load, report, serve; returns never."""
-    from .lockstep import Broadcast, NoFollowers
+    from .engine import sizes_of
+    from .lockstep import Ring, steps_file
     from .start import Options, join, start
 
     last_s = 0.0
@@ -71,115 +69,67 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
             last_s = time.monotonic()
             control.sendall(encode(Progress(rank, done_bytes, total_bytes)))
 
-    options = Options(arguments.check_ranks, arguments.record_routing if rank == 0 else None)
-    join(plan)
+    options = Options(arguments.check_ranks, arguments.record_routing)
+    steps, words = steps_file(arguments.control), sizes_of(plan).words
+    ring = Ring(steps, words, create=True) if plan.ranks > 1 and rank == 0 else None
+    join(plan)  # nobody comes out of it before the leader has come in
     engine, recorder, ready = start(plan, rank, options, trace, progress)
     if rank == 0:
         front_ends = FrontEnds(arguments.listen)
         control.sendall(encode(ready))
-        lead(engine, front_ends, NoFollowers() if plan.ranks == 1 else Broadcast(), trace, recorder)
+        lead(engine, front_ends, ring, trace, recorder, ready)
+    ring = Ring(steps, words, create=False)
     control.sendall(encode(ready))
-    follow(engine, Broadcast(), trace)
-
-
-class Turns:
-    """Whose request runs, and who waits in which order. On the leader."""
-
-    def __init__(self, engine: "Engine", front_ends: FrontEnds, lockstep: "Lockstep", trace: Trace) -> None:
-        self._engine = engine
-        self._trace = trace
-        self._front_ends = front_ends
-        self._lockstep = lockstep
-        self._waiting: deque[Ticket] = deque()
-        self._running: tuple[Ticket, Generator[Token]] | None = None
-
-    @property
-    def idle(self) -> bool:
-        return self._running is None and not self._waiting
-
-    def take(self, front_end: socket.socket, message: Message | None) -> None:
-        """One message from `front_end`; None: it is gone, and so is all that it asked for."""
-        match message:
-            case Generate(request):
-                self._waiting.append(Ticket(front_end, request))
-            case Cancel(request_id):
-                self._drop(lambda ticket: ticket.front_end is front_end and ticket.request.id == request_id)
-            case None:
-                self._drop(lambda ticket: ticket.front_end is front_end)
-
-    def step(self) -> None:
-        """One token of the running request, after starting the next one if none runs."""
-        if self._running is None:
-            ticket = self._waiting.popleft()
-            reason = self._engine.refusal(ticket.request)
-            if reason is not None:
-                self._front_ends.send(ticket.front_end, Refused(ticket.request.id, reason))
-                return
-            self._lockstep.tell("start", ticket.request)
-            self._running = ticket, self._engine.generate(ticket.request)
-        ticket, stream = self._running
-        self._lockstep.tell("go_on")
-        self._trace.step()
-        token = next(stream)
-        self._trace.idle()
-        self._front_ends.send(ticket.front_end, Tokens((token,)))
-        if token.finish_reason is not None:
-            self._end()
-
-    def _drop(self, is_over: Callable[["Ticket"], bool]) -> None:
-        self._waiting = deque(ticket for ticket in self._waiting if not is_over(ticket))
-        if self._running and is_over(self._running[0]):
-            self._end()
-
-    def _end(self) -> None:
-        assert self._running is not None
-        self._lockstep.tell("end")
-        self._running[1].close()  # frees its pages
-        self._running = None
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A request, and who asked for it."""
-
-    front_end: socket.socket
-    request: Request
+    follow(engine, ring, trace)
 
 
 def lead(
-    engine: "Engine", front_ends: FrontEnds, lockstep: "Lockstep", trace: Trace, recorder: "Recorder | None"
+    engine: "Engine",
+    front_ends: FrontEnds,
+    ring: "Ring | None",
+    trace: Trace,
+    recorder: "Recorder | None",
+    ready: Ready,
 ) -> None:
-    """One request at a time, for as long as the process lives."""
-    from .lockstep import IDLE_EVERY_S
+    """Steps, as long as there is anything to do, for as long as the process lives."""
+    from .engine import refusal, scheduler_for
+    from .leader import Device, Facts, Launched, Leader
+    from .record import Record
 
-    turns = Turns(engine, front_ends, lockstep, trace)
+    def launch(record: Record) -> Launched:
+        trace.step()
+        if ring is not None:
+            ring.publish(record)
+        return engine.launch(record)
+
+    times = ready.times
+    leader = Leader(
+        scheduler_for(engine.plan),
+        Device(launch, engine.graphs.size_for, engine.sizes, ahead=engine.device.type == "cuda"),
+        front_ends.send,
+        lambda request: refusal(engine.plan, request),
+        facts=Facts(times["decode_step_s"], times.get("communication_s", 0.0), ready.slow_paths),
+    )
+    trace.idle()
     while True:
-        for front_end, message in front_ends.poll(IDLE_EVERY_S if turns.idle else 0):
-            turns.take(front_end, message)
-        if turns.idle:
-            lockstep.tell("idle")
-        else:
-            turns.step()
-        if recorder is not None:
-            recorder.write(at_once=turns.idle)
-
-
-def follow(engine: "Engine", lockstep: "Broadcast", trace: Trace) -> None:
-    """Do what the leader does, for as long as the process lives."""
-    stream: Generator[Token] | None = None
-    while True:
-        word, request = lockstep.hear()
-        if word == "start":
-            assert request is not None
-            stream = engine.generate(request)
-        elif word == "go_on":
-            assert stream is not None
-            trace.step()
-            next(stream)
+        for front_end, message in front_ends.poll(IDLE_POLL_S if leader.idle else 0):
+            leader.take(front_end, message)
+        leader.turn()
+        if leader.idle:
             trace.idle()
-        elif word == "end" and stream is not None:
-            stream.close()
-            stream = None
+        if recorder is not None:
+            recorder.write(at_once=leader.idle)
+
+
+def follow(engine: "Engine", ring: "Ring", trace: Trace) -> None:
+    """Do what the leader's records say, for as long as the process lives."""
+    number = 1
+    while True:
+        trace.idle()
+        record = ring.wait(number)
+        trace.step()
+        engine.launch(record)
+        number += 1
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import torch
 
-from ..planning.plan import DType
+from ..planning.plan import KvDType
 
-TORCH_DTYPE: dict[DType, torch.dtype] = {
+TORCH_DTYPE: dict[KvDType, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp64": torch.float64,
+    "fp8": torch.float8_e4m3fn,
 }

@@ -12,7 +12,7 @@ from .estimate import BATCH_TOKENS, Step, bandwidth, decode_step, expert_load
 from .layouts import Layout, Place, check_cuts, context_choices, longest, meshes, most_replicas
 from .machine import Gpu, Machine, format_size
 from .placement import Routing
-from .plan import DType, Workload
+from .plan import DType, KvDType, Workload
 from .shards import Mesh, part
 from .spec import Spec
 
@@ -32,6 +32,7 @@ class Asked:
 
     gpu_memory_bytes: what each GPU has free, in place of what was found; 0 leaves the GPUs out. dp: replicas.
     ranks: of one replica. ep: how many ways experts are placed; divides ranks. routing: to place experts by.
+    kv_dtype: of the KV cache, the compute dtype unless given. sequences: that run at the same time in a replica.
     """
 
     dtype: DType | None = None
@@ -43,6 +44,8 @@ class Asked:
     ep: int | None = None
     workload: Workload = "latency"
     routing: Routing | None = None
+    kv_dtype: KvDType | None = None
+    sequences: int | None = None
 
 
 FREE = Asked()  # all left to the planner
@@ -113,13 +116,15 @@ def find_place(machine: Machine, asked: Asked) -> Place:
         link=machine.link,
         host_free_bytes=machine.host_memory_bytes,
         dtype=asked.dtype or found,
+        kv_dtype=asked.kv_dtype or asked.dtype or found,
     )
 
 
 def on_cpu(machine: Machine, asked: Asked) -> Place:
     if machine.host_memory_bytes is None:
         raise UserError(f"how much memory {machine.name} has free is not known", "say so: --host-memory 16GiB")
-    return Place("cpu", (), 1, "none", machine.host_memory_bytes, asked.dtype or "fp32")
+    dtype = asked.dtype or "fp32"
+    return Place("cpu", (), 1, "none", machine.host_memory_bytes, dtype, asked.kv_dtype or dtype)
 
 
 # --- the layout

@@ -5,17 +5,21 @@ A layout is a mesh and a number of replicas on a node. Knows bytes and GPUs; doe
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from ..errors import UserError
 from .machine import Gpu, Link
-from .memory import Device, rank_memory
-from .plan import DType, RankMemory
+from .memory import Device, Room, rank_memory
+from .pages import page_bytes
+from .plan import DType, KvDType, RankMemory
 from .shards import Mesh, local_slices, table
 from .spec import Spec
 
 PAGE_TOKENS = 16
 STEP_TOKENS: dict[Device, int] = {"cuda": 2048, "cpu": 512}
+MOST_SEQUENCES: dict[Device, int] = {"cuda": 256, "cpu": 64}  # that run at the same time in one replica
+SPARE_SHARE = 0.9  # of the GPU memory left over that goes to the KV cache; the rest is for what no plan foresees
 SMALLEST_CONTEXT_TOKENS = 1024  # chosen unasked; shorter ones hold little but the system message
 
 # What the hidden state between layers is kept in: sums over many layers may leave fp16's range of 65504.
@@ -32,6 +36,7 @@ class Place:
     link: Link
     host_free_bytes: int | None  # of one node; None: not known, not checked
     dtype: DType
+    kv_dtype: KvDType
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,10 @@ class Layout:
     context_tokens: int
 
 
-def kv_tokens(context_tokens: int) -> int:
-    """One request runs at a time, so the cache holds one context: whole pages of it."""
-    return -(-context_tokens // PAGE_TOKENS) * PAGE_TOKENS
+def one_context(device: Device, context_tokens: int) -> Room:
+    """The least that a layout has to have room for: a single sequence of the whole context."""
+    kv_tokens = -(-context_tokens // PAGE_TOKENS) * PAGE_TOKENS
+    return Room(context_tokens, 1, kv_tokens, PAGE_TOKENS, step_tokens(device, context_tokens))
 
 
 def step_tokens(device: Device, context_tokens: int) -> int:
@@ -82,32 +88,20 @@ def check_cuts(spec: Spec, mesh: Mesh) -> None:
         local_slices(row, mesh, 0)
 
 
-def memories(spec: Spec, place: Place, mesh: Mesh, context_tokens: int) -> tuple[RankMemory, ...]:
+def memories(spec: Spec, place: Place, mesh: Mesh, room: Room) -> tuple[RankMemory, ...]:
     """What each rank of one replica holds."""
     return tuple(
-        rank_memory(
-            spec,
-            mesh,
-            rank,
-            place.device,
-            place.dtype,
-            RESIDUAL[place.dtype],
-            place.dtype,
-            context_tokens=context_tokens,
-            kv_tokens=kv_tokens(context_tokens),
-            page_tokens=PAGE_TOKENS,
-            step_tokens=step_tokens(place.device, context_tokens),
-        )
+        rank_memory(spec, mesh, rank, place.device, place.dtype, RESIDUAL[place.dtype], place.kv_dtype, room)
         for rank in range(mesh.ranks)
     )
 
 
-def shortfall(spec: Spec, place: Place, layout: Layout) -> int:
+def shortfall(spec: Spec, place: Place, layout: Layout, room: Room | None = None) -> int:
     """Bytes missing on the GPU that lacks the most, and in a node's host memory besides; 0: it fits.
 
-    On the CPU all ranks share the host's memory.
+    On the CPU all ranks share the host's memory. room: one context unless given.
     """
-    rows = memories(spec, place, layout.mesh, layout.context_tokens)
+    rows = memories(spec, place, layout.mesh, room or one_context(place.device, layout.context_tokens))
     on_gpu, on_host = 0, layout.per_node * sum(row.host_bytes for row in rows)
     if place.device == "cpu":
         on_host += layout.per_node * sum(row.device_bytes for row in rows)
@@ -131,3 +125,31 @@ def most_replicas(spec: Spec, place: Place, layout: Layout) -> Layout:
         if not shortfall(spec, place, more):
             return more
     return layout
+
+
+def widest(spec: Spec, place: Place, layout: Layout, sequences: int | None) -> Room:
+    """The room of `layout`, which fits with one context: as many sequences as fit, at most MOST_SEQUENCES, and on GPUs
+    what is left over as KV cache. On the CPU the cache stays at one context, as the memory is not the model's alone.
+
+    sequences: asked for; may be more than fit, which `shortfall` tells.
+    """
+    least = one_context(place.device, layout.context_tokens)
+    room = replace(least, sequences=sequences or 1)
+    if sequences is None:
+        halves = (MOST_SEQUENCES[place.device] >> halved for halved in range(MOST_SEQUENCES[place.device].bit_length()))
+        rooms = (replace(least, sequences=count) for count in halves)
+        room = next(one for one in rooms if one.sequences == 1 or not shortfall(spec, place, layout, one))
+    if place.device == "cpu" or shortfall(spec, place, layout, room):
+        return room
+    rows = memories(spec, place, layout.mesh, room)
+    used = place.gpus[: layout.per_node * layout.mesh.ranks]
+    pages = min(
+        int((gpu.free_bytes - rows[index % layout.mesh.ranks].device_bytes) * SPARE_SHARE)
+        // page_bytes(spec, layout.mesh, index % layout.mesh.ranks, place.kv_dtype, PAGE_TOKENS)
+        for index, gpu in enumerate(used)
+    )
+    most = room.kv_tokens + pages * PAGE_TOKENS
+    # in steps, so that a plan stays the same from start to start; no more than all sequences can ever use
+    steps = (eighths << power for power in range(64) for eighths in (5, 6, 7, 8))
+    filled = max((tokens for tokens in takewhile(lambda tokens: tokens <= most, steps)), default=0)
+    return replace(room, kv_tokens=max(room.kv_tokens, min(filled, room.sequences * room.kv_tokens)))

@@ -9,7 +9,7 @@ from math import ceil, prod
 from typing import Literal
 
 from .pages import local_kv_heads, page_bytes, pool_pages
-from .plan import DTYPE_BYTES, DType, RankMemory
+from .plan import DTYPE_BYTES, DType, KvDType, RankMemory
 from .shards import Mesh, Row, local_shape, table
 from .spec import Spec
 
@@ -46,12 +46,13 @@ EXPERT_ROWS_COPIES = 2  # rows of one expert and its output
 HIDDEN_COPIES = 3  # normalised input, attention's output and what is added to the residual
 WIDE_HIDDEN_COPIES = 3  # norm: value, square, product; experts: the sum and what is added to it
 QKV_COPIES = 2  # the product and what is rotated
-LOGIT_COPIES = 8  # fp64, [1, vocab]: sorted, order, probabilities, their sums, race
 ALLOCATOR_SLACK = 1.25  # what torch's allocator holds besides, with expandable segments: a guess on the safe side
 
 KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # kept in fp32: few bytes, and their readers compute so
 WIDE_BYTES = 4  # fp32
 INDEX_BYTES = 4  # int32, for one byte of packed weights while it is looked up
+TABLE_ENTRY_BYTES = 4  # int32 page numbers
+COUNT_BYTES = 4  # int32: how often a token stands in an answer
 
 
 def stored_dtype(row: Row, dtype: DType) -> DType | None:
@@ -74,20 +75,40 @@ def weights_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType) -> int:
     return sum(prod(local_shape(row, mesh, rank)) * stored_element_bytes(row, dtype) for row in table(spec))
 
 
-def workspace_bytes(
-    spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dtype: DType, context_tokens: int, step_tokens: int
-) -> int:
+@dataclass(frozen=True)
+class Room:
+    """What a rank is made for. context_tokens: the longest sequence. sequences: that run at the same time. kv_tokens:
+    of all of them together. step_tokens: of one step."""
+
+    context_tokens: int
+    sequences: int
+    kv_tokens: int
+    page_tokens: int
+    step_tokens: int
+
+
+def rows_bytes(spec: Spec, mesh: Mesh, rank: int, room: Room) -> int:
+    """What is kept for every sequence that may run, beside its pages: two page tables, counts of its answer's tokens,
+    and a bit for each token that a grammar allows."""
+    tables = 2 * -(-room.context_tokens // room.page_tokens) * TABLE_ENTRY_BYTES
+    counts = _widths(spec, mesh, rank).vocab * COUNT_BYTES
+    return (room.sequences + 1) * (tables + counts + spec.vocab // 8)
+
+
+def workspace_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dtype: DType, room: Room) -> int:
     """Most bytes that live during a step besides weights and KV, for the plain operations in kernels/.
 
-    hidden states that live all along + the largest of (attention, experts, norm, head), times the allocator's slack:
+    What is kept for each sequence, and, times the allocator's slack, hidden states that live all along + the largest of
+    (attention, experts, norm, head):
       hidden     T x H x (2 residual + HIDDEN_COPIES x compute)
       attention  SCORE_TILES x min(limit, heads x T x C x fp32), keys and values of C tokens, q, k, v of T tokens
       experts    one expert's larger matrix (gate_up) DEQUANTIZED_COPIES times, its bytes as indexes, T rows inside
       norm       WIDE_HIDDEN_COPIES x T x H x fp32
-      head       LOGIT_COPIES x vocab fp64
+      head       logits of every sequence, again in fp32 where penalties or masks change them, and a tile of the draw
     with T step_tokens, C context_tokens, H hidden.
     """
     element, residual = DTYPE_BYTES[dtype], DTYPE_BYTES[residual_dtype]
+    context_tokens, step_tokens = room.context_tokens, room.step_tokens
     here, rows = _widths(spec, mesh, rank), step_tokens * spec.hidden
     lasting = rows * (2 * residual + HIDDEN_COPIES * element)
     scores = here.q // spec.head_dim * step_tokens * context_tokens * WIDE_BYTES
@@ -105,8 +126,11 @@ def workspace_bytes(
         + rows * EXPERT_ROWS_COPIES * element
         + norm
     )
-    head = LOGIT_COPIES * spec.vocab * DTYPE_BYTES["fp64"]
-    return ceil((lasting + max(attention, experts, norm, head)) * ALLOCATOR_SLACK)
+    draw = here.vocab * DRAW_ELEMENT_BYTES[dtype == "fp64"]
+    head = room.sequences * here.vocab * (element + WIDE_BYTES)
+    head += max(draw, min(DRAW_LIMIT_BYTES, room.sequences * draw))
+    passing = lasting + max(attention, experts, norm, head)
+    return rows_bytes(spec, mesh, rank, room) + ceil(passing * ALLOCATOR_SLACK)
 
 
 def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, step_tokens: int) -> int:
@@ -123,21 +147,19 @@ def rank_memory(
     device: Device,
     dtype: DType,
     residual_dtype: DType,
-    kv_dtype: DType,
-    context_tokens: int,
-    kv_tokens: int,
-    page_tokens: int,
-    step_tokens: int,
+    kv_dtype: KvDType,
+    room: Room,
 ) -> RankMemory:
     """All parts of rank `rank` of a replica."""
-    pages = pool_pages(spec, kv_tokens, step_tokens, page_tokens)
+    # and one that nobody holds, for the padding of steps
+    pages = 1 + pool_pages(spec, room.kv_tokens, room.sequences, room.step_tokens, room.page_tokens)
     return RankMemory(
         rank=rank,
         weights_bytes=weights_bytes(spec, mesh, rank, dtype),
-        kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, page_tokens),
-        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, context_tokens, step_tokens),
+        kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, room.page_tokens),
+        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, room),
         graphs_bytes=0,
-        communication_bytes=communication_bytes(spec, mesh, device, dtype, step_tokens),
+        communication_bytes=communication_bytes(spec, mesh, device, dtype, room.step_tokens),
         context_bytes=PROCESS[device].context_bytes,
         host_bytes=PROCESS[device].host_bytes,
     )
@@ -150,6 +172,7 @@ class _Widths:
     q: int
     kv: int
     gate_up: int
+    vocab: int
 
 
 @cache
@@ -159,4 +182,5 @@ def _widths(spec: Spec, mesh: Mesh, rank: int) -> _Widths:
         q=local_shape(rows["layers.0.q.weight"], mesh, rank)[0],
         kv=local_kv_heads(spec, mesh, rank) * spec.head_dim,
         gate_up=local_shape(rows["layers.0.gate_up.blocks"], mesh, rank)[1],
+        vocab=local_shape(rows["head"], mesh, rank)[0],
     )

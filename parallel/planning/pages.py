@@ -4,7 +4,7 @@ One pool of pages of equal bytes. A page holds page_tokens tokens of all layers 
 tables: full layers keep every page, window layers give pages back as the window passes. Knows no tensors.
 """
 
-from .plan import DTYPE_BYTES, DType
+from .plan import DTYPE_BYTES, KvDType
 from .shards import Mesh, part
 from .spec import Spec
 
@@ -21,7 +21,7 @@ def local_kv_heads(spec: Spec, mesh: Mesh, rank: int) -> int:
     return heads.stop - heads.start
 
 
-def page_bytes(spec: Spec, mesh: Mesh, rank: int, kv_dtype: DType, page_tokens: int) -> int:
+def page_bytes(spec: Spec, mesh: Mesh, rank: int, kv_dtype: KvDType, page_tokens: int) -> int:
     """Keys and values of page_tokens tokens in layers_per_page layers, for the KV heads of `rank`."""
     heads = local_kv_heads(spec, mesh, rank)
     return layers_per_page(spec) * 2 * page_tokens * heads * spec.head_dim * DTYPE_BYTES[kv_dtype]
@@ -33,8 +33,8 @@ def full_pages(spec: Spec, tokens: int, page_tokens: int) -> int:
 
 
 def window_pages(spec: Spec, step_tokens: int, page_tokens: int) -> int:
-    """Most pages that one sequence holds in window layers: a step's tokens, those that may be void, and the window before
-    them, unaligned."""
+    """Most pages that one sequence holds in window layers: a step's tokens, those that may be void, and the window
+    before them, unaligned."""
     if not spec.layers_of("window"):
         return 0
     return -(-(spec.window_tokens - 1 + VOID_TOKENS + step_tokens) // page_tokens) + 1

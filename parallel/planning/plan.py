@@ -16,7 +16,8 @@ from .shards import Mesh
 from .spec import Spec, spec_from_json, spec_to_json
 
 DType = Literal["bf16", "fp16", "fp32", "fp64"]
-DTYPE_BYTES: dict[DType, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+KvDType = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: e4m3, as the numbers are, without scales
+DTYPE_BYTES: dict[KvDType, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1}
 
 Workload = Literal["latency", "throughput"]
 
@@ -63,10 +64,11 @@ class Plan:
     ep: int
     dtype: DType  # of matrix products and attention weights
     residual_dtype: DType  # of the hidden state between layers
-    kv_dtype: DType
+    kv_dtype: KvDType
     offload: Literal["none"]
     context_tokens: int  # longest sequence, prompt and answer together
-    kv_tokens: int  # tokens of KV cache that full-attention layers can hold, over all sequences
+    sequences: int  # most of them that run at the same time in one replica; others wait
+    kv_tokens: int  # tokens of KV cache that full-attention layers can hold, over all sequences of a replica
     page_tokens: int  # tokens in one KV page
     step_tokens: int  # most tokens in one forward pass: longer prompts go in chunks
     memory: tuple[RankMemory, ...]  # a row for each rank of the world

@@ -7,7 +7,7 @@ import dataclasses
 
 from ..errors import UserError
 from .choice import FREE, Asked, check_layout, choose, find_place, with_overrides
-from .layouts import PAGE_TOKENS, RESIDUAL, kv_tokens, memories, step_tokens
+from .layouts import RESIDUAL, memories, shortfall, widest
 from .machine import Machine
 from .placement import Order, Routing, place_experts
 from .plan import Plan
@@ -33,7 +33,14 @@ def plan(spec: Spec, machine: Machine, asked: Asked = FREE, *, model: str, check
     if choice is None:
         raise no_plan(spec, found, machine, place, asked)
     mesh, context = choice.layout.mesh, choice.layout.context_tokens
-    replica = memories(spec, place, mesh, context)
+    room = widest(spec, place, choice.layout, asked.sequences)
+    if shortfall(spec, place, choice.layout, room):
+        fitting = widest(spec, place, choice.layout, None).sequences
+        raise UserError(
+            f"--sequences {room.sequences} at a time do not fit beside a context of {context} tokens",
+            f"--sequences {fitting} fits; so may more with a smaller --context",
+        )
+    replica = memories(spec, place, mesh, room)
     orders = _orders(asked.routing, mesh.ep)
     world = [
         dataclasses.replace(row, rank=index * mesh.ranks + row.rank) for index in range(choice.dp) for row in replica
@@ -49,14 +56,15 @@ def plan(spec: Spec, machine: Machine, asked: Asked = FREE, *, model: str, check
         ep=mesh.ep,
         dtype=place.dtype,
         residual_dtype=RESIDUAL[place.dtype],
-        kv_dtype=place.dtype,
+        kv_dtype=place.kv_dtype,
         offload="none",
         context_tokens=context,
-        kv_tokens=kv_tokens(context),
-        page_tokens=PAGE_TOKENS,
-        step_tokens=step_tokens(place.device, context),
+        sequences=room.sequences,
+        kv_tokens=room.kv_tokens,
+        page_tokens=room.page_tokens,
+        step_tokens=room.step_tokens,
         memory=tuple(world),
-        why=tuple(why(spec, found, place, asked, choice, replica, orders)),
+        why=tuple(why(spec, found, place, asked, choice, room, replica, orders)),
         workload=asked.workload,
         nodes=choice.nodes,
         expert_order=orders,

@@ -8,19 +8,20 @@ from ..errors import NoPlanError
 from .choice import WHOLE_EXPERTS, Asked, Choice, asked_per_node, candidates, dtype_of, on_cpu, sm, why_no_gpu
 from .estimate import BATCH_TOKENS, Step, expert_load
 from .layouts import (
+    MOST_SEQUENCES,
     PAGE_TOKENS,
     SMALLEST_CONTEXT_TOKENS,
     Layout,
     Place,
     context_choices,
-    kv_tokens,
     longest,
     memories,
     meshes,
+    one_context,
     shortfall,
-    step_tokens,
 )
 from .machine import Machine, format_size
+from .memory import Room
 from .pages import pool_pages
 from .placement import Order, imbalance
 from .plan import DType, RankMemory
@@ -45,6 +46,7 @@ def why(
     place: Place,
     asked: Asked,
     choice: Choice,
+    room: Room,
     replica: Sequence[RankMemory],
     orders: tuple[Order, ...],
 ) -> list[str]:
@@ -65,14 +67,26 @@ def why(
             f"context {context} tokens: the longest of the planner's steps that fits, of the model's "
             f"{spec.max_context_tokens}"
         )
-    step = step_tokens(place.device, context)
-    pages = pool_pages(spec, kv_tokens(context), step, PAGE_TOKENS)
+    lines.append(_sequences(place, asked, room))
+    pages = pool_pages(spec, room.kv_tokens, room.sequences, room.step_tokens, PAGE_TOKENS)
+    whole = room.kv_tokens // context
+    held = "1 whole context" if whole == 1 else f"{whole} whole contexts"
     lines.append(
-        f"KV cache for one context, as one request runs at a time: {pages} pages of {PAGE_TOKENS} tokens; "
+        f"KV cache {room.kv_tokens} tokens, {held}: {pages} pages of {PAGE_TOKENS} tokens; "
         f"{spec.layers_of('window')} of {spec.layers} layers keep only {spec.window_tokens} tokens and the step"
     )
-    lines.append(f"prompts go in steps of at most {step} tokens, which bounds the workspace")
+    lines.append(f"prompts go in steps of at most {room.step_tokens} tokens, which bounds the workspace")
     return lines
+
+
+def _sequences(place: Place, asked: Asked, room: Room) -> str:
+    if asked.sequences is not None:
+        reason = "asked for"
+    elif room.sequences == MOST_SEQUENCES[place.device]:
+        reason = f"the most that are planned for on {'a GPU' if place.device == 'cuda' else 'a CPU'}, and they fit"
+    else:
+        reason = "the largest power of two that fits beside one whole context"
+    return f"sequences {room.sequences} at a time: {reason}; others wait"
 
 
 def _device(machine: Machine, place: Place, asked: Asked) -> str:
@@ -233,7 +247,7 @@ def no_plan(spec: Spec, found: Machine, machine: Machine, place: Place, asked: A
 def _tried(spec: Spec, place: Place, short: int, layout: Layout) -> str:
     """The layout, and how the bytes of its fullest rank add up."""
     mesh, context = layout.mesh, layout.context_tokens
-    rows = memories(spec, place, mesh, context)
+    rows = memories(spec, place, mesh, one_context(place.device, context))
     row = max(rows, key=lambda one: one.device_bytes)
     where = f"on {place.gpus[0].name}" if place.device == "cuda" else "on the CPU"
     replicas = "" if layout.per_node == 1 else f"{layout.per_node} replicas of "
@@ -268,7 +282,7 @@ def _changes(spec: Spec, machine: Machine, place: Place, asked: Asked, layout: L
     if place.dtype == "fp32" and fits is None:
         if not shortfall(spec, dataclasses.replace(place, dtype="bf16"), layout):
             changes.append("--dtype bf16 fits")
-    rows = memories(spec, place, mesh, context)
+    rows = memories(spec, place, mesh, one_context(place.device, context))
     host_bytes = layout.per_node * sum(row.host_bytes for row in rows)
     if place.device == "cpu":
         total = host_bytes + layout.per_node * sum(row.device_bytes for row in rows)

@@ -1,145 +1,137 @@
-"""KV pages under random steps of several sequences: who holds which page, and that there are always enough of them.
+"""Pages by themselves: what is held, kept and free, and which prefixes are found again.
 
-The bounds are those of `planning.pages`, which the engine's pool is made by.
+That sequences never see each other's pages is shown where a model reads them (test_schedule.py).
 """
 
 import dataclasses
-from dataclasses import dataclass
-from itertools import chain
 
-import torch
-from gptoss_launch.parallel.engine import kv
-from gptoss_launch.parallel.planning.pages import full_pages, pool_pages, window_pages
-from gptoss_launch.parallel.planning.spec import LayerKind, Spec
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from small_models import SPECS
+import pytest
+from gptoss_launch.parallel.engine.pages import DROPPED, Cache, Pool, Table
+from gptoss_launch.parallel.planning.pages import pool_pages, window_pages
+from gptoss_launch.parallel.planning.spec import PUBLISHED, LayerKind, alternating_kinds
 
-KINDS: tuple[tuple[LayerKind, ...], ...] = (("window", "full"), ("window", "window"), ("full", "full"))
+PAGE = 4
+SPEC = dataclasses.replace(PUBLISHED["openai/gpt-oss-20b"], layers=2, layer_kinds=alternating_kinds(2), window_tokens=6)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    spec: Spec
-    page_tokens: int
-    step_tokens: int
-    kv_tokens: int
-
-    @property
-    def pool_pages(self) -> int:
-        return pool_pages(self.spec, self.kv_tokens, self.step_tokens, self.page_tokens)
+def cache(pages: int, kinds: tuple[LayerKind, ...] = ("window", "full")) -> Cache:
+    return Cache(Pool(pages), dataclasses.replace(SPEC, layer_kinds=kinds, layers=len(kinds)), PAGE)
 
 
-@st.composite
-def all_sizes(draw: st.DrawFn) -> Sizes:
-    kinds = draw(st.sampled_from(KINDS))
-    window = draw(st.integers(1, 24))
-    spec = dataclasses.replace(SPECS["tiny"], layers=2, layer_kinds=kinds, window_tokens=window)
-    return Sizes(spec, draw(st.integers(1, 9)), draw(st.integers(1, 20)), draw(st.integers(1, 90)))
+def fill(cache: Cache, tokens: list[int], step: int = 3) -> Table:
+    """A table of `tokens`, computed `step` at a time."""
+    table = Table()
+    for start in range(0, len(tokens), step):
+        cache.extend(table, min(step, len(tokens) - start))
+        cache.drop_passed(table, len(tokens) - 1)
+        cache.name_complete(table, tokens)
+    return table
 
 
-def held(sequence: kv.Sequence) -> list[int]:
-    return [page for table in sequence.tables.values() for page in table if page != kv.DROPPED]
+def test_a_sequence_holds_its_window_and_all_of_the_full_layers() -> None:
+    here = cache(40)
+    table = fill(here, list(range(30)))
+    assert [page == DROPPED for page in table.pages["window"]] == [True] * 6 + [False] * 2  # 29 sees 24 and on
+    assert DROPPED not in table.pages["full"] and len(table.pages["full"]) == 8
+    held = 8 + 2
+    assert here.pool.available == 40 - held
+    assert len(set(table.pages["full"]) & set(table.pages["window"])) == 0
+    here.release(table)
+    assert here.pool.available == 40
 
 
-def check_pool(pool: kv.Pool, sequences: list[kv.Sequence], pages: int) -> None:
-    """Each page is free or in one entry of one table: none twice, none lost."""
-    everywhere = [*pool.free, *chain.from_iterable(map(held, sequences))]
-    assert sorted(everywhere) == list(range(pages))
+@pytest.mark.parametrize("step", [1, 3, 8, 17])
+def test_one_sequence_never_needs_more_than_the_plan_says(step: int) -> None:
+    for length in range(1, 60):
+        here, table = cache(1000), Table()
+        most = 0
+        for start in range(0, length, step):
+            here.extend(table, min(step, length - start))
+            most = max(most, 1000 - here.pool.available)
+            here.drop_passed(table, max(0, table.length - 2))
+        assert most <= pool_pages(here.spec, length, 1, step, PAGE)
 
 
-def check_sequence(sequence: kv.Sequence, first_seen: int, sizes: Sizes) -> None:
-    """All that the tokens from the one on that sees `first_seen` need is there, and not more than was planned for."""
-    for kind, table in sequence.tables.items():
-        wanted = full_pages(sizes.spec, sequence.length, sizes.page_tokens) if kind == "full" else None
-        if kind == "window" and sizes.spec.layers_of("window"):
-            wanted = -(-sequence.length // sizes.page_tokens)  # entries, dropped or not
-        assert len(table) == (wanted or 0)
-    assert kv.DROPPED not in sequence.tables["full"]
-    window = sequence.tables["window"]
-    assert kv.DROPPED not in window[max(0, first_seen) // sizes.page_tokens :]
-    live = sum(page != kv.DROPPED for page in window)
-    assert live <= window_pages(sizes.spec, sizes.step_tokens, sizes.page_tokens)
+def test_a_kept_page_is_found_until_its_place_is_needed() -> None:
+    here, tokens = cache(12), list(range(17))
+    here.release(fill(here, tokens))
+    table = Table()
+    assert here.longest_prefix(table, tokens, 16) == 4
+    assert here.longest_prefix(Table(), tokens, 15) == 3
+    assert here.longest_prefix(Table(), [99, *tokens], 16) == 0
+    here.adopt(table, 4)
+    assert table.length == 16 and len(table.pages["full"]) == 4
+    assert table.pages["window"][:2] == [DROPPED, DROPPED]  # the next token, 16, sees 11 and on
+    others = [here.pool.take() for _ in range(here.pool.available)]
+    assert not set(others) & {*table.pages["full"], *table.pages["window"]}
+    assert here.longest_prefix(Table(), tokens, 16) == 4  # held pages keep their names
+    here.release(table)
+    for _ in range(here.pool.available):
+        here.pool.take()
+    assert here.longest_prefix(Table(), tokens, 16) == 0
 
 
-def step(pool: kv.Pool, sequence: kv.Sequence, tokens: int, sizes: Sizes) -> None:
-    """What the engine does with pages in one step, checked after each half of it."""
-    spec, page_tokens = sizes.spec, sizes.page_tokens
-    first_seen = sequence.length - spec.window_tokens + 1  # by the first token of the step
-    kv.extend(pool, sequence, tokens, spec, page_tokens)
-    check_sequence(sequence, first_seen, sizes)
-    check_views(sequence, tokens, sizes)
-    kv.drop_passed(pool, sequence, spec, page_tokens)
-    first_seen = sequence.length - spec.window_tokens + 1  # by the next token
-    check_sequence(sequence, first_seen, sizes)
-    passed = sequence.tables["window"][: max(0, first_seen) // page_tokens]
-    assert set(passed) <= {kv.DROPPED}  # nothing is kept that nobody sees
+def test_a_prefix_is_shortened_where_its_window_is_gone() -> None:
+    here, tokens = cache(30), list(range(32))
+    table = fill(here, tokens)
+    windows = {index: page for index, page in enumerate(table.pages["window"]) if page != DROPPED}
+    assert sorted(windows) == [6, 7]
+    # of a prefix of 7 pages the next token, 28, sees 23 and on: page 5, which was dropped, but is still kept
+    assert here.longest_prefix(Table(), tokens, 28) == 7
+    before = here.pool.available
+    taken = [here.pool.take() for _ in range(before)]
+    assert here.longest_prefix(Table(), tokens, 28) == 0  # full pages are there, no window before them is
+    assert here.longest_prefix(Table(), tokens, 32) == 8  # pages 6 and 7, which token 32 sees, are held
+    for page in taken:
+        here.pool.give_back(page)
 
 
-def check_views(sequence: kv.Sequence, tokens: int, sizes: Sizes) -> None:
-    """A slot is the token's place in the page that its table names."""
-    views = kv.page_views(sequence, tokens, sizes.spec, sizes.page_tokens, torch.device("cpu"))
-    assert views.keys() == set(sizes.spec.layer_kinds)
-    for kind, view in views.items():
-        table = sequence.tables[kind]
-        assert view.table_RP.tolist() == [table]
-        assert view.window_tokens == (sizes.spec.window_tokens if kind == "window" else None)
-        positions = range(sequence.length - tokens, sequence.length)
-        slots = [table[p // sizes.page_tokens] * sizes.page_tokens + p % sizes.page_tokens for p in positions]
-        assert view.slots_T.tolist() == slots and min(slots) >= 0
+def test_two_that_compute_the_same_keep_one_name() -> None:
+    here, tokens = cache(40), list(range(9))
+    first, second = fill(here, tokens), fill(here, tokens)
+    here.release(first)
+    here.release(second)
+    assert here.pool.available == 40
+    free = here.pool.available - sum(here.pool.is_kept(page) for page in range(40))
+    kept = {page for page in range(40) if here.pool.is_kept(page)}
+    assert len(kept) == 4 and free == 36  # two pages of each kind, once
+    assert here.longest_prefix(Table(), tokens, 8) == 2
 
 
-@settings(deadline=None, max_examples=150)
-@given(all_sizes(), st.data())
-def test_sequences_share_a_pool(sizes: Sizes, data: st.DataObject) -> None:
-    sequences = [kv.Sequence() for _ in range(data.draw(st.integers(1, 4)))]
-    pages = sizes.pool_pages * len(sequences)
-    pool = kv.Pool.of(pages)
-    check_pool(pool, sequences, pages)
-    actions = st.tuples(st.integers(0, len(sequences) - 1), st.integers(0, sizes.step_tokens))
-    for index, tokens in data.draw(st.lists(actions, max_size=40)):
-        sequence = sequences[index]
-        tokens = min(tokens, sizes.kv_tokens - sequence.length)
-        if tokens:
-            step(pool, sequence, tokens, sizes)
-        else:
-            kv.release(pool, sequence)
-            assert sequence == kv.Sequence()
-        check_pool(pool, sequences, pages)
-    for sequence in sequences:
-        kv.release(pool, sequence)
-    assert sorted(pool.free) == list(range(pages))
+def test_other_beginnings_have_other_names() -> None:
+    here = cache(40)
+    here.release(fill(here, [1, 2, 3, 4, 5, 6, 7, 8]))
+    assert here.longest_prefix(Table(), [9, 2, 3, 4, 5, 6, 7, 8, 0], 8) == 0
+    assert here.longest_prefix(Table(), [1, 2, 3, 4, 9, 6, 7, 8, 0], 8) == 1
 
 
-@settings(deadline=None, max_examples=200)
-@given(all_sizes(), st.data())
-def test_the_longest_sequence_fits_whatever_its_steps(sizes: Sizes, data: st.DataObject) -> None:
-    """Twice in a row, as the engine uses its pool: the second finds the pages in another order."""
-    pool, sequence = kv.Pool.of(sizes.pool_pages), kv.Sequence()
-    for _ in range(2):
-        while left := sizes.kv_tokens - sequence.length:
-            step(pool, sequence, min(left, data.draw(st.integers(1, sizes.step_tokens))), sizes)
-            check_pool(pool, [sequence], sizes.pool_pages)
-        kv.release(pool, sequence)
+@pytest.mark.parametrize("kinds", [("full", "full"), ("window", "window")])
+def test_models_with_one_kind_of_layer(kinds: tuple[LayerKind, ...]) -> None:
+    here, tokens = cache(40, kinds), list(range(20))
+    table = fill(here, tokens)
+    assert not table.pages["full" if kinds[0] == "window" else "window"]
+    here.release(table)
+    assert here.longest_prefix(Table(), tokens, 19) == 4
+    assert here.pool.available == 40
 
 
-@settings(deadline=None, max_examples=100)
-@given(all_sizes())
-def test_largest_steps_need_no_more_than_planned(sizes: Sizes) -> None:
-    """Only steps of the largest size, which is what a long prompt is: the most window pages at once."""
-    pool, sequence = kv.Pool.of(sizes.pool_pages), kv.Sequence()
-    while left := sizes.kv_tokens - sequence.length:
-        step(pool, sequence, min(left, sizes.step_tokens), sizes)
+def test_the_least_recently_used_goes_first_and_ends_before_beginnings() -> None:
+    here = cache(12, ("full", "full"))
+    here.release(fill(here, [1] * 16))
+    here.release(fill(here, [2] * 16))
+    for _ in range(6):  # four were never used
+        here.pool.take()
+    assert here.longest_prefix(Table(), [1] * 17, 16) == 2
+    assert here.longest_prefix(Table(), [2] * 17, 16) == 4
 
 
-def test_dropping_twice_and_releasing_twice_give_nothing_twice() -> None:
-    spec = dataclasses.replace(SPECS["tiny"], window_tokens=8)
-    pool, sequence = kv.Pool.of(40), kv.Sequence()
-    kv.extend(pool, sequence, 50, spec, 4)
-    for _ in range(2):
-        kv.drop_passed(pool, sequence, spec, 4)
-        check_pool(pool, [sequence], 40)
-    assert sequence.tables["window"].count(kv.DROPPED) == 10  # position 50 sees 43 on: pages 0 to 9 end before it
-    for _ in range(2):
-        kv.release(pool, sequence)
-        check_pool(pool, [sequence], 40)
+def test_a_page_that_nobody_holds_cannot_be_given_back() -> None:
+    pool = Pool(2)
+    page = pool.take()
+    pool.give_back(page)
+    with pytest.raises(AssertionError, match="held by nobody"):
+        pool.give_back(page)
+
+
+def test_window_pages_count_tokens_that_may_be_void() -> None:
+    assert window_pages(SPEC, 1, PAGE) == 3 + 0 * PAGE

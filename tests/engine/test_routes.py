@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from forced import Forced
 from gptoss_launch.launch.cli import run
-from gptoss_launch.parallel.engine import kv
 from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.engine.routes import Recorder, checked
 from gptoss_launch.parallel.kernels import PLAIN, Operations
@@ -103,9 +103,7 @@ def test_reset_forgets_and_writes_are_spaced(tmp_path: Path) -> None:
         return sum(map(sum, json.loads(path.read_text())["counts"]))
 
     def one_step() -> None:
-        sequence = kv.Sequence()
-        engine.step(sequence, TOKENS[:5])
-        kv.release(engine.pool, sequence)
+        Forced(engine).step(TOKENS[:5])
 
     one_step()
     recorder.reset()

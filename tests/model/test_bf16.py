@@ -11,7 +11,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from gptoss_launch.parallel.engine import kv
+from forced import Forced
 from gptoss_launch.parallel.kernels import PLAIN
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
 from gptoss_launch.parallel.planning.spec import PUBLISHED, alternating_kinds
@@ -30,10 +30,9 @@ def our_logits(folder: Path, tokens: list[int], dtype, device, step_tokens: int)
 
     plan = plain_plan(folder, dtype, context_tokens=len(tokens), step_tokens=step_tokens, device=device)
     engine = plain_engine(plan, dataclasses.replace(PLAIN, route=recording_route))
-    sequence = kv.Sequence()
+    forced = Forced(engine)
     logits = [
-        engine.step(sequence, tokens[start : start + step_tokens], slice(None))
-        for start in range(0, len(tokens), step_tokens)
+        forced.step(tokens[start : start + step_tokens], slice(None)) for start in range(0, len(tokens), step_tokens)
     ]
     layers = plan.spec.layers
     by_layer = [torch.cat(routes[layer::layers]) for layer in range(layers)]

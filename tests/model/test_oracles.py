@@ -4,7 +4,6 @@ fp32 compute on packed weights: every logit within 1e-5 of the largest one, ever
 identical.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Literal, NoReturn
 import oracles
 import pytest
 import torch
-from gptoss_launch.parallel.engine import kv
+from forced import Forced, answers, prefill
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.kernels import PLAIN, experts, mxfp4
 from small_models import GPU, SPECS, checkpoint, plain_engine, plain_plan, prompt
@@ -30,9 +29,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def all_logits(engine, tokens: list[int]) -> torch.Tensor:
     """[tokens, vocab]: the last row of every prefix, one step a token, through the cache."""
-    sequence = kv.Sequence()
-    rows = [engine.step(sequence, tokens[index : index + 1])[0] for index in range(len(tokens))]
-    kv.release(engine.pool, sequence)
+    forced = Forced(engine)
+    rows = [forced.step(tokens[index : index + 1])[0] for index in range(len(tokens))]
     return torch.stack(rows)
 
 
@@ -52,8 +50,7 @@ def test_logits_equal_transformers(name: str, device: Literal["cpu", "cuda"], ch
     engine = plain_engine(plain_plan(folder, device=device))
     assert_exact(all_logits(engine, tokens), oracle, f"{name}, token by token, against transformers")
     for chunk in (512, 7):  # whole, and in chunks that cut pages and windows unevenly
-        engine.plan = dataclasses.replace(engine.plan, step_tokens=chunk)
-        last = engine.prefill(kv.Sequence(), tokens)
+        last = prefill(engine, tokens, chunk)
         assert_exact(last, oracle[-1:], f"{name}, prefill by {chunk}, against transformers")
 
 
@@ -81,11 +78,9 @@ def test_greedy_tokens_equal_transformers(name: str, checkpoints: Path) -> None:
     tokens = prompt(spec, 100)
     assert len(tokens) + GREEDY_TOKENS > spec.window_tokens
     engine = plain_engine(plain_plan(folder))
-    pages = len(engine.pool.free)
     request = Request("a", tuple(tokens), GREEDY_TOKENS, Sampling(temperature=0.0))
-    ours = [token.id for token in engine.generate(request)]
+    ours = [token.id for token in answers(engine, [request])["a"]]
     assert ours == oracles.transformers_greedy(folder, tokens, GREEDY_TOKENS)
-    assert len(engine.pool.free) == pages
 
 
 def test_transposed_down_proj_cannot_pass(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:

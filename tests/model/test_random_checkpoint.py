@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forced import answers
 from gptoss_launch.configs import make_tiny
 from gptoss_launch.launch.cli import run
 from gptoss_launch.launch.tokenizer import REQUIRED_SPECIAL, load_tokenizer
@@ -75,7 +76,7 @@ def test_checkpoint_random_writes_one_that_runs(tmp_path: Path, spec_file: Path,
     spec = read_config(out / "config.json")
     assert spec == read_config(spec_file)
     engine = plain_engine(plain_plan(out))  # reads the headers and checks them
-    tokens = list(engine.generate(Request("a", tuple(prompt(spec, 20)), 4, Sampling(temperature=0.0))))
+    tokens = answers(engine, [Request("a", tuple(prompt(spec, 20)), 4, Sampling(temperature=0.0))])["a"]
     assert len(tokens) == 4 and tokens[-1].finish_reason == "length"
     assert load_tokenizer(out).encode("Hello") == load_tokenizer(TINY).encode("Hello")
 

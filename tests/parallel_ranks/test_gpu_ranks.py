@@ -15,6 +15,7 @@ import oracles
 import pytest
 import rank_work
 import torch
+from forced import Forced
 from gptoss_launch.parallel.model.comm import WAYS
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
 from gptoss_launch.parallel.planning.plan import DType
@@ -85,7 +86,6 @@ def _release() -> None:
 
 def main(folder: Path, count: int, paths: list[Path]) -> None:
     """A rank's part."""
-    from gptoss_launch.parallel.engine import kv
     from gptoss_launch.parallel.engine.start import Options, join, start
     from gptoss_launch.parallel.engine.trace import Trace
     from gptoss_launch.parallel.kernels import PLAIN
@@ -112,11 +112,10 @@ def main(folder: Path, count: int, paths: list[Path]) -> None:
 
             checking = engine.ops
             engine.ops = dataclasses.replace(checking, route=lambda *x, c=checking, r=route: (c.route(*x), r(*x))[1])
-            sequence, parts = kv.Sequence(), []
+            forced, parts = Forced(engine), []
             tokens = prompt(plan.spec, count)
             for first in range(0, count, plan.step_tokens):
-                parts.append(engine.step(sequence, tokens[first : first + plan.step_tokens], slice(None)))
-            kv.release(engine.pool, sequence)
+                parts.append(forced.step(tokens[first : first + plan.step_tokens], slice(None)))
             engine.ops = checking
             local = torch.cat(parts).float()
             logits = torch.cat(engine.comm.all_gather(local).unbind(), dim=1)

@@ -1,0 +1,86 @@
+"""The engine on real models, many requests at once: each yields what it yields alone, whatever else is in its steps."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from forced import answers
+from gptoss_launch.parallel.engine.engine import Engine
+from gptoss_launch.parallel.engine.request import Request, Sampling
+from small_models import SPECS, TINY, checkpoint, plain_engine, plain_plan, prompt
+from thread_ranks import run_ranks, with_ranks
+
+SAMPLINGS = (
+    Sampling(temperature=0.0),
+    Sampling(seed=7),
+    Sampling(temperature=0.8, top_p=0.9, seed=8),
+    Sampling(temperature=2.0, top_k=3, seed=9),
+    Sampling(min_p=0.2, seed=10),
+    Sampling(temperature=0.0, presence=1.5, frequency=0.5),
+    Sampling(temperature=0.0, logit_bias=((5, 100.0),)),
+    Sampling(temperature=8.0, top_p=0.999, seed=11),  # deeper than the first candidates
+)
+
+
+def requests(spec) -> list[Request]:
+    """Prompts of many lengths, some of which begin alike, each with another way to draw."""
+    shared = prompt(spec, 60)
+    found = []
+    for index, sampling in enumerate(SAMPLINGS):
+        own = prompt(spec, 5 + 11 * index, seed=index + 1)
+        tokens = shared[: 20 * (index % 4)] + own
+        found.append(Request(f"{index}", tuple(tokens), 8 + index, sampling, logprobs=index % 3 or None))
+    return found
+
+
+def ids(engine: Engine, asked: list[Request], *, ahead: bool) -> dict[str, list[int]]:
+    given = answers(engine, asked, ahead=ahead)
+    return {name: [token.id for token in tokens] for name, tokens in given.items()}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[int]]:
+    engine = plain_engine(plain_plan(TINY, "fp64"))
+    return {name: tokens for one in requests(SPECS["tiny"]) for name, tokens in ids(engine, [one], ahead=False).items()}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("sequences", "kv_tokens", "step_tokens"), [(8, 1024, 512), (3, 224, 16)])
+def test_together_as_alone(alone, sequences: int, kv_tokens: int, step_tokens: int, ahead: bool) -> None:
+    """Also with few rows, few pages and small chunks: then some wait, and some are given up and computed again."""
+    plan = plain_plan(TINY, "fp64", context_tokens=224, step_tokens=step_tokens, sequences=sequences)
+    plan = dataclasses.replace(plan, kv_tokens=kv_tokens)
+    assert ids(plain_engine(plan), requests(SPECS["tiny"]), ahead=ahead) == alone
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_together_as_alone_over_ranks(alone, ranks: int) -> None:
+    plan = with_ranks(plain_plan(TINY, "fp64", sequences=5, step_tokens=48), ranks, 1)
+    asked = requests(SPECS["tiny"])
+    for given in run_ranks(plan, lambda engine: ids(engine, asked, ahead=True)):
+        assert given == alone
+
+
+def test_fp8_pages_stay_close_to_wide_ones(tmp_path: Path) -> None:
+    """Greedy tokens of a random model differ soon; the first logits after a prompt say how far fp8 is off."""
+    from forced import prefill
+
+    folder, spec = checkpoint("three_blocks", tmp_path), SPECS["three_blocks"]
+    plan, tokens = plain_plan(folder), prompt(spec, 90)
+    wide = prefill(plain_engine(plan), tokens, 32)
+    narrow = prefill(plain_engine(dataclasses.replace(plan, kv_dtype="fp8")), tokens, 32)
+    error = ((narrow - wide).abs().max() / wide.abs().max()).item()
+    print(f"fp8 pages: largest error {error:.3f} of the largest logit")
+    assert 0 < error < 0.1
+
+
+def test_logprobs_are_those_of_the_model(alone) -> None:
+    asked = [dataclasses.replace(one, logprobs=5) for one in requests(SPECS["tiny"])]
+    given = answers(plain_engine(plain_plan(TINY, "fp64", sequences=8)), asked)
+    for name, tokens in given.items():
+        assert [token.id for token in tokens] == alone[name]
+        for token in tokens:
+            assert token.logprob is not None and token.logprob <= token.top[0][1] + 1e-6
+            assert len(token.top) == 5 and [p for _, p in token.top] == sorted((p for _, p in token.top), reverse=True)
+            if SAMPLINGS[int(name)] == Sampling(temperature=0.0):
+                assert token.id == token.top[0][0] and token.logprob == pytest.approx(token.top[0][1])
