@@ -6,6 +6,8 @@ sequence fills the GPU too; the result does not depend on how. It equals that of
 tokens finish within a rounding error of each other.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,12 +37,24 @@ def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | No
     if logits_SV.dtype == torch.float64 or logits_SV.stride(1) != 1:
         raise ValueError(f"logits of {logits_SV.dtype} with strides {logits_SV.stride()}: rows of at most fp32 wanted")
     rows, vocab = logits_SV.shape
-    blocks = triton.cdiv(triton.cdiv(vocab, max(1, PROGRAMS // rows)), BLOCK)  # of one program
-    parts = triton.cdiv(vocab, blocks * BLOCK)
+    blocks = -(-vocab // (max(1, PROGRAMS // rows) * BLOCK))  # of one program
+    parts = -(-vocab // (blocks * BLOCK))
     device = logits_SV.device
     best_SP = torch.empty((rows, parts), dtype=torch.float32, device=device)
     token_SP = torch.empty((rows, parts), dtype=torch.int64, device=device)
     total_SP = torch.empty((rows, parts) if top_S is not None else (0, 0), dtype=torch.int64, device=device)
+    constants: dict[str, Any] = {
+        "HAS_FLOOR": floor_S is not None,
+        "HAS_TOP": top_S is not None,
+        "STEP": STEP % 2**64,
+        "MULTIPLY_1": MULTIPLY_1 % 2**64,
+        "MULTIPLY_2": MULTIPLY_2 % 2**64,
+        "SHIFT": 64 - EXPONENTIAL_BITS,
+        "UNIFORM_UNIT": 2.0**-EXPONENTIAL_BITS,
+        "UNIT": 2.0**WEIGHT_BITS,
+        "BLOCK": BLOCK,
+        "num_warps": WARPS,
+    }
     _race[(rows, parts)](
         logits_SV,
         logits_SV.stride(0),
@@ -55,15 +69,7 @@ def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | No
         vocab,
         first_token,
         blocks,
-        HAS_FLOOR=floor_S is not None,
-        HAS_TOP=top_S is not None,
-        STEP=STEP % 2**64,
-        MULTIPLY_1=MULTIPLY_1 % 2**64,
-        MULTIPLY_2=MULTIPLY_2 % 2**64,
-        UNIFORM_BITS=EXPONENTIAL_BITS,
-        UNIT=2.0**WEIGHT_BITS,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
+        **constants,
     )
     best_S, part_S = best_SP.max(-1)  # the first of equals: the lowest ids
     token_S = token_SP.gather(1, part_S[:, None])[:, 0]
@@ -90,7 +96,8 @@ def _race(
     STEP: tl.constexpr,
     MULTIPLY_1: tl.constexpr,
     MULTIPLY_2: tl.constexpr,
-    UNIFORM_BITS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    UNIFORM_UNIT: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -117,8 +124,8 @@ def _race(
         x = tl.div_rn(x, tl.full((BLOCK,), 1.0, tl.float32) * divisor)
         finish = x
         if not is_cold:
-            bits = _mix(stream + column.to(tl.uint64), STEP, MULTIPLY_1, MULTIPLY_2) >> (64 - UNIFORM_BITS)
-            finish = x - tl.log(_exponential(bits.to(tl.int64), UNIFORM_BITS))
+            bits = _mix(stream + column.to(tl.uint64), STEP, MULTIPLY_1, MULTIPLY_2) >> SHIFT
+            finish = x - tl.log(_exponential(bits.to(tl.int64), UNIFORM_UNIT))
         if HAS_TOP:
             total += (tl.exp(x - top) * UNIT).to(tl.int64)
         if HAS_FLOOR:
@@ -144,10 +151,10 @@ def _mix(x, STEP: tl.constexpr, MULTIPLY_1: tl.constexpr, MULTIPLY_2: tl.constex
 
 
 @triton.jit
-def _exponential(bits, UNIFORM_BITS: tl.constexpr):
+def _exponential(bits, UNIFORM_UNIT: tl.constexpr):
     """sample.exponential_times: -ln(1 - u). The rounding error of 1 - u is divided out again (Kahan's log1p)."""
-    u = (bits.to(tl.float32) + 0.5) * (1.0 / (1 << UNIFORM_BITS))
-    u = tl.minimum(u, 1.0 - 1.0 / (1 << 24))
+    u = (bits.to(tl.float32) + 0.5) * UNIFORM_UNIT
+    u = tl.minimum(u, 1.0 - 0.5**24)
     rest = 1.0 - u
     lost = tl.where(rest == 1.0, 1.0, 1.0 - rest)
     return tl.where(rest == 1.0, u, -tl.log(rest) * u / lost)
