@@ -108,7 +108,11 @@ def plain_draw(logits: Sequence[float], seed: int, position: int, temperature: f
     """The token that Sampling's docstring asks for."""
     if temperature == 0:
         return min(range(len(logits)), key=lambda token: (-logits[token], token))
-    kept, _ = plain_kept(logits, temperature, **filters)
+    return plain_first(logits, plain_kept(logits, temperature, **filters)[0], seed, position, temperature)
+
+
+def plain_first(logits: Sequence[float], kept: Sequence[int], seed: int, position: int, temperature: float) -> int:
+    """Of the tokens kept, the one that finishes first."""
     return max(kept, key=lambda t: (logits[t] / fp32(temperature) - math.log(plain_time(seed, position, t)), -t))
 
 

@@ -36,7 +36,7 @@ def adjust(
     if bias is not None:
         local_SB = bias[0] - first_token
         here_SB = (bias[0] >= 0) & (local_SB >= 0) & (local_SB < vocab)
-        out_SV.scatter_add_(1, local_SB.where(here_SB, 0), bias[1].to(precision).where(here_SB, 0.0))
+        out_SV.scatter_add_(1, local_SB.masked_fill(~here_SB, 0), bias[1].to(precision).masked_fill(~here_SB, 0.0))
     for rows in tiles(len(logits_SV), vocab * DRAW_ELEMENT_BYTES[precision == torch.float64]):
         tile_SV = out_SV[rows]
         if counts_RV is not None:
@@ -58,5 +58,5 @@ def count_tokens(counts_RV: Tensor, first_token: int, rows_T: Tensor, tokens_T: 
     vocab = counts_RV.shape[1]
     local_T = tokens_T - first_token
     here_T = counted_T & (local_T >= 0) & (local_T < vocab)
-    place_T = (rows_T * vocab + local_T).where(here_T, 0)
+    place_T = (rows_T * vocab + local_T).masked_fill(~here_T, 0)
     counts_RV.view(-1).index_add_(0, place_T, here_T.to(counts_RV.dtype))

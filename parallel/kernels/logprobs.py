@@ -25,10 +25,10 @@ def logprobs(
     precision, vocab = wide(logits_SV.dtype), logits_SV.shape[1]
     local_S = tokens_S - first_token
     here_S = (local_S >= 0) & (local_S < vocab)
-    of_token_S = logits_SV.gather(1, local_S.where(here_S, 0)[:, None])[:, 0].to(precision)
+    of_token_S = logits_SV.gather(1, local_S.masked_fill(~here_S, 0)[:, None])[:, 0].to(precision)
     out_2SX = torch.zeros((2, len(logits_SV), most + 2), dtype=precision, device=logits_SV.device)
     out_2SX[0, :, :most] = NEVER
-    out_2SX[0, :, most] = of_token_S.where(here_S, NEVER)
+    out_2SX[0, :, most] = of_token_S.masked_fill(~here_S, NEVER)
     out_2SX[0, :, most + 1] = logits_SV.amax(-1)
     if most:
         top_SK, ids_SK = highest(logits_SV, min(most, vocab))
@@ -62,13 +62,15 @@ def highest(logits_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     value_SK, column_SK = logits_SV.topk(count, dim=-1)
     last_S1 = value_SK[:, -1:]
-    column_SK = column_SK.where(value_SK > last_S1, NO_TOKEN)
+    column_SK = column_SK.masked_fill(value_SK <= last_S1, NO_TOKEN)
     column_V = torch.arange(logits_SV.shape[1], dtype=torch.int32, device=logits_SV.device)
     equal = [
-        column_V.where(logits_SV[rows] == last_S1[rows], NO_TOKEN).topk(count, dim=-1, largest=False).values
+        column_V.masked_fill(logits_SV[rows] != last_S1[rows], NO_TOKEN).topk(count, dim=-1, largest=False).values
         for rows in tiles(len(logits_SV), logits_SV.shape[1] * DRAW_ELEMENT_BYTES[0])
     ]
     column_SN = torch.cat((column_SK, torch.cat(equal).long()), dim=-1).sort(dim=-1).values
-    value_SN = logits_SV.gather(1, column_SN.where(column_SN < NO_TOKEN, 0)).masked_fill(column_SN == NO_TOKEN, NEVER)
+    value_SN = logits_SV.gather(1, column_SN.masked_fill(column_SN == NO_TOKEN, 0)).masked_fill(
+        column_SN == NO_TOKEN, NEVER
+    )
     order_SK = value_SN.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     return value_SN.gather(1, order_SK), column_SN.gather(1, order_SK)

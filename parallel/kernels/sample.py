@@ -208,7 +208,7 @@ def among_candidates(
     deepest = value_SN.shape[1] - 1
     # the place of the last one kept; deepest + 1: the list does not reach so far, or everything is kept
     last_S = (weights(scaled_SN, top_S).cumsum(-1) < target_S[:, None]).sum(-1)
-    last_S = last_S.where(draws.top_p_S < 1, deepest + 1)
+    last_S = last_S.masked_fill(draws.top_p_S >= 1, deepest + 1)
     last_S = last_S.where((draws.top_k_S == 0) | (draws.top_k_S > last_S), draws.top_k_S.long() - 1)
     last_value_S = value_SN.gather(1, last_S.clamp(max=deepest)[:, None])[:, 0]
     complete_S = (last_value_S > bound_S) | (bound_S == NEVER)
