@@ -8,6 +8,9 @@ whose sum is done by the last to arrive, always in the same order: runs repeat b
 T tokens, X experts a token, P = T X pairs (token, expert); pair = token * X + place.
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
 import torch
 import triton
 import triton.language as tl

@@ -8,6 +8,9 @@ so grids cover the worst case and programs without work leave at once.
 T tokens, X experts a token, P = T X pairs (token, expert); pair = token * X + place; E experts here.
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
 from dataclasses import dataclass
 
 import torch

@@ -12,6 +12,9 @@ placed so that a shift and a mask or two make each a bf16 of 2**-126 times its v
 nothing of experts' routes or of ranks.
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
 from dataclasses import dataclass
 
 import torch

@@ -5,6 +5,9 @@ the parts in order and chooses. Few tokens are cut into many parts, as one progr
 weights for longer than all the experts take. T tokens, H hidden, E experts, X experts a token.
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
 from functools import cache
 
 import torch
@@ -17,6 +20,7 @@ from .triton_decode import arrive
 GROUP_TOKENS = 16  # tokens of a program: the least that a tensor core's product has
 STEP_COLUMNS = 64
 MAX_PARTS = 16
+_LOWEST = tl.constexpr(-3.4e38)
 MAX_GROUPS = 4096  # of tokens, in one call
 FULL_GROUPS = 64  # from so many groups on the parts are few: there are programs enough
 
@@ -68,11 +72,11 @@ def _route(
             at = (i * tokens + token)[:, None] * EXPERTS_2 + expert[None, :]
             logit += tl.load(partial + at, mask=(token < tokens)[:, None], other=0.0, cache_modifier=".cg")
         logit += tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)[None, :]
-        logit = tl.where(real[None, :] & (logit == logit), logit, float("-inf"))
+        logit = tl.where(logit == logit, logit, _LOWEST)
         place = tl.arange(0, 8)
         values = tl.full((TOKENS, 8), float("-inf"), tl.float32)
         ids = tl.zeros((TOKENS, 8), tl.int32)
-        left = real[None, :] & (token < tokens)[:, None]
+        left = (token >= 0)[:, None] & real[None, :]
         for i in tl.static_range(EXPERTS_PER_TOKEN):
             best = tl.max(tl.where(left, logit, float("-inf")), 1)
             found = tl.min(tl.where(left & (logit == best[:, None]), expert[None, :], EXPERTS - 1), 1)
