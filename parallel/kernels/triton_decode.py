@@ -11,6 +11,9 @@ T tokens, X experts a token, P = T X pairs (token, expert); pair = token * X + p
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +22,7 @@ from torch import Tensor
 from .experts import SWIGLU_ALPHA
 from .triton_mxfp4 import HALVES, MAX_SLOTS, SCALES, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
-COLUMNS = 8  # tokens of one product: n of mma.m16n8k16
+MAX_PAIRS = 256
 FINISH_TOKENS = 16  # tokens that the last program of a tile sums together
 _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as weights come times 2**-126
 _BACK = tl.constexpr(2.0**26)
@@ -114,29 +117,28 @@ def _product(
 
 
 @triton.jit
-def _members(experts, slot, first, held, pairs, PAIRS: tl.constexpr, BY_EXPERT: tl.constexpr, SINGLE: tl.constexpr):
+def _members(experts, slot, first, held, pairs, by_expert, PAIRS: tl.constexpr, SINGLE: tl.constexpr):
     """(the slot's expert here, which pairs are its own, their ranks among them, how many).
 
-    A slot is an expert, or a pair of which the first of an expert stands for all. SINGLE: one token, whose experts
-    differ. None for an expert that is not held here.
+    A slot is an expert, or (not by_expert) a pair, of which the first of an expert stands for all. SINGLE: one token,
+    whose experts differ. None for an expert that is not held here.
     """
     pair = tl.arange(0, PAIRS)
-    if BY_EXPERT:
-        expert = slot
-    else:
-        expert = tl.load(experts + slot).to(tl.int32) - first
     if SINGLE:
+        expert = tl.load(experts + slot).to(tl.int32) - first
         mine = pair == slot
         rank = pair * 0
         count = 1
     else:
-        other = tl.load(experts + pair, mask=pair < pairs, other=-1).to(tl.int32) - first
-        mine = (other == expert) & (pair < pairs)
+        chosen = tl.load(experts + pair, mask=pair < pairs, other=-1).to(tl.int32) - first
+        expert = slot
+        if by_expert == 0:
+            expert = tl.load(experts + slot).to(tl.int32) - first
+        mine = (chosen == expert) & (pair < pairs)
         rank = tl.cumsum(mine.to(tl.int32), 0) - 1
         count = tl.sum(mine.to(tl.int32), 0)
-        if not BY_EXPERT:
-            earlier = tl.sum((mine & (pair < slot)).to(tl.int32), 0)
-            count = tl.where(earlier == 0, count, 0)
+        earlier = tl.sum((mine & (pair < slot)).to(tl.int32), 0)
+        count = tl.where((by_expert != 0) | (earlier == 0), count, 0)
     count = tl.where((expert >= 0) & (expert < held), count, 0)
     return expert, mine, rank, count
 
@@ -173,7 +175,7 @@ def _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPH
     tl.store(inner + at, value.to(inner.dtype.element_ty), mask=live_N[None, :] & there[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "held", "pairs"])
+@triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert"])
 def _gate_up(
     x,
     blocks,
@@ -186,6 +188,7 @@ def _gate_up(
     first,
     held,
     pairs,
+    by_expert,
     tiles,
     steps,
     width,
@@ -197,7 +200,6 @@ def _gate_up(
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
-    BY_EXPERT: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -207,7 +209,7 @@ def _gate_up(
     partial: fp32 [SPLIT, P, tiles * 16]. With SPLIT the tokens must be at most COLUMNS.
     """
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    expert, mine, rank, count = _members(experts, slot, first, held, pairs, PAIRS, BY_EXPERT, SINGLE)
+    expert, mine, rank, count = _members(experts, slot, first, held, pairs, by_expert, PAIRS, SINGLE)
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         pair_N, live_N = _columns(mine, rank, count, begin, PAIRS, COLUMNS)
@@ -240,7 +242,7 @@ def _gate_up(
                 _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["first", "held", "pairs", "tokens", "slots"])
+@triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert", "tokens", "slots"])
 def _down(
     inner,
     blocks,
@@ -254,6 +256,7 @@ def _down(
     first,
     held,
     pairs,
+    by_expert,
     tokens,
     slots,
     tiles,
@@ -266,7 +269,6 @@ def _down(
     UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
     FINISH: tl.constexpr,
-    BY_EXPERT: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -276,7 +278,7 @@ def _down(
     partial: fp32 [SPLIT, P, tiles * 16].
     """
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    expert, mine, rank, count = _members(experts, slot, first, held, pairs, PAIRS, BY_EXPERT, SINGLE)
+    expert, mine, rank, count = _members(experts, slot, first, held, pairs, by_expert, PAIRS, SINGLE)
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         pair_N, live_N = _columns(mine, rank, count, begin, PAIRS, COLUMNS)
@@ -323,6 +325,20 @@ def _down(
             tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut: K into `split` parts; `unroll` steps whose loads are in flight together; `columns` rows
+    of x in one product (8, or 16 where experts have more tokens)."""
+
+    split: int
+    unroll: int
+    columns: int = 8
+
+
+_SINGLE = (Cut(split=5, unroll=3), Cut(split=5, unroll=3))
+_SEVERAL = (Cut(split=1, unroll=3), Cut(split=1, unroll=3))
+
+
 def decode(
     x_TH: Tensor,
     weights_TX: Tensor,
@@ -331,90 +347,106 @@ def decode(
     down: Tiles,
     first_expert: int,
     limit: float,
-    split: tuple[int, int] | None = None,
-    unroll: tuple[int, int] = (3, 3),
-    columns: int = COLUMNS,
+    cuts: tuple[Cut, Cut] | None = None,
 ) -> Tensor:
-    """`experts.experts` for at most some 64 tokens. split, unroll: into how many parts K is cut, and the steps whose
-    loads are in flight together, for gate_up and down; None: by the number of tokens."""
+    """`experts.experts` for at most MAX_PAIRS pairs. cuts: of gate_up and down; None: by the number of tokens."""
+    tokens, per_token = experts_TX.shape
+    if tokens * per_token > MAX_PAIRS:
+        raise ValueError(f"{tokens} tokens of {per_token} experts are more than {MAX_PAIRS} pairs")
+    first, second = cuts or (_SINGLE if tokens == 1 else _SEVERAL)
+    inner_PI = gate_up_inner(x_TH, experts_TX, gate_up, first_expert, limit, first)
+    return down_sum(inner_PI, weights_TX, experts_TX, down, first_expert, second)
+
+
+def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert: int, limit: float, cut: Cut) -> Tensor:
+    """SwiGLU of the first product, [P, I] times 2**100 in the dtype of x; undefined for experts that are not here."""
     tokens, width = x_TH.shape
-    per_token = experts_TX.shape[1]
-    pairs = tokens * per_token
-    held, rows = gate_up.bias.shape
-    by_expert = held <= pairs
-    slots = held if by_expert else pairs
-    if split is None:
-        split = (5, 5) if tokens == 1 else (1, 1)
-    if tokens > columns or slots > MAX_SLOTS:
-        split = (1, split[1])
+    pairs = experts_TX.numel()
+    held, rows = packed.bias.shape
+    _, tiles, steps, *_ = packed.blocks.shape
+    slots = _slots(experts_TX, held)
+    split = cut.split if tokens <= cut.columns and slots <= MAX_SLOTS else 1
     inner_PI = torch.empty((pairs, rows // 2), dtype=x_TH.dtype, device=x_TH.device)
-    out_TH = torch.empty_like(x_TH)
-    shared = {
-        "EXPERTS_PER_TOKEN": per_token,
-        "PAIRS": triton.next_power_of_2(pairs),
-        "COLUMNS": columns,
-        "BY_EXPERT": by_expert,
-        "SINGLE": tokens == 1 and not by_expert,
-        "PLAIN": not x_TH.is_cuda,
-        "num_warps": 1,
-    }
-    _, tiles, steps, *_ = gate_up.blocks.shape
-    _gate_up[tiles, slots, split[0]](
+    _gate_up[tiles, slots, split](
         x_TH,
-        gate_up.blocks,
-        gate_up.scales.view(torch.int16),
-        gate_up.bias,
+        packed.blocks,
+        packed.scales.view(torch.int16),
+        packed.bias,
         experts_TX,
         inner_PI,
-        _partial(split[0] if split[0] > 1 else 0, pairs, tiles, x_TH.device),
-        gate_up.arrivals,
+        torch.empty((split if split > 1 else 0, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=x_TH.device),
+        packed.arrivals,
         first_expert,
         held,
         pairs,
+        int(slots == held),
         tiles,
         steps,
         width,
         rows,
         limit,
         ALPHA=SWIGLU_ALPHA,
-        UNROLL=unroll[0],
-        SPLIT=split[0],
-        EVEN=_even(steps, split[0], unroll[0]) and width == steps * TILE_COLUMNS,
-        **shared,
+        **_constants(experts_TX, steps, width, cut.unroll, split, cut.columns),
+        PLAIN=not x_TH.is_cuda,
+        num_warps=1,
     )
-    _, tiles, steps, *_ = down.blocks.shape
-    _down[tiles, slots, split[1]](
+    return inner_PI
+
+
+def down_sum(
+    inner_PI: Tensor, weights_TX: Tensor, experts_TX: Tensor, packed: Tiles, first_expert: int, cut: Cut
+) -> Tensor:
+    """The second product of what `gate_up_inner` gave, and its weighted sum, [T, H] in the dtype of inner."""
+    tokens = len(experts_TX)
+    pairs, width = inner_PI.shape
+    held, rows = packed.bias.shape
+    _, tiles, steps, *_ = packed.blocks.shape
+    slots = _slots(experts_TX, held)
+    out_TH = torch.empty((tokens, rows), dtype=inner_PI.dtype, device=inner_PI.device)
+    _down[tiles, slots, cut.split](
         inner_PI,
-        down.blocks,
-        down.scales.view(torch.int16),
-        down.bias,
+        packed.blocks,
+        packed.scales.view(torch.int16),
+        packed.bias,
         experts_TX,
         weights_TX,
         out_TH,
-        _partial(split[1], pairs, tiles, x_TH.device),
-        down.arrivals,
+        torch.empty((cut.split, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=inner_PI.device),
+        packed.arrivals,
         first_expert,
         held,
         pairs,
+        int(slots == held),
         tokens,
         slots,
         tiles,
         steps,
-        down.bias.shape[1],
-        rows // 2,
-        UNROLL=unroll[1],
-        SPLIT=split[1],
-        FINISH=min(FINISH_TOKENS, triton.next_power_of_2(tokens)),
-        EVEN=_even(steps, split[1], unroll[1]) and rows // 2 == steps * TILE_COLUMNS,
-        **shared,
+        rows,
+        width,
+        FINISH=1 if tokens == 1 else FINISH_TOKENS,
+        **_constants(experts_TX, steps, width, cut.unroll, cut.split, cut.columns),
+        PLAIN=not inner_PI.is_cuda,
+        num_warps=1,
     )
     return out_TH
 
 
-def _partial(parts: int, pairs: int, tiles: int, device: torch.device) -> Tensor:
-    return torch.empty((parts, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=device)
+def _slots(experts_TX: Tensor, held: int) -> int:
+    """One for each pair, or one for each expert if these are fewer."""
+    tokens, per_token = experts_TX.shape
+    return per_token if tokens == 1 else min(held, tokens * per_token)
 
 
-def _even(steps: int, split: int, unroll: int) -> bool:
-    """Every part has the same number of whole groups."""
-    return steps % (split * unroll) == 0
+def _constants(experts_TX: Tensor, steps: int, width: int, unroll: int, split: int, columns: int) -> dict[str, Any]:
+    """Few values of each, as each combination is compiled."""
+    tokens, per_token = experts_TX.shape
+    pairs = next(size for size in (triton.next_power_of_2(per_token), 32, MAX_PAIRS) if tokens * per_token <= size)
+    return {
+        "EXPERTS_PER_TOKEN": per_token,
+        "PAIRS": pairs,
+        "COLUMNS": columns,
+        "UNROLL": unroll,
+        "SPLIT": split,
+        "SINGLE": tokens == 1,
+        "EVEN": steps % (split * unroll) == 0 and width == steps * TILE_COLUMNS,
+    }

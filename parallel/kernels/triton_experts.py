@@ -6,11 +6,9 @@ waits for the device, so all of it can be captured in a CUDA graph.
 
 from torch import Tensor
 
-from .triton_decode import decode
+from .triton_decode import MAX_PAIRS, decode
 from .triton_grouped import grouped
 from .triton_mxfp4 import Tiles
-
-DECODE_TOKENS = 64  # up to here by `decode`
 
 
 def experts(
@@ -23,5 +21,5 @@ def experts(
     limit: float,
 ) -> Tensor:
     """As `experts.experts`; gate_up and down are what `triton_mxfp4.pack` made."""
-    run = decode if len(x_TH) <= DECODE_TOKENS else grouped
+    run = decode if experts_TX.numel() <= MAX_PAIRS else grouped
     return run(x_TH, weights_TX, experts_TX, gate_up, down, first_expert, limit)

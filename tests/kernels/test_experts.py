@@ -9,8 +9,8 @@ import pytest
 import torch
 from gptoss_launch.parallel.kernels import experts as plain
 from gptoss_launch.parallel.kernels.mxfp4 import dequantize
-from gptoss_launch.parallel.kernels.triton_decode import decode
-from gptoss_launch.parallel.kernels.triton_experts import DECODE_TOKENS, experts
+from gptoss_launch.parallel.kernels.triton_decode import MAX_PAIRS, Cut, decode
+from gptoss_launch.parallel.kernels.triton_experts import experts
 from gptoss_launch.parallel.kernels.triton_grouped import Shape, grouped
 from gptoss_launch.parallel.kernels.triton_mxfp4 import pack
 from gptoss_launch.parallel.kernels.triton_route import route
@@ -114,32 +114,32 @@ def test_pack_refuses_scales_that_the_kernels_cannot_hold() -> None:
 
 
 FEW = {
-    "one token, K in parts": (Case(1, 192, 32, 4), {"split": (3, 1), "unroll": (1, 2)}),
-    "odd K, parts without work": (Case(1, 32, 96, 2), {"split": (2, 2), "unroll": (1, 1)}),
-    "a slot a pair, others' experts": (Case(3, 96, 32, 7, 2, 12), {"split": (2, 1), "unroll": (1, 1)}),
-    "a slot an expert, more tokens than columns": (Case(11, 64, 32, 2, 1, 3), {}),
-    "no expert is here": (Case(2, 64, 32, 2, 8, 10), {}),
-    "wide columns": (Case(12, 96, 32, 2), {"columns": 16, "unroll": (2, 1)}),
+    "one token, K in parts": (Case(1, 192, 32, 4), (Cut(3, 1), Cut(1, 2))),
+    "odd K, parts without work": (Case(1, 32, 96, 2), (Cut(2, 1), Cut(2, 1))),
+    "a slot a pair, others' experts": (Case(3, 96, 32, 7, 2, 12), (Cut(2, 1), Cut(1, 1))),
+    "a slot an expert, more tokens than columns": (Case(11, 64, 32, 2, 1, 3), (Cut(2, 1), Cut(1, 3))),
+    "no expert is here": (Case(2, 64, 32, 2, 8, 10), (Cut(1, 1), Cut(1, 1))),
+    "wide columns": (Case(12, 96, 32, 2), (Cut(1, 2, 16), Cut(1, 1, 16))),
 }
 
 
 @NO_GPU
 @pytest.mark.parametrize("name", FEW)
 def test_few_tokens(name: str) -> None:
-    case, options = FEW[name]
+    case, cuts = FEW[name]
     given = inputs(case)
     if name == "no expert is here":
         given.experts_TX.clamp_(max=case.first - 1)
-        assert not decode(*arguments(given), **options).any()
+        assert not decode(*arguments(given), cuts=cuts).any()
         return
-    assert error(decode(*arguments(given), **options), expected(given)) < 1e-6
+    assert error(decode(*arguments(given), cuts=cuts), expected(given)) < 1e-6
 
 
 @NO_GPU
 def test_few_tokens_leave_the_counters_at_zero_and_repeat() -> None:
     given = arguments(inputs(Case(1, 64, 32, 3)))
-    first = decode(*given, split=(2, 2), unroll=(1, 1))
-    assert torch.equal(first, decode(*given, split=(2, 2), unroll=(1, 1)))
+    first = decode(*given, cuts=(Cut(2, 1), Cut(2, 1)))
+    assert torch.equal(first, decode(*given, cuts=(Cut(2, 1), Cut(2, 1))))
     assert not given[3].arrivals.any() and not given[4].arrivals.any()
 
 
@@ -160,7 +160,7 @@ def test_many_tokens(name: str) -> None:
 
 
 @NO_GPU
-@pytest.mark.parametrize("tokens", [5, DECODE_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [5, MAX_PAIRS // 2 + 1])
 def test_bf16(tokens: int) -> None:
     given = inputs(Case(tokens, 64, 32, 2, dtype=torch.bfloat16))
     found = experts(*arguments(given))
