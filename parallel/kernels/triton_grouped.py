@@ -23,6 +23,7 @@ from .triton_mxfp4 import HALVES, TILE_COLUMNS, Tiles, scaled_planes, swiglu
 
 SORT_PAIRS = 2048  # pairs that the sort looks at together
 SUM_COLUMNS = 512
+MOST_EXPERTS = 128  # what is compiled for, if there are no more
 _BACK = tl.constexpr(2.0**32)  # `scaled_planes` gives 2**-32 times the weights
 _CODES, _HALVES = tl.constexpr(TILE_COLUMNS), tl.constexpr(HALVES)
 
@@ -235,7 +236,7 @@ def grouped(
             ALPHA=SWIGLU_ALPHA,
             GATE_UP=is_gate_up,
             EXPERTS_PER_TOKEN=per_token,
-            EXPERTS=triton.next_power_of_2(held),
+            EXPERTS=max(MOST_EXPERTS, triton.next_power_of_2(held)),
             ROWS=shape.rows,
             TILES=shape.tiles,
             PLAIN=not x_TH.is_cuda,
