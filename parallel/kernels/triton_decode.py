@@ -23,6 +23,7 @@ from .experts import SWIGLU_ALPHA
 from .triton_mxfp4 import HALVES, MAX_SLOTS, SCALES, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
 MAX_PAIRS = 256
+CHUNK_PAIRS = 64  # pairs that a program looks at together
 FINISH_TOKENS = 16  # tokens that the last program of a tile sums together
 _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as weights come times 2**-126
 _BACK = tl.constexpr(2.0**26)
@@ -117,38 +118,45 @@ def _product(
 
 
 @triton.jit
-def _members(experts, slot, first, held, pairs, by_expert, PAIRS: tl.constexpr, SINGLE: tl.constexpr):
-    """(the slot's expert here, which pairs are its own, their ranks among them, how many).
+def _members(
+    experts,
+    slot,
+    first,
+    held,
+    pairs,
+    by_expert,
+    begin,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
+    """(the slot's expert, COLUMNS of its pairs from the begin-th on, how many it has in all).
 
     A slot is an expert, or (not by_expert) a pair, of which the first of an expert stands for all. SINGLE: one token,
     whose experts differ. None for an expert that is not held here.
     """
-    pair = tl.arange(0, PAIRS)
-    if SINGLE:
+    column = begin + tl.arange(0, COLUMNS)
+    expert = slot
+    if SINGLE or by_expert == 0:
         expert = tl.load(experts + slot).to(tl.int32) - first
-        mine = pair == slot
-        rank = pair * 0
+    if SINGLE:
+        pair_N = column * 0 + slot
         count = 1
     else:
-        chosen = tl.load(experts + pair, mask=pair < pairs, other=-1).to(tl.int32) - first
-        expert = slot
-        if by_expert == 0:
-            expert = tl.load(experts + slot).to(tl.int32) - first
-        mine = (chosen == expert) & (pair < pairs)
-        rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-        count = tl.sum(mine.to(tl.int32), 0)
-        earlier = tl.sum((mine & (pair < slot)).to(tl.int32), 0)
+        pair_N = tl.zeros((COLUMNS,), tl.int32)
+        count = 0
+        earlier = 0
+        for at in range(0, pairs, CHUNK):
+            pair = at + tl.arange(0, CHUNK)
+            chosen = tl.load(experts + pair, mask=pair < pairs, other=-1).to(tl.int32) - first
+            mine = (chosen == expert) & (pair < pairs)
+            rank = count + tl.cumsum(mine.to(tl.int32), 0) - 1
+            wanted = mine[None, :] & (rank[None, :] == column[:, None])
+            pair_N += tl.sum(tl.where(wanted, pair[None, :], 0), 1)
+            count += tl.sum(mine.to(tl.int32), 0)
+            earlier += tl.sum((mine & (pair < slot)).to(tl.int32), 0)
         count = tl.where((by_expert != 0) | (earlier == 0), count, 0)
-    count = tl.where((expert >= 0) & (expert < held), count, 0)
-    return expert, mine, rank, count
-
-
-@triton.jit
-def _columns(mine, rank, count, begin, PAIRS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(pairs of ranks begin to begin + COLUMNS, which of them exist)."""
-    column = begin + tl.arange(0, COLUMNS)
-    chosen = mine[None, :] & (rank[None, :] == column[:, None])
-    return tl.sum(tl.where(chosen, tl.arange(0, PAIRS)[None, :], 0), 1), column < count
+    return expert, pair_N, tl.where((expert >= 0) & (expert < held), count, 0)
 
 
 @triton.jit
@@ -196,7 +204,7 @@ def _gate_up(
     limit,
     ALPHA: tl.constexpr,
     EXPERTS_PER_TOKEN: tl.constexpr,
-    PAIRS: tl.constexpr,
+    CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -209,10 +217,12 @@ def _gate_up(
     partial: fp32 [SPLIT, P, tiles * 16]. With SPLIT the tokens must be at most COLUMNS.
     """
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    expert, mine, rank, count = _members(experts, slot, first, held, pairs, by_expert, PAIRS, SINGLE)
+    expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
-        pair_N, live_N = _columns(mine, rank, count, begin, PAIRS, COLUMNS)
+        if begin > 0:
+            _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
+        live_N = begin + tl.arange(0, COLUMNS) < count
         y = _product(
             x,
             (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
@@ -264,7 +274,7 @@ def _down(
     rows,
     width,
     EXPERTS_PER_TOKEN: tl.constexpr,
-    PAIRS: tl.constexpr,
+    CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -278,10 +288,12 @@ def _down(
     partial: fp32 [SPLIT, P, tiles * 16].
     """
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    expert, mine, rank, count = _members(experts, slot, first, held, pairs, by_expert, PAIRS, SINGLE)
+    expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
-        pair_N, live_N = _columns(mine, rank, count, begin, PAIRS, COLUMNS)
+        if begin > 0:
+            _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
+        live_N = begin + tl.arange(0, COLUMNS) < count
         y = _product(
             inner,
             pair_N.to(tl.int64) * width,
@@ -440,10 +452,9 @@ def _slots(experts_TX: Tensor, held: int) -> int:
 def _constants(experts_TX: Tensor, steps: int, width: int, unroll: int, split: int, columns: int) -> dict[str, Any]:
     """Few values of each, as each combination is compiled."""
     tokens, per_token = experts_TX.shape
-    pairs = next(size for size in (triton.next_power_of_2(per_token), 32, MAX_PAIRS) if tokens * per_token <= size)
     return {
         "EXPERTS_PER_TOKEN": per_token,
-        "PAIRS": pairs,
+        "CHUNK": CHUNK_PAIRS,
         "COLUMNS": columns,
         "UNROLL": unroll,
         "SPLIT": split,

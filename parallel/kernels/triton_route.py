@@ -65,13 +65,13 @@ def _route(
     at = (part * tokens + token)[:, None] * EXPERTS_2 + expert[None, :]
     tl.store(partial + at, acc, mask=(token < tokens)[:, None])
     if arrive(arrivals + group, parts * (EXPERTS_2 // EXPERT_BLOCK)):
-        expert = tl.arange(0, EXPERTS_2)
-        real = expert < EXPERTS
+        every = tl.arange(0, EXPERTS_2)
+        real = every < EXPERTS
         logit = tl.zeros((TOKENS, EXPERTS_2), tl.float32)
         for i in range(parts):
-            at = (i * tokens + token)[:, None] * EXPERTS_2 + expert[None, :]
-            logit += tl.load(partial + at, mask=(token < tokens)[:, None], other=0.0, cache_modifier=".cg")
-        logit += tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)[None, :]
+            part_TE = partial + (i * tokens + token)[:, None] * EXPERTS_2 + every[None, :]
+            logit += tl.load(part_TE, mask=(token < tokens)[:, None], other=0.0, cache_modifier=".cg")
+        logit += tl.load(bias + every, mask=real, other=0.0).to(tl.float32)[None, :]
         logit = tl.where(logit == logit, logit, _LOWEST)
         place = tl.arange(0, 8)
         values = tl.full((TOKENS, 8), float("-inf"), tl.float32)
@@ -79,16 +79,16 @@ def _route(
         left = (token >= 0)[:, None] & real[None, :]
         for i in tl.static_range(EXPERTS_PER_TOKEN):
             best = tl.max(tl.where(left, logit, float("-inf")), 1)
-            found = tl.min(tl.where(left & (logit == best[:, None]), expert[None, :], EXPERTS - 1), 1)
+            found = tl.min(tl.where(left & (logit == best[:, None]), every[None, :], EXPERTS - 1), 1)
             values = tl.where(place[None, :] == i, best[:, None], values)
             ids = tl.where(place[None, :] == i, found[:, None], ids)
-            left = left & (expert[None, :] != found[:, None])
+            left = left & (every[None, :] != found[:, None])
         share_of = tl.exp(values - tl.max(values, 1)[:, None])
         share_of = share_of / tl.sum(share_of, 1)[:, None]
-        at = token[:, None] * EXPERTS_PER_TOKEN + place[None, :]
+        choice = token[:, None] * EXPERTS_PER_TOKEN + place[None, :]
         there = (token < tokens)[:, None] & (place < EXPERTS_PER_TOKEN)[None, :]
-        tl.store(chosen_weights + at, share_of, mask=there)
-        tl.store(chosen_experts + at, ids.to(tl.int64), mask=there)
+        tl.store(chosen_weights + choice, share_of, mask=there)
+        tl.store(chosen_experts + choice, ids.to(tl.int64), mask=there)
 
 
 def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ LAYERS = {32: 8, 128: 4}  # by experts a layer
 FEW, MANY = {32: (1, 2, 4, 8, 16, 32, 64), 128: (1, 2, 8, 32, 64)}, {32: (64, 256, 2048, 8192), 128: (64, 256, 2048)}
 CUTS_1 = [Cut(s, u) for s, u in ((1, 5), (3, 3), (3, 5), (5, 3), (5, 9), (9, 5), (15, 3))]
 CUTS_FEW = [Cut(s, u) for s, u in ((1, 3), (1, 5), (1, 9), (3, 3), (3, 5))]
-CUTS_MORE = [Cut(1, 3), Cut(1, 5), Cut(1, 3, 16), Cut(1, 5, 16), Cut(3, 5, 16)]
+CUTS_MORE = [Cut(1, 3), Cut(1, 5), Cut(1, 9), Cut(1, 3, 16), Cut(1, 5, 16)]
 SHAPES = {
     "thin": [Shape(16, 8, 4, 4), Shape(16, 8, 4, 6), Shape(32, 8, 4, 4), Shape(32, 8, 4, 5), Shape(64, 8, 4, 4)],
     "thick": [
@@ -80,7 +80,7 @@ def jobs() -> list[tuple[int, Any]]:
     for held in LAYERS:
         for tokens in FEW[held]:
             for cut in cuts(tokens):
-                found[min(tokens, 2) if tokens <= 8 else 9, cut] = (tokens, cut)
+                found[tokens == 1, cut] = (tokens, cut)
         for tokens in MANY[held]:
             for shape in shapes(tokens, held):
                 found[0, shape] = (65, shape)
