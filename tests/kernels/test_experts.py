@@ -114,9 +114,9 @@ def test_pack_refuses_scales_that_the_kernels_cannot_hold() -> None:
 
 
 FEW = {
-    "one token, K in parts": (Case(1, 192, 32, 4), (Cut(3, 1), Cut(1, 2))),
+    "one token, K in parts": (Case(1, 128, 32, 4), (Cut(2, 1), Cut(1, 2))),
     "odd K, parts without work": (Case(1, 32, 96, 2), (Cut(2, 1), Cut(2, 1))),
-    "a slot a pair, others' experts": (Case(3, 96, 32, 7, 2, 12), (Cut(2, 1), Cut(1, 1))),
+    "a slot a pair, others' experts": (Case(2, 64, 32, 6, 2, 10), (Cut(1, 1), Cut(1, 1))),
     "a slot an expert, more tokens than columns": (Case(11, 64, 32, 2, 1, 3), (Cut(2, 1), Cut(1, 3))),
     "no expert is here": (Case(2, 64, 32, 2, 8, 10), (Cut(1, 1), Cut(1, 1))),
     "wide columns": (Case(12, 96, 32, 2), (Cut(1, 2, 16), Cut(1, 1, 16))),
@@ -130,22 +130,15 @@ def test_few_tokens(name: str) -> None:
     given = inputs(case)
     if name == "no expert is here":
         given.experts_TX.clamp_(max=case.first - 1)
-        assert not decode(*arguments(given), cuts=cuts).any()
-        return
-    assert error(decode(*arguments(given), cuts=cuts), expected(given)) < 1e-6
-
-
-@NO_GPU
-def test_few_tokens_leave_the_counters_at_zero_and_repeat() -> None:
-    given = arguments(inputs(Case(1, 64, 32, 3)))
-    first = decode(*given, cuts=(Cut(2, 1), Cut(2, 1)))
-    assert torch.equal(first, decode(*given, cuts=(Cut(2, 1), Cut(2, 1))))
-    assert not given[3].arrivals.any() and not given[4].arrivals.any()
+    call = arguments(given)
+    found, wanted = decode(*call, cuts=cuts), expected(given)
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    assert not call[3].arrivals.any() and not call[4].arrivals.any()
 
 
 MANY = {
     "one block an expert": (Case(20, 64, 64, 3), Shape(16, 8, 4, 3)),
-    "others' experts, odd K": (Case(67, 96, 96, 4, 2, 8), Shape(16, 8, 4, 3)),
+    "others' experts, odd K": (Case(35, 96, 96, 4, 2, 8), Shape(16, 8, 4, 3)),
     "an expert without tokens": (Case(33, 64, 32, 3, 0, 2), Shape(16, 8, 4, 3)),
     "wide": (Case(40, 96, 160, 2, 0, 3, 1), Shape(32, 16, 4, 3)),
 }
@@ -160,9 +153,9 @@ def test_many_tokens(name: str) -> None:
 
 
 @NO_GPU
-@pytest.mark.parametrize("tokens", [5, MAX_PAIRS // 2 + 1])
+@pytest.mark.parametrize("tokens", [2, MAX_PAIRS // 8 + 1])
 def test_bf16(tokens: int) -> None:
-    given = inputs(Case(tokens, 64, 32, 2, dtype=torch.bfloat16))
+    given = inputs(Case(tokens, 64, 32, 8, per_token=2 if tokens == 2 else 8, dtype=torch.bfloat16))
     found = experts(*arguments(given))
     assert found.dtype == torch.bfloat16
     assert error(found, expected(given)) < 1e-2  # three roundings to 8 bits, which the interpreter does by truncation
