@@ -1,0 +1,463 @@
+"""Experts for few tokens: two kernels that read each needed expert once, by programs of one warp.
+
+A program owns 16 rows (a tile) of one expert, a slot, and all tokens that chose it: 8 or so are the columns of the
+tensor core's product. So many tokens fill no wgmma, and what is left is to keep the memory busy: all loads of a few
+steps, then a barrier that they may not sink below, then their use. With one token K is split over more programs,
+whose sum is done by the last to arrive, always in the same order: runs repeat bit for bit.
+
+T tokens, X experts a token, P = T X pairs (token, expert); pair = token * X + place.
+"""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .experts import SWIGLU_ALPHA
+from .triton_mxfp4 import HALVES, MAX_SLOTS, SCALES, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
+
+MAX_PAIRS = 256
+CHUNK_PAIRS = 64  # pairs that a program looks at together
+FINISH_TOKENS = 16  # tokens that the last program of a tile sums together
+_UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as weights come times 2**-126
+_BACK = tl.constexpr(2.0**26)
+_UP_ASM = tl.constexpr("{ .reg .b32 f, z; mov.b32 f, 0x71807180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }")
+_CODES, _HALVES, _SCALES = tl.constexpr(TILE_COLUMNS), tl.constexpr(HALVES), tl.constexpr(SCALES)
+
+
+@triton.jit
+def _scaled_up(x, PLAIN: tl.constexpr):
+    if PLAIN:
+        return x.to(tl.float32) * _UP
+    else:
+        return tl.inline_asm_elementwise(_UP_ASM, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _operands(x, COLUMNS: tl.constexpr):
+    """x [columns, 4 t, 8 (q kh h)] -> the two operands [16 (kh t h), columns] of q = 0 and 1."""
+    x_0, x_1 = x.reshape(COLUMNS, 4, 2, 2, 2).permute(0, 1, 3, 4, 2).split()
+    return x_0.permute(2, 1, 3, 0).reshape(16, COLUMNS), x_1.permute(2, 1, 3, 0).reshape(16, COLUMNS)
+
+
+@triton.jit
+def _weights(plane):
+    """[32 (g t), 8 (kh rh h)] -> [16 (rh g), 16 (kh t h)]: for one warp, other names of the same registers."""
+    return plane.reshape(8, 4, 2, 2, 2).permute(3, 0, 2, 1, 4).reshape(16, 16)
+
+
+@triton.jit
+def _product(
+    x,
+    row_N,
+    live_N,
+    blocks,
+    scales,
+    tile,
+    steps,
+    begin,
+    end,
+    width,
+    SCALE_X: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """Steps begin to end of one tile by `COLUMNS` rows of x: [16 (rh g), columns] fp32.
+
+    row_N: where each row of x begins, live_N: which exist. width: columns of x. EVEN: UNROLL divides the steps, and x
+    has 64 columns for each.
+    """
+    lane = tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    row = tl.arange(0, 16)
+    blocks += tile * steps * _HALVES
+    scales += tile * steps * 16 + (row % 8) * 2 + row // 8
+    column = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    x += row_N[:, None, None] + column
+    live = live_N[:, None, None]
+    acc = tl.zeros((16, COLUMNS), tl.float32)
+    for step in range(begin, end, UNROLL):
+        halves = ()
+        pairs = ()
+        for i in tl.static_range(UNROLL):
+            at = step + i
+            if EVEN:
+                halves += (tl.load(blocks + at * _HALVES + lane),)
+                pairs += (tl.load(scales + at * 16),)
+            else:
+                halves += (tl.load(blocks + at * _HALVES + lane, mask=at < end, other=0),)
+                pairs += (tl.load(scales + at * 16, mask=at < end, other=0),)
+        tl.debug_barrier()  # ptxas sinks loads to their use, but not across this
+        for i in tl.static_range(UNROLL):
+            at = (step + i) * _CODES
+            if EVEN:
+                x_0 = tl.load(x + at, mask=live, other=0.0)
+                x_1 = tl.load(x + at + 32, mask=live, other=0.0)
+            else:
+                x_0 = tl.load(x + at, mask=live & (step + i < end), other=0.0)
+                x_1 = tl.load(x + at + 32, mask=live & (step + i < end) & (at + 32 < width), other=0.0)
+            if SCALE_X:
+                x_0 = _scaled_up(x_0, PLAIN)
+                x_1 = _scaled_up(x_1, PLAIN)
+            v_0, v_1, v_2, v_3 = planes(halves[i], PLAIN)
+            b_0, b_1 = _operands(x_0.to(v_0.dtype), COLUMNS)
+            b_2, b_3 = _operands(x_1.to(v_0.dtype), COLUMNS)
+            first = tl.dot(_weights(v_1), b_1, tl.dot(_weights(v_0), b_0))
+            second = tl.dot(_weights(v_3), b_3, tl.dot(_weights(v_2), b_2))
+            pair = pairs[i].to(tl.int32)  # two E8M0 bytes, each the exponent of an fp32
+            acc += first * ((pair << 23) & 0x7F800000).to(tl.float32, bitcast=True)[:, None]
+            acc += second * ((pair << 15) & 0x7F800000).to(tl.float32, bitcast=True)[:, None]
+    return acc * _BACK
+
+
+@triton.jit
+def _members(
+    experts,
+    slot,
+    first,
+    held,
+    pairs,
+    by_expert,
+    begin,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
+    """(the slot's expert, COLUMNS of its pairs from the begin-th on, how many it has in all).
+
+    A slot is an expert, or (not by_expert) a pair, of which the first of an expert stands for all. SINGLE: one token,
+    whose experts differ. None for an expert that is not held here.
+    """
+    column = begin + tl.arange(0, COLUMNS)
+    expert = slot
+    if SINGLE or by_expert == 0:
+        expert = tl.load(experts + slot).to(tl.int32) - first
+    if SINGLE:
+        pair_N = column * 0 + slot
+        count = 1
+    else:
+        pair_N = tl.zeros((COLUMNS,), tl.int32)
+        count = 0
+        earlier = 0
+        for at in range(0, pairs, CHUNK):
+            pair = at + tl.arange(0, CHUNK)
+            chosen = tl.load(experts + pair, mask=pair < pairs, other=-1).to(tl.int32) - first
+            mine = (chosen == expert) & (pair < pairs)
+            rank = count + tl.cumsum(mine.to(tl.int32), 0) - 1
+            wanted = mine[None, :] & (rank[None, :] == column[:, None])
+            pair_N += tl.sum(tl.where(wanted, pair[None, :], 0), 1)
+            count += tl.sum(mine.to(tl.int32), 0)
+            earlier += tl.sum((mine & (pair < slot)).to(tl.int32), 0)
+        count = tl.where((by_expert != 0) | (earlier == 0), count, 0)
+    return expert, pair_N, tl.where((expert >= 0) & (expert < held), count, 0)
+
+
+@triton.jit
+def arrive(arrivals, expected):
+    """True for the last of the expected programs: what the others stored is visible to it. Leaves the counter at 0."""
+    tl.debug_barrier()  # stores of all lanes come before the release below
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
+
+
+@triton.jit
+def _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA: tl.constexpr, COLUMNS: tl.constexpr):
+    """y [16 (rh g), columns] -> SwiGLU of its even and odd rows, times _UP, in the rows pair_N of inner."""
+    gate, up = y.reshape(2, 8, COLUMNS).permute(1, 2, 0).split()
+    unit = tile * 8 + tl.arange(0, 8)
+    there = unit * 2 < rows
+    bias += expert.to(tl.int64) * rows + unit * 2
+    gate += tl.load(bias, mask=there, other=0.0).to(tl.float32)[:, None]
+    up += tl.load(bias + 1, mask=there, other=0.0).to(tl.float32)[:, None]
+    value = swiglu(gate, up, limit, ALPHA) * _UP
+    at = pair_N.to(tl.int64)[None, :] * (rows // 2) + unit[:, None]
+    tl.store(inner + at, value.to(inner.dtype.element_ty), mask=live_N[None, :] & there[:, None])
+
+
+@triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert"])
+def _gate_up(
+    x,
+    blocks,
+    scales,
+    bias,
+    experts,
+    inner,
+    partial,
+    arrivals,
+    first,
+    held,
+    pairs,
+    by_expert,
+    tiles,
+    steps,
+    width,
+    rows,
+    limit,
+    ALPHA: tl.constexpr,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SINGLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """inner [P, rows / 2] in the dtype of x, times _UP; rows of pairs that are not here stay as they were.
+
+    partial: fp32 [SPLIT, P, tiles * 16]. With SPLIT the tokens must be at most COLUMNS.
+    """
+    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
+    share = tl.cdiv(steps, SPLIT)
+    for begin in range(0, count, COLUMNS):
+        if begin > 0:
+            _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
+        live_N = begin + tl.arange(0, COLUMNS) < count
+        y = _product(
+            x,
+            (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
+            live_N,
+            blocks,
+            scales,
+            expert.to(tl.int64) * tiles + tile,
+            steps,
+            part * share,
+            tl.minimum((part + 1) * share, steps),
+            width,
+            True,
+            COLUMNS,
+            UNROLL,
+            EVEN,
+            PLAIN,
+        )
+        if SPLIT == 1:
+            _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+        else:
+            at = partial + pair_N[None, :] * (tiles * 16) + tile * 16 + tl.arange(0, 16)[:, None]
+            tl.store(at + part * pairs * tiles * 16, y, mask=live_N[None, :])
+            if arrive(arrivals + slot * tiles + tile, SPLIT):
+                y = tl.zeros((16, COLUMNS), tl.float32)
+                for i in tl.static_range(SPLIT):
+                    y += tl.load(at + i * pairs * tiles * 16, mask=live_N[None, :], other=0.0, cache_modifier=".cg")
+                _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert", "tokens", "slots"])
+def _down(
+    inner,
+    blocks,
+    scales,
+    bias,
+    experts,
+    weights,
+    out,
+    partial,
+    arrivals,
+    first,
+    held,
+    pairs,
+    by_expert,
+    tokens,
+    slots,
+    tiles,
+    steps,
+    rows,
+    width,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FINISH: tl.constexpr,
+    SINGLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """out [T, rows]: the last program of a tile adds up all its slots' and parts' products, in a fixed order.
+
+    partial: fp32 [SPLIT, P, tiles * 16].
+    """
+    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
+    share = tl.cdiv(steps, SPLIT)
+    for begin in range(0, count, COLUMNS):
+        if begin > 0:
+            _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
+        live_N = begin + tl.arange(0, COLUMNS) < count
+        y = _product(
+            inner,
+            pair_N.to(tl.int64) * width,
+            live_N,
+            blocks,
+            scales,
+            expert.to(tl.int64) * tiles + tile,
+            steps,
+            part * share,
+            tl.minimum((part + 1) * share, steps),
+            width,
+            False,
+            COLUMNS,
+            UNROLL,
+            EVEN,
+            PLAIN,
+        )
+        row = tl.arange(0, 16)
+        row = tile * 16 + (row % 8) * 2 + row // 8
+        at = (part * pairs + pair_N)[None, :] * (tiles * 16) + row[:, None]
+        tl.store(partial + at, y, mask=live_N[None, :])
+    if arrive(arrivals + tile, slots * SPLIT):
+        row = tile * 16 + tl.arange(0, 16)
+        for begin in range(0, tokens, FINISH):
+            token = begin + tl.arange(0, FINISH)
+            total = tl.zeros((FINISH, 16), tl.float32)
+            for place in tl.static_range(EXPERTS_PER_TOKEN):
+                pair = token * EXPERTS_PER_TOKEN + place
+                chosen = tl.load(experts + pair, mask=token < tokens, other=-1).to(tl.int32) - first
+                here = (token < tokens) & (chosen >= 0) & (chosen < held)
+                weight = tl.load(weights + pair, mask=here, other=0.0)
+                there = here[:, None] & (row < rows)[None, :]
+                at = chosen.to(tl.int64)[:, None] * rows + row[None, :]
+                y = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+                for i in tl.static_range(SPLIT):
+                    at = (i * pairs + pair)[:, None] * (tiles * 16) + row[None, :]
+                    y += tl.load(partial + at, mask=there, other=0.0, cache_modifier=".cg")
+                total += weight[:, None] * y
+            there = (token < tokens)[:, None] & (row < rows)[None, :]
+            at = token[:, None] * rows + row[None, :]
+            tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut: K into `split` parts; `unroll` steps whose loads are in flight together; `columns` rows
+    of x in one product (8, or 16 where experts have more tokens)."""
+
+    split: int
+    unroll: int
+    columns: int = 8
+
+
+_SINGLE = (Cut(split=5, unroll=3), Cut(split=5, unroll=3))
+_SEVERAL = (Cut(split=1, unroll=3), Cut(split=1, unroll=3))
+
+
+def decode(
+    x_TH: Tensor,
+    weights_TX: Tensor,
+    experts_TX: Tensor,
+    gate_up: Tiles,
+    down: Tiles,
+    first_expert: int,
+    limit: float,
+    cuts: tuple[Cut, Cut] | None = None,
+) -> Tensor:
+    """`experts.experts` for at most MAX_PAIRS pairs. cuts: of gate_up and down; None: by the number of tokens."""
+    tokens, per_token = experts_TX.shape
+    if tokens * per_token > MAX_PAIRS:
+        raise ValueError(f"{tokens} tokens of {per_token} experts are more than {MAX_PAIRS} pairs")
+    first, second = cuts or (_SINGLE if tokens == 1 else _SEVERAL)
+    inner_PI = gate_up_inner(x_TH, experts_TX, gate_up, first_expert, limit, first)
+    return down_sum(inner_PI, weights_TX, experts_TX, down, first_expert, second)
+
+
+def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert: int, limit: float, cut: Cut) -> Tensor:
+    """SwiGLU of the first product, [P, I] times 2**100 in the dtype of x; undefined for experts that are not here."""
+    tokens, width = x_TH.shape
+    pairs = experts_TX.numel()
+    held, rows = packed.bias.shape
+    _, tiles, steps, *_ = packed.blocks.shape
+    slots = _slots(experts_TX, held)
+    split = cut.split if tokens <= cut.columns and slots <= MAX_SLOTS else 1
+    inner_PI = torch.empty((pairs, rows // 2), dtype=x_TH.dtype, device=x_TH.device)
+    _gate_up[tiles, slots, split](
+        x_TH,
+        packed.blocks,
+        packed.scales.view(torch.int16),
+        packed.bias,
+        experts_TX,
+        inner_PI,
+        torch.empty((split if split > 1 else 0, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=x_TH.device),
+        packed.arrivals,
+        first_expert,
+        held,
+        pairs,
+        int(slots == held),
+        tiles,
+        steps,
+        width,
+        rows,
+        limit,
+        ALPHA=SWIGLU_ALPHA,
+        **_constants(experts_TX, steps, width, cut.unroll, split, cut.columns),
+        PLAIN=not x_TH.is_cuda,
+        num_warps=1,
+    )
+    return inner_PI
+
+
+def down_sum(
+    inner_PI: Tensor, weights_TX: Tensor, experts_TX: Tensor, packed: Tiles, first_expert: int, cut: Cut
+) -> Tensor:
+    """The second product of what `gate_up_inner` gave, and its weighted sum, [T, H] in the dtype of inner."""
+    tokens = len(experts_TX)
+    pairs, width = inner_PI.shape
+    held, rows = packed.bias.shape
+    _, tiles, steps, *_ = packed.blocks.shape
+    slots = _slots(experts_TX, held)
+    out_TH = torch.empty((tokens, rows), dtype=inner_PI.dtype, device=inner_PI.device)
+    _down[tiles, slots, cut.split](
+        inner_PI,
+        packed.blocks,
+        packed.scales.view(torch.int16),
+        packed.bias,
+        experts_TX,
+        weights_TX,
+        out_TH,
+        torch.empty((cut.split, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=inner_PI.device),
+        packed.arrivals,
+        first_expert,
+        held,
+        pairs,
+        int(slots == held),
+        tokens,
+        slots,
+        tiles,
+        steps,
+        rows,
+        width,
+        FINISH=1 if tokens == 1 else FINISH_TOKENS,
+        **_constants(experts_TX, steps, width, cut.unroll, cut.split, cut.columns),
+        PLAIN=not inner_PI.is_cuda,
+        num_warps=1,
+    )
+    return out_TH
+
+
+def _slots(experts_TX: Tensor, held: int) -> int:
+    """One for each pair, or one for each expert if these are fewer."""
+    tokens, per_token = experts_TX.shape
+    return per_token if tokens == 1 else min(held, tokens * per_token)
+
+
+def _constants(experts_TX: Tensor, steps: int, width: int, unroll: int, split: int, columns: int) -> dict[str, Any]:
+    """Few values of each, as each combination is compiled."""
+    tokens, per_token = experts_TX.shape
+    return {
+        "EXPERTS_PER_TOKEN": per_token,
+        "CHUNK": CHUNK_PAIRS,
+        "COLUMNS": columns,
+        "UNROLL": unroll,
+        "SPLIT": split,
+        "SINGLE": tokens == 1,
+        "EVEN": steps % (split * unroll) == 0 and width == steps * TILE_COLUMNS,
+    }

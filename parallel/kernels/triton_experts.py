@@ -1,0 +1,25 @@
+"""The mixture of experts in Triton, with the signature and meaning of `experts.experts`: for few and for many tokens.
+
+bf16 on NVIDIA GPUs from sm_80 on; under Triton's interpreter on the CPU, bf16 and fp32, computed in fp32. Nothing here
+waits for the device, so all of it can be captured in a CUDA graph.
+"""
+
+from torch import Tensor
+
+from .triton_decode import MAX_PAIRS, decode
+from .triton_grouped import grouped
+from .triton_mxfp4 import Tiles
+
+
+def experts(
+    x_TH: Tensor,
+    weights_TX: Tensor,
+    experts_TX: Tensor,
+    gate_up: Tiles,
+    down: Tiles,
+    first_expert: int,
+    limit: float,
+) -> Tensor:
+    """As `experts.experts`; gate_up and down are what `triton_mxfp4.pack` made."""
+    run = decode if experts_TX.numel() <= MAX_PAIRS else grouped
+    return run(x_TH, weights_TX, experts_TX, gate_up, down, first_expert, limit)

@@ -1,0 +1,138 @@
+"""MXFP4 weights laid out for tensor cores: made once at load, read by the kernels for few and for many tokens.
+
+A tile is 16 rows (outputs) by 64 columns (inputs, two MXFP4 blocks), 512 bytes: 32 lanes of 16 bytes. What a lane
+loads is its own share of the matrix operand of mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"), and of
+each warp's 16 rows of wgmma.m64k16, so no weight passes through shared memory or changes lanes. With
+
+    row = 2 g + rh    column = 32 b + 8 t + 4 q + 2 kh + h        g < 8, t < 4, the others < 2
+
+lane 4 g + t holds eight 16-bit halves (kh, rh, h); a half holds the four codes of (b, q), its planes p = 2 b + q,
+placed so that a shift and a mask or two make each a bf16 of 2**-126 times its value: magnitude bits at 6 to 8, where
+1 and 0 stand for 0.5 and 0 as subnormal numbers do in E2M1. Even and odd rows (gate and up) share a lane. Knows
+nothing of experts' routes or of ranks.
+"""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .experts import Packed
+
+TILE_ROWS, TILE_COLUMNS, BLOCK_COLUMNS = 16, 64, 32
+HALVES, SCALES = 256, 32  # 16-bit halves and scale bytes of a tile
+MAX_SLOTS = 32  # slots whose K may be split, see triton_decode.py
+
+_SHIFTS = ((15, 6), (12, 3), (13, 0), (14, 9))  # of each plane's sign and magnitude within a half
+_MAX_SCALE = 160  # 2**33. `scaled_planes` leaves room up to here; published scales lie near 2**-10
+
+
+@dataclass(frozen=True)
+class Tiles(Packed):
+    """blocks: int16 [E, tiles, steps, 32 lanes, 8 halves]; scales: u8 [E, tiles, steps, 8 g, 4 (rh b)]; bias [E, out].
+
+    tiles = ceil(out / 16), steps = ceil(in / 64): the same bytes as in the checkpoint, if these divide. An odd number
+    of MXFP4 blocks adds one of zeros to each row (1 / blocks of the bytes). arrivals: int32 zeros, [tiles * MAX_SLOTS],
+    counters of the kernels for few tokens, which leave them at zero.
+    """
+
+    arrivals: Tensor
+
+
+def pack(blocks: Tensor, scales: Tensor, bias: Tensor) -> Tiles:
+    """From the checkpoint's layout, see `experts.Packed`, on the device that holds it; one expert at a time."""
+    experts, rows, count, _ = blocks.shape
+    if scales.numel() and int(scales.max()) > _MAX_SCALE:
+        raise ValueError(f"an MXFP4 scale is {int(scales.max())}, over {_MAX_SCALE} (2**{_MAX_SCALE - 127})")
+    tiles, steps = -(-rows // TILE_ROWS), -(-count // 2)
+    device = blocks.device
+    out = torch.empty((experts, tiles, steps, 32, 8), dtype=torch.int16, device=device)
+    out_scales = torch.empty((experts, tiles, steps, 8, 4), dtype=torch.uint8, device=device)
+    more = (0, 2 * steps - count, 0, tiles * TILE_ROWS - rows)  # zeros to the right and below
+    for expert in range(experts):
+        byte = torch.nn.functional.pad(blocks[expert], (0, 0, *more))
+        code = torch.stack((byte & 15, byte >> 4), -1).to(torch.int16)
+        code = code.view(tiles, 8, 2, steps, 2, 4, 2, 2, 2)  # tile g rh step b t q kh h
+        code = code.permute(4, 6, 0, 3, 1, 5, 7, 2, 8).reshape(4, tiles, steps, 32, 8)
+        placed = [(code[p] >> 3 << sign) | ((code[p] & 7) << low) for p, (sign, low) in enumerate(_SHIFTS)]
+        out[expert] = placed[0] | placed[1] | placed[2] | placed[3]
+        scale = torch.nn.functional.pad(scales[expert], more).view(tiles, 8, 2, steps, 2)
+        out_scales[expert] = scale.permute(0, 3, 1, 2, 4).flatten(-2)
+    arrivals = torch.zeros(tiles * MAX_SLOTS, dtype=torch.int32, device=device)
+    return Tiles(out, out_scales, bias.contiguous(), arrivals)
+
+
+_PLANES_ASM = tl.constexpr("""{ .reg .b32 a, b;
+and.b32 $0, $4, 0x81C081C0;
+shl.b32 a, $4, 3;  and.b32 $1, a, 0x81C081C0;
+shl.b32 a, $4, 6;  and.b32 a, a, 0x01C001C0;  shl.b32 b, $4, 2;  and.b32 b, b, 0x80008000;  or.b32 $2, a, b;
+shr.u32 a, $4, 3;  and.b32 a, a, 0x01C001C0;  shl.b32 b, $4, 1;  and.b32 b, b, 0x80008000;  or.b32 $3, a, b; }""")
+_SCALED_ASM = tl.constexpr("""{ .reg .b32 a, b, z, f;
+mov.b32 z, 0x80008000;
+and.b32 a, $4, 0x81C081C0;  fma.rn.bf16x2 $0, a, $5, z;
+shl.b32 a, $4, 3;  and.b32 a, a, 0x81C081C0;  fma.rn.bf16x2 $1, a, $5, z;
+shl.b32 a, $4, 6;  and.b32 a, a, 0x01C001C0;  shl.b32 b, $4, 2;  and.b32 b, b, 0x80008000;  or.b32 a, a, b;
+fma.rn.bf16x2 $2, a, $6, z;
+shr.u32 a, $4, 3;  and.b32 a, a, 0x01C001C0;  shl.b32 b, $4, 1;  and.b32 b, b, 0x80008000;  or.b32 a, a, b;
+fma.rn.bf16x2 $3, a, $6, z; }""")
+
+
+@triton.jit
+def planes(half, PLAIN: tl.constexpr):
+    """int16 halves -> four tensors of 2**-126 times the values, bf16; PLAIN: fp32, for Triton's interpreter, which
+    has no inline assembly and cannot multiply bf16 matrices."""
+    if PLAIN:
+        MASK: tl.constexpr = -32320  # 0x81C0
+        third = ((half << 6) & 0x01C0) | ((half << 2) & -32768)
+        fourth = ((half >> 3) & 0x01C0) | ((half << 1) & -32768)
+        return _float(half & MASK), _float((half << 3) & MASK), _float(third), _float(fourth)
+    else:
+        return tl.inline_asm_elementwise(
+            _PLANES_ASM,
+            "=r,=r,=r,=r,r",
+            [half],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def scaled_planes(half, scale_0, scale_1, PLAIN: tl.constexpr):
+    """int16 halves, and int16 scale bytes of blocks b = 0 and 1, of one shape -> four tensors of 2**-32 times the
+    weights: no scale in [0, 160] overflows, and none that matters underflows, the factor 2**(scale - 33) included."""
+    if PLAIN:
+        v0, v1, v2, v3 = planes(half, PLAIN)
+        first = ((scale_0.to(tl.int32) + 94) << 23).to(tl.float32, bitcast=True)
+        second = ((scale_1.to(tl.int32) + 94) << 23).to(tl.float32, bitcast=True)
+        return v0 * first, v1 * first, v2 * second, v3 * second
+    else:
+        first = (scale_0 + 94) << 7
+        second = (scale_1 + 94) << 7
+        return tl.inline_asm_elementwise(
+            _SCALED_ASM,
+            "=r,=r,=r,=r,r,r,r",
+            [half, first, second],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def _float(bits):
+    """The upper half of an fp32, from int16."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def swiglu(gate, up, limit, ALPHA: tl.constexpr):
+    """As `experts.swiglu`, on fp32."""
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    return gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)

@@ -1,0 +1,245 @@
+"""The Triton experts and router against the plain ones, under Triton's interpreter and, in true sizes, on a GPU.
+
+Under the interpreter all arithmetic is fp32, so results agree to fp32; the bf16 kernels run on GPUs alone.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from gptoss_launch.parallel.kernels import experts as plain
+from gptoss_launch.parallel.kernels.mxfp4 import dequantize
+from gptoss_launch.parallel.kernels.triton_decode import MAX_PAIRS, Cut, decode
+from gptoss_launch.parallel.kernels.triton_experts import experts
+from gptoss_launch.parallel.kernels.triton_grouped import Shape, grouped
+from gptoss_launch.parallel.kernels.triton_mxfp4 import pack
+from gptoss_launch.parallel.kernels.triton_route import route
+from small_models import GPU
+from torch import Tensor
+
+LIMIT = 7.0
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
+
+
+@dataclass(frozen=True)
+class Case:
+    """inner: intermediate units here. held experts of `experts` are here, from `first` on."""
+
+    tokens: int
+    hidden: int
+    inner: int
+    held: int
+    first: int = 0
+    experts: int | None = None
+    per_token: int = 2
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Inputs:
+    x_TH: Tensor
+    weights_TX: Tensor
+    experts_TX: Tensor
+    gate_up: plain.Packed
+    down: plain.Packed
+    first: int
+
+
+def inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def product(outputs: int, columns: int) -> plain.Packed:
+        size = (case.held, outputs, columns // 32)
+        blocks = torch.randint(0, 256, (*size, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(117, 123, size, generator=generator, dtype=torch.uint8)
+        bias = torch.randn(size[:2], generator=generator).to(case.dtype)
+        return plain.Packed(blocks.to(device), scales.to(device), bias.to(device))
+
+    x_TH = torch.randn((case.tokens, case.hidden), generator=generator).to(case.dtype)
+    score = torch.rand((case.tokens, case.experts or case.held), generator=generator)
+    weights_TX = torch.rand((case.tokens, case.per_token), generator=generator).softmax(-1)
+    experts_TX = score.topk(case.per_token).indices
+    gate_up, down = product(2 * case.inner, case.hidden), product(case.hidden, case.inner)
+    return Inputs(x_TH.to(device), weights_TX.to(device), experts_TX.to(device), gate_up, down, case.first)
+
+
+def arguments(given: Inputs) -> tuple:
+    """Of `decode`, `grouped` and `experts`."""
+    packs = [pack(packed.blocks, packed.scales, packed.bias) for packed in (given.gate_up, given.down)]
+    return given.x_TH, given.weights_TX, given.experts_TX, *packs, given.first, LIMIT
+
+
+def expected(given: Inputs) -> Tensor:
+    """In fp32, whatever the dtype of x."""
+    gate_up, down = (plain.Packed(p.blocks, p.scales, p.bias.float()) for p in (given.gate_up, given.down))
+    return plain.experts(given.x_TH.float(), given.weights_TX, given.experts_TX, gate_up, down, given.first, LIMIT)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return float((found.float() - wanted).norm() / wanted.norm())
+
+
+def test_pack_keeps_each_weight_and_the_number_of_bytes() -> None:
+    given = inputs(Case(1, 128, 48 * 2, 3)).gate_up
+    packed = pack(given.blocks, given.scales, given.bias)
+    assert packed.blocks.nbytes == given.blocks.nbytes and packed.scales.nbytes == given.scales.nbytes
+    weight = dequantize(given.blocks, given.scales, torch.float32)
+    row, column = torch.meshgrid(torch.arange(weight.shape[1]), torch.arange(weight.shape[2]), indexing="ij")
+    g, rh = row % 16 // 2, row % 2
+    b, t, q, kh, h = column % 64 // 32, column % 32 // 8, column % 8 // 4, column % 4 // 2, column % 2
+    half = packed.blocks[:, row // 16, column // 64, 4 * g + t, 4 * kh + 2 * rh + h].int() & 0xFFFF
+    plane = 2 * b + q
+    sign = half >> torch.tensor([15, 12, 13, 14])[plane] & 1
+    magnitude = half >> torch.tensor([6, 3, 0, 9])[plane] & 7
+    scale = packed.scales[:, row // 16, column // 64, g, 2 * rh + b].float()
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    assert torch.equal(values[magnitude] * (1 - 2 * sign) * torch.exp2(scale - 127), weight)
+
+
+@pytest.mark.parametrize("outputs", [2, 30, 48])
+@pytest.mark.parametrize("blocks", [1, 23, 4])
+def test_pack_fills_up_with_zeros(outputs: int, blocks: int) -> None:
+    given = inputs(Case(1, blocks * 32, outputs // 2, 2)).gate_up
+    packed = pack(given.blocks, given.scales, given.bias)
+    steps, tiles = (blocks + 1) // 2, (outputs + 15) // 16
+    assert packed.blocks.shape == (2, tiles, steps, 32, 8) and packed.scales.shape == (2, tiles, steps, 8, 4)
+    assert int(packed.scales.count_nonzero()) == given.scales.numel()
+
+
+def test_pack_refuses_scales_that_the_kernels_cannot_hold() -> None:
+    given = inputs(Case(1, 32, 1, 2)).gate_up
+    with pytest.raises(ValueError, match="scale is 255"):
+        pack(given.blocks, torch.full_like(given.scales, 255), given.bias)
+
+
+FEW = {
+    "one token, K in parts": (Case(1, 128, 32, 4), (Cut(2, 1), Cut(1, 2))),
+    "odd K, parts without work": (Case(1, 32, 96, 2), (Cut(2, 1), Cut(2, 1))),
+    "a slot a pair, others' experts": (Case(2, 64, 32, 6, 2, 10), (Cut(1, 1), Cut(1, 1))),
+    "a slot an expert, more tokens than columns": (Case(11, 64, 32, 2, 1, 3), (Cut(2, 1), Cut(1, 3))),
+    "no expert is here": (Case(2, 64, 32, 2, 8, 10), (Cut(1, 1), Cut(1, 1))),
+    "wide columns": (Case(12, 96, 32, 2), (Cut(1, 2, 16), Cut(1, 1, 16))),
+}
+
+
+@NO_GPU
+@pytest.mark.parametrize("name", FEW)
+def test_few_tokens(name: str) -> None:
+    case, cuts = FEW[name]
+    given = inputs(case)
+    if name == "no expert is here":
+        given.experts_TX.clamp_(max=case.first - 1)
+    call = arguments(given)
+    found, wanted = decode(*call, cuts=cuts), expected(given)
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    assert not call[3].arrivals.any() and not call[4].arrivals.any()
+
+
+MANY = {
+    "one block an expert": (Case(20, 64, 64, 3), Shape(16, 8, 4, 3)),
+    "others' experts, odd K": (Case(35, 96, 96, 4, 2, 8), Shape(16, 8, 4, 3)),
+    "an expert without tokens": (Case(33, 64, 32, 3, 0, 2), Shape(16, 8, 4, 3)),
+    "wide": (Case(40, 96, 160, 2, 0, 3, 1), Shape(32, 16, 4, 3)),
+}
+
+
+@NO_GPU
+@pytest.mark.parametrize("name", MANY)
+def test_many_tokens(name: str) -> None:
+    case, shape = MANY[name]
+    given = inputs(case)
+    assert error(grouped(*arguments(given), shapes=(shape, shape)), expected(given)) < 1e-6
+
+
+@NO_GPU
+@pytest.mark.parametrize("tokens", [2, MAX_PAIRS // 8 + 1])
+def test_bf16(tokens: int) -> None:
+    given = inputs(Case(tokens, 64, 32, 8, per_token=2 if tokens == 2 else 8, dtype=torch.bfloat16))
+    found = experts(*arguments(given))
+    assert found.dtype == torch.bfloat16
+    assert error(found, expected(given)) < 1e-2  # three roundings to 8 bits, which the interpreter does by truncation
+
+
+@NO_GPU
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 3, 66])
+def test_published_widths(tokens: int) -> None:
+    given = inputs(Case(tokens, 2880, 736, 2, 1, 4))
+    assert error(experts(*arguments(given)), expected(given)) < 1e-6
+
+
+def routed(tokens: int, hidden: int, count: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    x_TH = torch.randn((tokens, hidden), generator=generator)
+    weight_EH, bias_E = torch.randn((count, hidden), generator=generator), torch.randn(count, generator=generator)
+    return x_TH.to(device, dtype), weight_EH.to(device, dtype), bias_E.to(device, dtype)
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "count", "chosen"), [(1, 96, 32, 4), (17, 64, 5, 1), (3, 160, 100, 8), (2, 64, 4, 4)]
+)
+def test_route(tokens: int, hidden: int, count: int, chosen: int) -> None:
+    given = routed(tokens, hidden, count, torch.float32, "cpu")
+    weights_TX, experts_TX = route(*given, chosen)
+    wanted = plain.route(*given, chosen)
+    assert weights_TX.dtype == torch.float32 and torch.equal(experts_TX, wanted[1])
+    assert torch.allclose(weights_TX, wanted[0], rtol=1e-5)
+
+
+@NO_GPU
+def test_route_gives_equal_logits_to_the_lower_expert() -> None:
+    x_TH = torch.ones((2, 64))
+    weights_TX, experts_TX = route(x_TH, torch.zeros((6, 64)), torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0]), 4)
+    assert experts_TX.tolist() == [[1, 3, 4, 0]] * 2
+    _, experts_TX = route(x_TH, torch.zeros((6, 64)), torch.full((6,), float("nan")), 4)
+    assert experts_TX.tolist() == [[0, 1, 2, 3]] * 2  # valid whatever the logits
+
+
+TRUE = {
+    "20b": Case(0, 2880, 2880, 32, 0, 32, 4, torch.bfloat16),
+    "20b, half of the experts": Case(0, 2880, 2880, 16, 16, 32, 4, torch.bfloat16),
+    "120b, a quarter of each expert": Case(0, 2880, 736, 128, 0, 128, 4, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("size", [pytest.param(name, marks=GPU) for name in TRUE])
+def test_true_sizes(size: str) -> None:
+    for tokens in (1, 2, 7, 8, 16, 33, 64, 65, 257, 2048):
+        case = Case(tokens, *(getattr(TRUE[size], name) for name in list(Case.__dataclass_fields__)[1:]))
+        given = inputs(case, device="cuda")
+        call = arguments(given)
+        found = experts(*call)
+        assert error(found, expected(given)) < 4e-3, tokens
+        assert torch.equal(found, experts(*call)), tokens
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(count, marks=GPU) for count in (1, 8, 100)])
+def test_captured_in_a_graph(tokens: int) -> None:
+    """Replayed with routes other than those at capture, so that nothing about them was fixed on the host."""
+    case = Case(tokens, 2880, 2880, 8, 4, 16, 4, torch.bfloat16)
+    given = inputs(case, device="cuda")
+    call = arguments(given)
+    experts(*call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = experts(*call)
+    for seed in (1, 2):
+        other = inputs(case, seed, "cuda")
+        for mine, new in zip(call[:3], (other.x_TH, other.weights_TX, other.experts_TX), strict=True):
+            mine.copy_(new)
+        graph.replay()
+        assert error(found, expected(given)) < 4e-3
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(count, marks=GPU) for count in (1, 2, 17, 64, 3000)])
+@pytest.mark.parametrize("count", [32, 128])
+def test_route_true_sizes(tokens: int, count: int) -> None:
+    given = routed(tokens, 2880, count, torch.bfloat16, "cuda")
+    weights_TX, experts_TX = route(*given, 4)
+    logits_TE = given[0].double() @ given[1].double().T + given[2].double()
+    best_TX = logits_TE.topk(4).values
+    assert torch.allclose(logits_TE.gather(1, experts_TX), best_TX, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(weights_TX.double(), best_TX.softmax(-1), rtol=1e-3, atol=1e-4)
+    assert torch.equal(route(*given, 4)[0], weights_TX)
