@@ -46,29 +46,28 @@ BF16 = torch.bfloat16
 
 Decode, Chunks, Linear = triton_attend_decodes.Tuning, triton_attend_chunks.Tuning, triton_linear.Tuning
 DECODES = [
-    *(Decode(64, 1024, 64, 4, stages) for stages in (3, 4, 5, 6)),
-    Decode(64, 1024, 64, 2, 5),
-    Decode(64, 512, 64, 4, 5),
-    Decode(64, 2048, 128, 4, 5),
-    Decode(64, 4096, 128, 4, 4),
-    Decode(32, 1024, 64, 2, 6),
-    Decode(128, 512, 64, 4, 4),
-    Decode(128, 1024, 64, 8, 4),
+    *(Decode(64, 1024, 64, 4, stages) for stages in (3, 5, 7)),
+    Decode(64, 1024, 64, 2, 3),
+    Decode(64, 512, 64, 4, 3),
+    Decode(64, 512, 64, 4, 7),
+    Decode(64, 2048, 128, 4, 3),
+    Decode(64, 4096, 128, 4, 3),
+    Decode(32, 1024, 64, 2, 5),
+    Decode(128, 512, 64, 4, 3),
+    Decode(128, 1024, 64, 8, 3),
     Decode(128, 1024, 64, 4, 5),
 ]
-FP8_DECODES = [Decode(block, 1024, 64, 4, stages) for block, stages in ((64, 4), (64, 6), (128, 4))]
+FP8_DECODES = [Decode(block, 1024, 64, 4, stages) for block, stages in ((64, 3), (64, 5), (128, 3))]
 WINDOW_DECODES = [
     *(Decode(block, 1024, 1, warps, stages) for block, warps, stages in ((128, 4, 1), (128, 8, 1), (64, 4, 3))),
     *(Decode(block, 1024, 8, warps, 1) for block, warps in ((64, 4), (32, 2), (16, 1))),
 ]
 CHUNKS = [
-    *(Chunks(128, 64, 4, stages) for stages in (3, 4, 5)),
-    *(Chunks(128, 128, warps, 3) for warps in (4, 8)),
-    Chunks(128, 64, 8, 4),
-    Chunks(64, 64, 4, 4),
-    Chunks(256, 64, 8, 3),
-    Chunks(256, 64, 8, 4),
-    Chunks(256, 128, 8, 3),
+    *(Chunks(128, 64, 4, stages) for stages in (3, 5)),
+    *(Chunks(128, 64, 8, stages) for stages in (3, 5)),
+    *(Chunks(128, 128, 8, stages) for stages in (3, 5)),
+    Chunks(64, 64, 4, 3),
+    *(Chunks(256, 64, 8, stages) for stages in (3, 5)),
 ]
 WINDOW_CHUNKS = [
     *(Chunks(128, 64, 4, stages) for stages in (2, 3)),
@@ -124,36 +123,46 @@ class Pages:
         return table_RP
 
 
-def batch_of(decodes: int, chunk: int, context: int) -> Batch:
-    """Decodes and a chunk of sequences of one length."""
+def batch_of(decodes: int, chunk: int, context: int, others: int) -> Batch:
+    """A chunk, or decodes: the first at the end of `context` tokens, the other sequences have `others`."""
     chunks = (Chunk(0, chunk, 0, context),) if chunk else ()
-    positions = torch.arange(context - chunk, context) if chunk else torch.full((decodes,), context - 1)
+    positions = torch.arange(context - chunk, context)
+    if decodes:
+        positions = torch.tensor([context - 1] + [others - 1] * (decodes - 1))
     rows = torch.zeros(chunk, dtype=torch.int64) if chunk else torch.arange(decodes)
     tiles_X4 = torch.tensor(tiles(chunks), dtype=torch.int32).view(-1, 4)
     nothing = torch.zeros(0, dtype=torch.int64)
     return Batch(nothing, positions.cuda(), rows.cuda(), decodes, chunks, tiles_X4.cuda(), {}, nothing)
 
 
-def attend_cases(
-    pages: Pages, decodes: int, chunk: int, context: int, window: int | None, tunings: list[Any], kv_dtype: torch.dtype
+def attend_case(
+    pages: Pages,
+    decodes: int,
+    chunk: int,
+    context: int,
+    window: int | None,
+    tunings: list[Any],
+    kv_dtype: torch.dtype = BF16,
+    others: int | None = None,
 ) -> Case:
+    others = context if others is None else others
     tokens = decodes + chunk
     seen = context if window is None else min(context, window + chunk)
     rows = decodes or 1
     kv_PCSKD = pages.kv_PCSKD.to(kv_dtype)
-    size_bytes = rows * seen * 2 * KV_HEADS * HEAD_DIM * kv_dtype.itemsize
-    batch = batch_of(decodes, chunk, context)
+    keys = seen + (rows - 1) * min(others, seen)
+    size_bytes = keys * 2 * KV_HEADS * HEAD_DIM * kv_dtype.itemsize
+    batch = batch_of(decodes, chunk, context, others)
     sinks_N = torch.randn(HEADS, device="cuda")
     q_TND = torch.randn((tokens, HEADS, HEAD_DIM), dtype=BF16, device="cuda")
     out_TND = torch.empty_like(q_TND)
     views = [PageView(pages.table(rows, context, copy), batch.rows_T, window) for copy in copies(size_bytes)]
     attend = triton_attend_chunks.attend_chunks if chunk else triton_attend_decodes.attend_decodes
-    pairs = tokens * seen if not chunk else chunk * (context - chunk) + chunk * (chunk + 1) // 2
-    if window is not None:
-        pairs = tokens * min(window, context)
+    pairs = chunk * (context - chunk) + chunk * (chunk + 1) // 2 if window is None else chunk * window
     return Case(
         {"op": "chunk" if chunk else "decode", "tokens": tokens, "context": context, "window": window}
-        | ({} if kv_dtype == BF16 else {"kv": str(kv_dtype)}),
+        | ({} if kv_dtype == BF16 else {"kv": str(kv_dtype)})
+        | ({} if others == context else {"others": others}),
         {
             label(tuning): [partial(attend, q_TND, kv_PCSKD, sinks_N, batch, view, out_TND, tuning) for view in views]
             for tuning in tunings
@@ -247,25 +256,27 @@ def cases(only: set[str], small: bool) -> Iterator[Case]:
         return min(context, 1024) if small else context
 
     pages = Pages(64 * shorter(32768))
-    decode = partial(attend_cases, pages, chunk=0)
+    decode = partial(attend_case, pages, chunk=0)
     batches = (1, 8, 32, 64)
     if "decode" in only and small:
         unsplit = [tuning for tuning in DECODES if tuning.programs <= 64 * KV_HEADS]
         for batch, tunings in ((1, DECODES), (64, unsplit)):
-            yield decode(batch, context=1024, window=None, tunings=tunings, kv_dtype=BF16)
+            yield decode(batch, context=1024, window=None, tunings=tunings)
     elif "decode" in only:
         for batch, context in product(batches, (1024, 8192, 32768)):
-            yield decode(batch, context=context, window=None, tunings=DECODES, kv_dtype=BF16)
+            yield decode(batch, context=context, window=None, tunings=DECODES)
+        for batch in (8, 64):
+            yield decode(batch, context=32768, window=None, tunings=DECODES, others=1024)
     if "decode" in only:
         fp8 = torch.float8_e4m3fn
         yield decode(32, context=shorter(8192), window=None, tunings=FP8_DECODES, kv_dtype=fp8)
     if "window" in only:
         for batch in (1,) if small else batches:
-            yield decode(batch, context=1000, window=128, tunings=WINDOW_DECODES, kv_dtype=BF16)
+            yield decode(batch, context=1000, window=128, tunings=WINDOW_DECODES)
     if "chunk" in only:
         for context in (2048,) if small else (2048, 16384):
-            yield attend_cases(pages, 0, 2048, context, None, CHUNKS, BF16)
-        yield attend_cases(pages, 0, 2048, 4096, 128, WINDOW_CHUNKS, BF16)
+            yield attend_case(pages, 0, 2048, context, None, CHUNKS)
+        yield attend_case(pages, 0, 2048, 4096, 128, WINDOW_CHUNKS)
         yield torch_attention_case(2048)
     if "linear" in only:
         vocab = VOCAB // 100 if small else VOCAB
