@@ -1,0 +1,235 @@
+"""Attention of decodes: one token of each sequence over its pages, in Triton.
+
+A sequence's keys are split over programs, each with all the query heads of one KV head; a second kernel joins the
+splits in a fixed order. Nothing about the launch depends on what is on the device: each sequence shares its own length
+out over the splits, and those that get nothing leave at once. Knows nothing of chunks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .batch import Batch, PageView
+from .triton_launch import constants
+from .triton_pages import as_stored, entry, operand, stored_factor
+
+MERGED_TOGETHER = 32  # splits
+MERGE_WARPS = 4
+LEAST_ROWS = 16  # of a tensor core's tile
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Constants that a benchmark found (tests/benchmarks/kernels_attention.py)."""
+
+    block_tokens: int  # keys that a program handles at a time
+    programs: int  # wanted in all, for as long as sequences are long enough
+    most_splits: int
+    warps: int
+    stages: int  # blocks of keys under way at a time
+
+
+FULL = Tuning(block_tokens=64, programs=1024, most_splits=64, warps=4, stages=3)
+WINDOW = Tuning(block_tokens=128, programs=1024, most_splits=1, warps=4, stages=1)
+
+
+def attend_decodes(
+    q_TND: Tensor, kv_PCSKD: Tensor, sinks_N: Tensor, batch: Batch, pages: PageView, out_TND: Tensor, tuning: Tuning
+) -> None:
+    """Attention of the first batch.decodes tokens, into out_TND. Arguments as in attention.attend."""
+    decodes, heads, head_dim = batch.decodes, q_TND.shape[1], q_TND.shape[2]
+    kv_PCSKD = as_stored(kv_PCSKD)
+    page_tokens, kv_heads = kv_PCSKD.shape[2:4]
+    group = heads // kv_heads
+    width = pages.table_RP.shape[1]
+    most_keys = width * page_tokens if pages.window_tokens is None else pages.window_tokens
+    splits = min(
+        tuning.most_splits,
+        -(-tuning.programs // (decodes * kv_heads)),
+        -(-most_keys // tuning.block_tokens),
+    )
+    factor = stored_factor(kv_PCSKD)
+    mixed_TNSD = stats_2TNS = out_TND
+    if splits > 1:
+        mixed_TNSD = torch.empty((decodes, heads, splits, head_dim), dtype=torch.float32, device=q_TND.device)
+        stats_2TNS = torch.empty((2, decodes, heads, splits), dtype=torch.float32, device=q_TND.device)
+    _decode[(decodes, kv_heads, splits)](
+        q_TND,
+        kv_PCSKD,
+        sinks_N,
+        pages.table_RP,
+        batch.rows_T,
+        batch.positions_T,
+        out_TND,
+        mixed_TNSD,
+        stats_2TNS,
+        width,
+        head_dim**-0.5 * factor * math.log2(math.e),
+        factor,
+        **constants(
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            ROWS=max(LEAST_ROWS, triton.next_power_of_2(group)),
+            HEAD_DIM=head_dim,
+            PAGE_TOKENS=page_tokens,
+            WINDOW=pages.window_tokens or 0,
+            BLOCK=tuning.block_tokens,
+            SPLIT=splits > 1,
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
+        ),
+    )
+    if splits > 1:
+        _merge[(decodes, heads)](
+            mixed_TNSD,
+            stats_2TNS,
+            batch.positions_T,
+            out_TND,
+            splits,
+            factor,
+            **constants(
+                HEAD_DIM=head_dim,
+                WINDOW=pages.window_tokens or 0,
+                BLOCK=tuning.block_tokens,
+                TOGETHER=MERGED_TOGETHER,
+                num_warps=MERGE_WARPS,
+            ),
+        )
+
+
+@triton.jit
+def _begin(length, WINDOW: tl.constexpr):
+    """First key that is seen."""
+    if WINDOW > 0:
+        return tl.maximum(length - WINDOW, 0)
+    else:
+        return length * 0
+
+
+@triton.jit
+def _share(keys, splits, BLOCK: tl.constexpr):
+    """Keys of one split: whole blocks."""
+    return tl.cdiv(tl.cdiv(keys, BLOCK), splits) * BLOCK
+
+
+@triton.jit(
+    do_not_specialize=["width", "scale", "factor"],
+    do_not_specialize_on_alignment=["table", "rows", "positions"],
+)
+def _decode(
+    q,
+    kv,
+    sinks,
+    table,
+    rows,
+    positions,
+    out,
+    mixed,
+    stats,
+    width,
+    scale,
+    factor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(2)
+    length = tl.load(positions + token).to(tl.int32) + 1
+    begin = _begin(length, WINDOW)
+    share = _share(length - begin, splits, BLOCK)
+    first = begin + split * share
+    if first >= length:
+        return
+    last = tl.minimum(first + share, length)
+    table += tl.load(rows + token) * width
+
+    dim = tl.arange(0, HEAD_DIM)
+    row = tl.arange(0, ROWS)
+    head = kv_head * GROUP + row
+    is_head = row < GROUP
+    at = (token * (KV_HEADS * GROUP) + head)[:, None] * HEAD_DIM + dim[None, :]
+    query = tl.load(q + at, mask=is_head[:, None], other=0.0)
+
+    # scores and their maximum are in units of log 2; the sink is a key that the first split has seen
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if split == 0:
+        top = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+        total += 1.0
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for start in range(first, last, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        seen = position < last
+        page = tl.load(table + position // PAGE_TOKENS, mask=seen, other=0)
+        where = entry(page, position % PAGE_TOKENS, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+        where = where[:, None] + dim[None, :]
+        key = operand(tl.load(kv + where, mask=seen[:, None], other=0), query.dtype)
+        value = tl.load(kv + where + PAGE_TOKENS * KV_HEADS * HEAD_DIM, mask=seen[:, None], other=0)
+        value = operand(value, query.dtype)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(query.dtype), value, acc * fade[:, None], input_precision="ieee")
+        top = higher
+    if SPLIT:
+        at = (token * (KV_HEADS * GROUP) + head) * splits + split
+        tl.store(mixed + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_head[:, None])
+        tl.store(stats + at, top, mask=is_head)
+        tl.store(stats + tl.num_programs(0) * (KV_HEADS * GROUP) * splits + at, total, mask=is_head)
+    else:
+        result = acc * (factor / total)[:, None]
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=is_head[:, None])
+
+
+@triton.jit(do_not_specialize=["splits", "factor"], do_not_specialize_on_alignment=["positions"])
+def _merge(
+    mixed,
+    stats,
+    positions,
+    out,
+    splits,
+    factor,
+    HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    token, head = tl.program_id(0), tl.program_id(1)
+    heads = tl.num_programs(1)
+    length = tl.load(positions + token).to(tl.int32) + 1
+    begin = _begin(length, WINDOW)
+    share = _share(length - begin, splits, BLOCK)
+    used = tl.cdiv(length - begin, share)
+    dim = tl.arange(0, HEAD_DIM)
+    first = (token * heads + head) * splits
+    totals = stats + tl.num_programs(0) * heads * splits
+    top = tl.load(stats + first)  # the first split is never empty
+    total = 0.0
+    acc = tl.zeros([HEAD_DIM], tl.float32)
+    for start in range(0, used, TOGETHER):
+        split = start + tl.arange(0, TOGETHER)
+        is_used = split < used
+        tops = tl.load(stats + first + split, mask=is_used, other=float("-inf"))
+        higher = tl.maximum(top, tl.max(tops, 0))
+        weights = tl.exp2(tops - higher)
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weights * tl.load(totals + first + split, mask=is_used, other=0.0), 0)
+        at = (first + split)[:, None] * HEAD_DIM + dim[None, :]
+        part = tl.load(mixed + at, mask=is_used[:, None], other=0.0)
+        acc = acc * fade + tl.sum(part * weights[:, None], 0)
+        top = higher
+    result = acc * (factor / total)
+    tl.store(out + (token * heads + head) * HEAD_DIM + dim, result.to(out.dtype.element_ty))

@@ -1,0 +1,90 @@
+"""The small operations in Triton against the plain versions: q,k,v with RoPE and the write; add and norm; linear."""
+
+import pytest
+import torch
+from gptoss_launch.parallel.kernels import attention, norm, triton_linear, triton_norm, triton_qkv
+from small_models import GPU
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+E4M3 = torch.float8_e4m3fn
+# the interpreter cuts to bf16 instead of rounding, and its products of bf16 are wrong
+LOW = [torch.float16, pytest.param(torch.bfloat16, marks=GPU)]
+ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("residual_is_wide", (True, False))
+@pytest.mark.parametrize("delta_dtype", (*LOW, torch.float32, None))
+def test_add_norm(dtype: torch.dtype, residual_is_wide: bool, delta_dtype: torch.dtype | None) -> None:
+    residual_dtype = torch.float32 if residual_is_wide else dtype
+    for tokens, hidden in ((1, 64), (3, 96)):
+        residual_TH = random(tokens, hidden, dtype=residual_dtype)
+        delta_TH = None if delta_dtype is None else random(tokens, hidden, dtype=delta_dtype, seed=1)
+        weight_H = random(hidden, seed=2)
+        got = triton_norm.add_norm(residual_TH, delta_TH, weight_H, 1e-5, dtype)
+        want = norm.add_norm(residual_TH, delta_TH, weight_H, 1e-5, dtype)
+        assert torch.equal(got[0], want[0]) and got[0].dtype == residual_dtype
+        assert got[1].dtype == dtype
+        torch.testing.assert_close(got[1], want[1], rtol=ULP[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("tokens", (1, 2, 5, 16, 17))
+def test_linear(tokens: int, dtype: torch.dtype) -> None:
+    for rows, columns, has_bias in ((7, 96, True), (65, 264, False)):
+        x_TI, weight_OI = random(tokens, columns, dtype=dtype), random(rows, columns, dtype=dtype, seed=1)
+        bias_O = random(rows, dtype=dtype, seed=2) if has_bias else None
+        got = triton_linear.linear(x_TI, weight_OI, bias_O)
+        want = torch.nn.functional.linear(
+            x_TI.double(), weight_OI.double(), None if bias_O is None else bias_O.double()
+        )
+        assert got.shape == want.shape and got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, rtol=ULP[dtype], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *LOW))
+@pytest.mark.parametrize("kv_dtype", (None, E4M3))
+def test_qkv_write(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
+    heads, kv_heads, head_dim, hidden = 6, 2, 16, 32
+    width = (heads + 2 * kv_heads) * head_dim
+    for tokens in (1, 5):
+        x_TH, weight_QH = random(tokens, hidden, dtype=dtype), random(width, hidden, dtype=dtype, seed=1)
+        bias_Q = random(width, dtype=dtype, seed=2)
+        angles = random(tokens, head_dim // 2, seed=3)
+        rotation = angles.cos() * 1.3, angles.sin() * 1.3
+        slots_T = torch.tensor([37, 0, 15, 16, 79][:tokens], device=DEVICE)
+        kv_PCSKD = random(5, 2, 16, kv_heads, head_dim, seed=4).to(kv_dtype or dtype)
+        want_kv = kv_PCSKD.clone()
+        got_q = triton_qkv.qkv_write(x_TH, weight_QH, bias_Q, rotation, kv_PCSKD, slots_T)
+        want_q = attention.qkv_write(x_TH, weight_QH, bias_Q, rotation, want_kv, slots_T)
+        assert got_q.is_contiguous() and got_q.dtype == dtype
+        tolerance = {"rtol": 2 * ULP[dtype], "atol": 32 * ULP[dtype]}
+        torch.testing.assert_close(got_q, want_q, **tolerance)
+        if kv_dtype is not None:  # one step of e4m3 is an eighth
+            tolerance = {"rtol": 2.0**-3, "atol": 32 * ULP[dtype]}
+        torch.testing.assert_close(kv_PCSKD.float(), want_kv.float(), **tolerance)
+        written = torch.zeros(80, dtype=torch.bool, device=DEVICE)
+        written[slots_T] = True
+        kept_got, kept_want = (kv.float().transpose(1, 2).flatten(0, 1)[~written] for kv in (kv_PCSKD, want_kv))
+        assert torch.equal(kept_got, kept_want)
+
+
+def test_fp8_is_rounded_as_torch_does() -> None:
+    """Every number of e4m3, and those between two of them, by way of v, which nothing turns."""
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    every = every[every.isfinite()].sort().values
+    between = torch.cat([every, (every[:-1] + every[1:]) / 2, every[:-1] * 0.3 + every[1:] * 0.7, torch.tensor([1e-5])])
+    tokens, head_dim = -(-len(between) // 64), 64
+    v_TD = torch.nn.functional.pad(between, (0, tokens * head_dim - len(between))).view(tokens, head_dim).to(DEVICE)
+    qkv_weight = torch.cat([torch.zeros(2 * head_dim, head_dim), torch.eye(head_dim)]).to(DEVICE)
+    rotation = (torch.ones(tokens, head_dim // 2, device=DEVICE), torch.zeros(tokens, head_dim // 2, device=DEVICE))
+    kv_PCSKD = torch.zeros((2, 2, 16, 1, head_dim), device=DEVICE).to(E4M3)
+    slots_T = torch.arange(tokens, device=DEVICE)
+    bias_Q = torch.zeros(3 * head_dim, device=DEVICE)
+    triton_qkv.qkv_write(v_TD, qkv_weight, bias_Q, rotation, kv_PCSKD, slots_T)
+    stored = kv_PCSKD.view(torch.uint8)[:, 1].flatten(0, 1)[:tokens, 0].view(E4M3)
+    assert torch.equal(stored.float(), v_TD.to(E4M3).float())
