@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..kernels import PLAIN
+from ..kernels.choose import operations
 from ..model.calibrate import connect
 from ..model.checkpoint import load
 from ..model.comm import Alone, Comm, Marked, Sums
@@ -63,15 +63,16 @@ def start(
         read_bytes = done_bytes
         progress(done_bytes, total_bytes)
 
-    weights = load(plan, rank, inventory, device, count, PLAIN.pack)
+    chosen = operations(plan)
+    weights = load(plan, rank, inventory, device, count, chosen.ops.pack)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
     if plan.ranks > 1:
         comm = Marked(connect(plan, device), trace)
     communication_bytes = meter.outside_bytes() - outside_bytes
-    ops, recorder = PLAIN, None
-    slow_paths = []
+    ops, recorder = chosen.ops, None
+    slow_paths = [*chosen.slow]
     if options.check_ranks:
         slow_paths.append("no CUDA graphs: --check-ranks compares in the middle of steps")
         comm = Sums(comm)
@@ -81,7 +82,8 @@ def start(
         if rank == 0:
             recorder = Recorder(options.record_routing, plan, device)
             ops = recorder.counted(ops)
-    engine = Engine(plan, rank, weights, ops, comm, () if slow_paths or plan.device == "cpu" else GRAPH_SIZES)
+    watched = options.check_ranks or options.record_routing is not None
+    engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if chosen.graphs and not watched else ())
     meter.mark("kv_bytes")
     warm_up(engine)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
