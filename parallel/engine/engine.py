@@ -16,7 +16,7 @@ from ..kernels.adjust import adjust, count_tokens
 from ..kernels.batch import Batch, Chunk
 from ..kernels.logprobs import logprobs
 from ..kernels.rope import inverse_frequencies
-from ..kernels.sample import Drawn, Wanted, sample_exact
+from ..kernels.sample import Drawn, Wanted
 from ..model.comm import Comm
 from ..model.dtypes import TORCH_DTYPE
 from ..model.forward import forward
@@ -178,7 +178,7 @@ class Engine:
             bias, allowed_SW = inputs.biases(head, words_W, self.rows), inputs.allowed(head, words_W)
             logits_SV = adjust(logits_SV, first_token, draws, self.rows.counts_RV, row_S, bias, allowed_SW)
         if head.exact:
-            tokens_S = sample_exact(logits_SV, first_token, gather, draws)
+            tokens_S = self.ops.sample_exact(logits_SV, first_token, gather, draws)
             drawn = Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))
         else:
             wanted = Wanted(bool(head.candidates), bool(head.min_p))

@@ -58,4 +58,5 @@ def fast() -> Operations:
         route=triton_route.route,
         experts=triton_experts.experts,
         sample=triton_sample.sample,
+        sample_exact=triton_sample.sample_exact,
     )
