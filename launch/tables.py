@@ -32,6 +32,7 @@ def plan_table(plan: Plan) -> RenderableType:
         ("replicas", layout),
         ("device", plan.device),
         ("dtype", f"{plan.dtype}, hidden states {plan.residual_dtype}, KV cache {plan.kv_dtype}"),
+        ("kernels", plan.kernels),
         ("offload", plan.offload),
         ("context", f"{plan.context_tokens} tokens"),
         ("sequences", f"{plan.sequences} at a time"),

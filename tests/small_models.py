@@ -71,6 +71,7 @@ def plain_plan(
         dtype=dtype,
         residual_dtype=dtype,
         kv_dtype=dtype,
+        kernels="plain",
         offload="none",
         context_tokens=context_tokens,
         sequences=sequences,

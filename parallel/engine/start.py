@@ -63,16 +63,17 @@ def start(
         read_bytes = done_bytes
         progress(done_bytes, total_bytes)
 
-    chosen = operations(plan)
-    weights = load(plan, rank, inventory, device, count, chosen.ops.pack)
+    ops, recorder = operations(plan), None
+    weights = load(plan, rank, inventory, device, count, ops.pack)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
     if plan.ranks > 1:
         comm = Marked(connect(plan, device), trace)
     communication_bytes = meter.outside_bytes() - outside_bytes
-    ops, recorder = chosen.ops, None
-    slow_paths = [*chosen.slow]
+    slow_paths = []
+    if plan.device == "cuda" and plan.kernels == "plain":
+        slow_paths.append(f"plain torch without CUDA graphs: Triton's kernels are for bf16, not for {plan.dtype}")
     if options.check_ranks:
         slow_paths.append("no CUDA graphs: --check-ranks compares in the middle of steps")
         comm = Sums(comm)
@@ -83,7 +84,7 @@ def start(
             recorder = Recorder(options.record_routing, plan, device)
             ops = recorder.counted(ops)
     watched = options.check_ranks or options.record_routing is not None
-    engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if chosen.graphs and not watched else ())
+    engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if plan.kernels == "triton" and not watched else ())
     meter.mark("kv_bytes")
     warm_up(engine)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]

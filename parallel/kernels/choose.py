@@ -1,43 +1,29 @@
-"""Which operations a rank uses, from its plan: Triton's where they run, plain torch elsewhere, and why.
+"""The operations that a plan names: Triton's, or plain torch.
 
-Decided once, before weights are loaded: packed experts have the layout of whoever reads them.
+Chosen once, before weights are loaded: packed experts have the layout of whoever reads them.
 """
 
 import importlib.util
-from dataclasses import dataclass
 
+from ..errors import UserError
 from ..planning.plan import Plan
 from . import PLAIN, Operations
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """slow: each slower way that is taken, with the reason; graphs: whether a step of decodes can be captured."""
-
-    ops: Operations
-    slow: tuple[str, ...]
-    graphs: bool
-
-
-def operations(plan: Plan) -> Chosen:
-    """Triton's kernels are for bf16 on CUDA. Raises nothing: what cannot run is named in `slow`."""
-    reason = why_plain(plan)
-    if reason is not None:
-        return Chosen(PLAIN, () if plan.device == "cpu" else (f"plain torch, no Triton kernels: {reason}",), False)
-    return Chosen(fast(), (), True)
-
-
-def why_plain(plan: Plan) -> str | None:
-    if plan.device == "cpu":
-        return "they are made for GPUs"
-    if plan.dtype != "bf16":
-        return f"they compute in bf16, and the plan in {plan.dtype}"
+def operations(plan: Plan) -> Operations:
+    """Raises UserError where the plan's kernels cannot run here: nothing else is taken in their place."""
+    if plan.kernels == "plain":
+        return PLAIN
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
+        raise UserError(
+            "the plan's kernels are Triton's, and Triton is not installed",
+            "pip install triton in the version that this torch names, or --dtype fp32 for plain torch",
+        )
+    return triton_operations()
 
 
-def fast() -> Operations:
+def triton_operations() -> Operations:
+    """bf16 on GPUs from sm_80 on; all of them can be captured in a CUDA graph."""
     from . import (
         triton_attention,
         triton_experts,

@@ -12,7 +12,7 @@ from ..errors import UserError
 from .machine import Gpu, Link
 from .memory import Device, Room, rank_memory
 from .pages import page_bytes
-from .plan import DType, KvDType, RankMemory
+from .plan import DType, Kernels, KvDType, RankMemory
 from .shards import Mesh, local_slices, table
 from .spec import Spec
 
@@ -37,6 +37,11 @@ class Place:
     host_free_bytes: int | None  # of one node; None: not known, not checked
     dtype: DType
     kv_dtype: KvDType
+
+    @property
+    def kernels(self) -> Kernels:
+        """Triton's are for bf16."""
+        return "triton" if self.device == "cuda" and self.dtype == "bf16" else "plain"
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,17 @@ def check_cuts(spec: Spec, mesh: Mesh) -> None:
 def memories(spec: Spec, place: Place, mesh: Mesh, room: Room) -> tuple[RankMemory, ...]:
     """What each rank of one replica holds."""
     return tuple(
-        rank_memory(spec, mesh, rank, place.device, place.dtype, RESIDUAL[place.dtype], place.kv_dtype, room)
+        rank_memory(
+            spec,
+            mesh,
+            rank,
+            place.device,
+            place.dtype,
+            RESIDUAL[place.dtype],
+            place.kv_dtype,
+            place.kernels,
+            room,
+        )
         for rank in range(mesh.ranks)
     )
 

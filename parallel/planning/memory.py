@@ -9,7 +9,7 @@ from math import ceil, prod
 from typing import Literal
 
 from .pages import local_kv_heads, page_bytes, pool_pages
-from .plan import DTYPE_BYTES, DType, KvDType, RankMemory
+from .plan import DTYPE_BYTES, DType, Kernels, KvDType, RankMemory
 from .shards import Mesh, Row, local_shape, table
 from .spec import Spec
 
@@ -34,6 +34,7 @@ PROCESS: dict[Device, ProcessCost] = {
     "cpu": ProcessCost(context_bytes=0, nccl_bytes=0, host_bytes=1 << 30),
 }
 
+GRAPHS_BYTES = 180 << 20  # those that are captured at the start, seen on one H200 for 20b
 SYMMETRIC_BUFFERS = 1  # of a whole step's hidden states
 
 # How many copies of a thing live at the same time at the worst moment, counted over the plain operations in kernels/ by
@@ -95,17 +96,21 @@ def rows_bytes(spec: Spec, mesh: Mesh, rank: int, room: Room) -> int:
     return (room.sequences + 1) * (tables + counts + spec.vocab // 8)
 
 
-def workspace_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dtype: DType, room: Room) -> int:
-    """Most bytes that live during a step besides weights and KV, for the plain operations in kernels/.
+def workspace_bytes(
+    spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dtype: DType, kernels: Kernels, room: Room
+) -> int:
+    """Most bytes that live during a step besides weights and KV.
 
     What is kept for each sequence, and, times the allocator's slack, hidden states that live all along + the largest of
-    (attention, experts, norm, head):
+    (attention, experts, norm, head). For the plain operations in kernels/:
       hidden     T x H x (2 residual + HIDDEN_COPIES x compute)
       attention  SCORE_TILES x min(limit, heads x T x C x fp32), keys and values of C tokens, q, k, v of T tokens
       experts    one expert's larger matrix (gate_up) DEQUANTIZED_COPIES times, its bytes as indexes, T rows inside
       norm       WIDE_HIDDEN_COPIES x T x H x fp32
       head       logits of every sequence, again in fp32 where penalties or masks change them, and a tile of the draw
-    with T step_tokens, C context_tokens, H hidden.
+    with T step_tokens, C context_tokens, H hidden. Triton's kernels keep no scores and no dequantized weights:
+      attention  q, k, v of T tokens, attention's output
+      experts    rows in their order, and for each chosen expert of a token what is inside and its output
     """
     element, residual = DTYPE_BYTES[dtype], DTYPE_BYTES[residual_dtype]
     context_tokens, step_tokens = room.context_tokens, room.step_tokens
@@ -126,6 +131,11 @@ def workspace_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dt
         + rows * EXPERT_ROWS_COPIES * element
         + norm
     )
+    if kernels == "triton":
+        attention = step_tokens * (2 * here.q + 2 * here.kv) * element
+        pairs = step_tokens * spec.experts_per_token
+        experts = (rows + pairs * (here.gate_up // 2 + spec.hidden)) * element
+        norm = 0
     draw = here.vocab * DRAW_ELEMENT_BYTES[dtype == "fp64"]
     head = room.sequences * here.vocab * (element + WIDE_BYTES)
     head += max(draw, min(DRAW_LIMIT_BYTES, room.sequences * draw))
@@ -148,6 +158,7 @@ def rank_memory(
     dtype: DType,
     residual_dtype: DType,
     kv_dtype: KvDType,
+    kernels: Kernels,
     room: Room,
 ) -> RankMemory:
     """All parts of rank `rank` of a replica."""
@@ -157,8 +168,8 @@ def rank_memory(
         rank=rank,
         weights_bytes=weights_bytes(spec, mesh, rank, dtype),
         kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, room.page_tokens),
-        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, room),
-        graphs_bytes=0,
+        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room),
+        graphs_bytes=GRAPHS_BYTES if kernels == "triton" else 0,
         communication_bytes=communication_bytes(spec, mesh, device, dtype, room.step_tokens),
         context_bytes=PROCESS[device].context_bytes,
         host_bytes=PROCESS[device].host_bytes,

@@ -20,6 +20,7 @@ KvDType = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: e4m3, as the nu
 DTYPE_BYTES: dict[KvDType, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1}
 
 Workload = Literal["latency", "throughput"]
+Kernels = Literal["triton", "plain"]  # plain: torch's own operations, on any device
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RankMemory:
     weights_bytes: int
     kv_bytes: int
     workspace_bytes: int
-    graphs_bytes: int  # 0: there are no CUDA graphs yet
+    graphs_bytes: int  # CUDA graphs of decode steps
     communication_bytes: int  # NCCL and the buffers of symmetric memory; 0 for a replica of one rank
     context_bytes: int  # CUDA context, loaded kernels, cuBLAS workspace
     host_bytes: int
@@ -65,6 +66,7 @@ class Plan:
     dtype: DType  # of matrix products and attention weights
     residual_dtype: DType  # of the hidden state between layers
     kv_dtype: KvDType
+    kernels: Kernels
     offload: Literal["none"]
     context_tokens: int  # longest sequence, prompt and answer together
     sequences: int  # most of them that run at the same time in one replica; others wait

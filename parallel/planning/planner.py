@@ -57,6 +57,7 @@ def plan(spec: Spec, machine: Machine, asked: Asked = FREE, *, model: str, check
         dtype=place.dtype,
         residual_dtype=RESIDUAL[place.dtype],
         kv_dtype=place.kv_dtype,
+        kernels=place.kernels,
         offload="none",
         context_tokens=context,
         sequences=room.sequences,

@@ -67,6 +67,9 @@ def why(
             f"context {context} tokens: the longest of the planner's steps that fits, of the model's "
             f"{spec.max_context_tokens}"
         )
+    if place.device == "cuda":
+        slow = "plain torch, which is slow: Triton's are for bf16" if place.kernels == "plain" else "Triton's"
+        lines.append(f"kernels {place.kernels}: {slow}")
     lines.append(_sequences(place, asked, room))
     pages = pool_pages(spec, room.kv_tokens, room.sequences, room.step_tokens, PAGE_TOKENS)
     whole = room.kv_tokens // context
