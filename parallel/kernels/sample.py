@@ -24,7 +24,7 @@ from .precision import wide
 
 CANDIDATES = 256  # most likely tokens of each rank, exchanged for top_p and top_k
 MORE_CANDIDATES = 4  # times as many each time they do not suffice
-LISTED_BYTES = 64  # of a candidate while the merged list is gone through
+LISTED_BYTES = 72  # of a candidate while the merged list is gone through, at most
 WEIGHT_BITS = 44  # a probability is counted in 2^-44 of the largest; 2^18 of the largest still fit an int64
 EXPONENTIAL_BITS = 52  # of a uniform number; one more would round to 1 in fp64
 NEVER = float("-inf")
