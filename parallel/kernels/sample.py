@@ -24,7 +24,7 @@ from .precision import wide
 
 CANDIDATES = 256  # most likely tokens of each rank, exchanged for top_p and top_k
 MORE_CANDIDATES = 4  # times as many each time they do not suffice
-LISTED_BYTES = 64  # of a candidate while the merged list is gone through
+LISTED_BYTES = 72  # of a candidate while the merged list is gone through, at most
 WEIGHT_BITS = 44  # a probability is counted in 2^-44 of the largest; 2^18 of the largest still fit an int64
 EXPONENTIAL_BITS = 52  # of a uniform number; one more would round to 1 in fp64
 NEVER = float("-inf")
@@ -84,22 +84,27 @@ class Raced:
     total_S: Tensor | None
 
 
-Race = Callable[[Tensor, int, Draws, Tensor | None, Tensor | None], Raced]  # `race`, or a fast one
+@dataclass(frozen=True)
+class Local:
+    """What a rank does for itself with the logits: `race` and `log_times` here, or fast ones."""
+
+    race: Callable[[Tensor, int, Draws, Tensor | None, Tensor | None], Raced]
+    log_times: Callable[[Draws, Tensor, torch.dtype], Tensor]
 
 
 def sample(
-    logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws, wanted: Wanted, run: Race | None = None
+    logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws, wanted: Wanted, local: Local | None = None
 ) -> Drawn:
     """One token a row, without waiting for the device. Temperature 0 takes the largest logit, the lowest id of equals.
 
-    first_token: id of this rank's first row. run: `race` unless given. A row is complete unless its top_k or its
+    first_token: id of this rank's first row. local: PLAIN unless given. A row is complete unless its top_k or its
     nucleus reaches down to the last of some rank's candidates.
     """
-    return _draw(logits_SV, first_token, all_gather, draws, wanted, CANDIDATES, run or race)
+    return _draw(logits_SV, first_token, all_gather, draws, wanted, CANDIDATES, local or PLAIN)
 
 
 def sample_exact(
-    logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws, run: Race | None = None
+    logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws, local: Local | None = None
 ) -> Tensor:
     """Token ids [S] int64 of any draws; waits for the device. Equal to `sample` where that is complete."""
     sizes_R1 = all_gather(torch.tensor([logits_SV.shape[1]], device=logits_SV.device))
@@ -108,10 +113,10 @@ def sample_exact(
     tokens = []
     for rows in tiles(len(logits_SV), listed_bytes):
         candidates, part = min(CANDIDATES, largest), (logits_SV[rows], first_token, all_gather, draws.rows(rows))
-        drawn = _draw(*part, EVERYTHING, candidates, run or race)
+        drawn = _draw(*part, EVERYTHING, candidates, local or PLAIN)
         while not bool(drawn.complete_S.all()):
             candidates = min(MORE_CANDIDATES * candidates, largest)
-            drawn = _draw(*part, EVERYTHING, candidates, run or race)
+            drawn = _draw(*part, EVERYTHING, candidates, local or PLAIN)
         tokens.append(drawn.tokens_S)
     return torch.cat(tokens)
 
@@ -123,7 +128,7 @@ def _draw(
     draws: Draws,
     wanted: Wanted,
     candidates: int,
-    run: Race,
+    local: Local,
 ) -> Drawn:
     precision = wide(logits_SV.dtype)
     divisor_S = divisor(draws, precision)
@@ -136,7 +141,7 @@ def _draw(
     if wanted.min_p:
         assert top_S is not None
         floor_S = top_S + draws.min_p_S.to(precision).log()
-    mine = run(logits_SV, first_token, draws, floor_S, top_S if wanted.candidates else None)
+    mine = local.race(logits_SV, first_token, draws, floor_S, top_S if wanted.candidates else None)
     parts = [mine.best_S.double().view(torch.int64), mine.token_S]
     found_RSX = all_gather(torch.stack(parts if mine.total_S is None else [*parts, mine.total_S], dim=-1))
     winner_1S = found_RSX[..., 0].view(torch.float64).max(0, keepdim=True).indices  # the first of equals: lowest ids
@@ -144,7 +149,7 @@ def _draw(
     if everyone_R2SC is None or top_S is None:
         return Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))
     filtered_S = ((draws.top_p_S < 1) | (draws.top_k_S > 0)) & (draws.temperature_S > 0)
-    listed = among_candidates(everyone_R2SC, found_RSX[..., 2].sum(0), draws, floor_S, top_S)
+    listed = among_candidates(everyone_R2SC, found_RSX[..., 2].sum(0), draws, floor_S, top_S, local)
     return Drawn(listed.tokens_S.where(filtered_S, tokens_S), listed.complete_S | ~filtered_S)
 
 
@@ -191,7 +196,7 @@ def most_likely(logits_SV: Tensor, first_token: int, count: int) -> Tensor:
 
 
 def among_candidates(
-    everyone_R2SC: Tensor, total_S: Tensor, draws: Draws, floor_S: Tensor | None, top_S: Tensor
+    everyone_R2SC: Tensor, total_S: Tensor, draws: Draws, floor_S: Tensor | None, top_S: Tensor, local: Local
 ) -> Drawn:
     """The draws of rows with top_p or top_k from what all ranks sent as `most_likely`. Every rank does the same.
 
@@ -208,6 +213,7 @@ def among_candidates(
     deepest = value_SN.shape[1] - 1
     # the place of the last one kept; deepest + 1: the list does not reach so far, or everything is kept
     last_S = (weights(scaled_SN, top_S).cumsum(-1) < target_S[:, None]).sum(-1)
+    # masked_fill, as everywhere here: where() copies a number to the device and waits, which no graph can capture
     last_S = last_S.masked_fill(draws.top_p_S >= 1, deepest + 1)
     last_S = last_S.where((draws.top_k_S == 0) | (draws.top_k_S > last_S), draws.top_k_S.long() - 1)
     last_value_S = value_SN.gather(1, last_S.clamp(max=deepest)[:, None])[:, 0]
@@ -216,7 +222,7 @@ def among_candidates(
     if floor_S is not None:
         out_SN |= scaled_SN < floor_S[:, None]
         complete_S |= floor_S > bound_S / divisor_S1[:, 0]
-    race_SN = (scaled_SN - log_times(draws, token_SN, precision)).masked_fill_(out_SN, NEVER)
+    race_SN = (scaled_SN - local.log_times(draws, token_SN, precision)).masked_fill_(out_SN, NEVER)
     late_SN = race_SN < race_SN.amax(-1, keepdim=True)
     return Drawn(token_SN.masked_fill(late_SN, NO_TOKEN).amin(-1), complete_S)
 
@@ -244,6 +250,9 @@ def exponential_times(seed_S: Tensor, position_S: Tensor, token_X: Tensor, preci
     uniform_SX = bits_SX.to(precision).add_(0.5).mul_(2.0**-EXPONENTIAL_BITS)
     uniform_SX.clamp_(max=1 - torch.finfo(precision).eps / 2)
     return uniform_SX.neg_().log1p_().neg_()
+
+
+PLAIN = Local(race, log_times)
 
 
 def stream(seed_S: Tensor, position_S: Tensor) -> Tensor:

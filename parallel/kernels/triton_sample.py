@@ -13,23 +13,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hash as hashing
 from . import sample as plain
-from .hash import MULTIPLY_1, MULTIPLY_2, STEP
-from .sample import EXPONENTIAL_BITS, WEIGHT_BITS, AllGather, Drawn, Draws, Raced, Wanted
+from .sample import AllGather, Drawn, Draws, Raced, Wanted
 
 BLOCK = 1024  # tokens a program looks at together
 WARPS = 4
 PROGRAMS = 2048  # at most as many as this in all, and one a row at least: some waves over the GPU
 
+STEP = tl.constexpr(hashing.STEP % 2**64)
+MULTIPLY_1 = tl.constexpr(hashing.MULTIPLY_1 % 2**64)
+MULTIPLY_2 = tl.constexpr(hashing.MULTIPLY_2 % 2**64)
+SHIFT = tl.constexpr(64 - plain.EXPONENTIAL_BITS)
+UNIFORM_UNIT = tl.constexpr(2.0**-plain.EXPONENTIAL_BITS)
+UNIFORM_MOST = tl.constexpr(1.0 - 2.0**-24)
+WEIGHT_UNIT = tl.constexpr(2.0**plain.WEIGHT_BITS)
+
 
 def sample(logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws, wanted: Wanted) -> Drawn:
     """As sample.sample, for bf16, fp16 and fp32. Can be captured in a CUDA graph if all_gather can."""
-    return plain.sample(logits_SV, first_token, all_gather, draws, wanted, race)
+    return plain.sample(logits_SV, first_token, all_gather, draws, wanted, FAST)
 
 
 def sample_exact(logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws) -> Tensor:
     """As sample.sample_exact, and equal to `sample` here where that is complete."""
-    return plain.sample_exact(logits_SV, first_token, all_gather, draws, race)
+    return plain.sample_exact(logits_SV, first_token, all_gather, draws, FAST)
 
 
 def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | None, top_S: Tensor | None) -> Raced:
@@ -43,18 +51,6 @@ def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | No
     best_SP = torch.empty((rows, parts), dtype=torch.float32, device=device)
     token_SP = torch.empty((rows, parts), dtype=torch.int64, device=device)
     total_SP = torch.empty((rows, parts) if top_S is not None else (0, 0), dtype=torch.int64, device=device)
-    constants: dict[str, Any] = {
-        "HAS_FLOOR": floor_S is not None,
-        "HAS_TOP": top_S is not None,
-        "STEP": STEP % 2**64,
-        "MULTIPLY_1": MULTIPLY_1 % 2**64,
-        "MULTIPLY_2": MULTIPLY_2 % 2**64,
-        "SHIFT": 64 - EXPONENTIAL_BITS,
-        "UNIFORM_UNIT": 2.0**-EXPONENTIAL_BITS,
-        "UNIT": 2.0**WEIGHT_BITS,
-        "BLOCK": BLOCK,
-        "num_warps": WARPS,
-    }
     _race[(rows, parts)](
         logits_SV,
         logits_SV.stride(0),
@@ -69,11 +65,30 @@ def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | No
         vocab,
         first_token,
         blocks,
-        **constants,
+        **_launch(HAS_FLOOR=floor_S is not None, HAS_TOP=top_S is not None),
     )
     best_S, part_S = best_SP.max(-1)  # the first of equals: the lowest ids
     token_S = token_SP.gather(1, part_S[:, None])[:, 0]
     return Raced(best_S, token_S, total_SP.sum(-1) if top_S is not None else None)
+
+
+def log_times(draws: Draws, token_SX: Tensor, precision: torch.dtype) -> Tensor:
+    """As sample.log_times, of contiguous ids [S, X], in fp32."""
+    if precision != torch.float32 or not token_SX.is_contiguous():
+        raise ValueError(f"times in {precision} of ids with strides {token_SX.stride()}: fp32, contiguous wanted")
+    rows, columns = token_SX.shape
+    out_SX = torch.empty((rows, columns), dtype=precision, device=token_SX.device)
+    _log_times[(rows, -(-columns // BLOCK))](
+        token_SX, draws.temperature_S, draws.seed_S, draws.position_S, out_SX, columns, **_launch()
+    )
+    return out_SX
+
+
+FAST = plain.Local(race, log_times)
+
+
+def _launch(**constants: bool) -> dict[str, Any]:
+    return {"BLOCK": BLOCK, "num_warps": WARPS, **constants}
 
 
 @triton.jit(do_not_specialize=["first_token", "blocks"])
@@ -93,12 +108,6 @@ def _race(
     blocks,
     HAS_FLOOR: tl.constexpr,
     HAS_TOP: tl.constexpr,
-    STEP: tl.constexpr,
-    MULTIPLY_1: tl.constexpr,
-    MULTIPLY_2: tl.constexpr,
-    SHIFT: tl.constexpr,
-    UNIFORM_UNIT: tl.constexpr,
-    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, part = tl.program_id(0), tl.program_id(1)
@@ -106,11 +115,7 @@ def _race(
     temperature = tl.load(temperatures + row)
     is_cold = temperature == 0
     divisor = tl.where(is_cold, 1.0, temperature)
-    # a block of one, since arithmetic on a scalar warns of overflow in the interpreter
-    one = tl.arange(0, 1)
-    seed = tl.load(seeds + row + one).to(tl.uint64)
-    stream = _mix(seed, STEP, MULTIPLY_1, MULTIPLY_2) + tl.load(positions + row + one).to(tl.uint64)
-    stream = _mix(stream, STEP, MULTIPLY_1, MULTIPLY_2) + first_token.to(tl.uint64)
+    stream = _stream(seeds + row, positions + row) + first_token.to(tl.uint64)
     floor = tl.load(floors + row) if HAS_FLOOR else 0.0
     top = tl.load(tops + row) if HAS_TOP else 0.0
     start = part * (blocks * BLOCK)
@@ -124,10 +129,9 @@ def _race(
         x = tl.div_rn(x, tl.full((BLOCK,), 1.0, tl.float32) * divisor)
         finish = x
         if not is_cold:
-            bits = _mix(stream + column.to(tl.uint64), STEP, MULTIPLY_1, MULTIPLY_2) >> SHIFT
-            finish = x - tl.log(_exponential(bits.to(tl.int64), UNIFORM_UNIT))
+            finish = x - _log_time(stream + column.to(tl.uint64))
         if HAS_TOP:
-            total += (tl.exp(x - top) * UNIT).to(tl.int64)
+            total += (tl.exp(x - top) * WEIGHT_UNIT).to(tl.int64)
         if HAS_FLOOR:
             finish = tl.where(x < floor, float("-inf"), finish)
         is_better = finish > best  # an equal one of a higher id is not
@@ -142,7 +146,24 @@ def _race(
 
 
 @triton.jit
-def _mix(x, STEP: tl.constexpr, MULTIPLY_1: tl.constexpr, MULTIPLY_2: tl.constexpr):
+def _log_times(tokens, temperatures, seeds, positions, out, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = row.to(tl.int64) * columns + column
+    token = tl.load(tokens + at, mask=column < columns, other=0).to(tl.uint64)
+    log_time = _log_time(_stream(seeds + row, positions + row) + token)
+    tl.store(out + at, tl.where(tl.load(temperatures + row) == 0, 0.0, log_time), mask=column < columns)
+
+
+@triton.jit
+def _stream(seed, position):
+    """sample.stream of what two pointers show, [1] uint64: on a scalar the interpreter would warn of overflow."""
+    one = tl.arange(0, 1)
+    return _mix(_mix(tl.load(seed + one).to(tl.uint64)) + tl.load(position + one).to(tl.uint64))
+
+
+@triton.jit
+def _mix(x):
     """hash.mix of uint64."""
     x = x + STEP
     x = (x ^ (x >> 30)) * MULTIPLY_1
@@ -151,10 +172,10 @@ def _mix(x, STEP: tl.constexpr, MULTIPLY_1: tl.constexpr, MULTIPLY_2: tl.constex
 
 
 @triton.jit
-def _exponential(bits, UNIFORM_UNIT: tl.constexpr):
-    """sample.exponential_times: -ln(1 - u). The rounding error of 1 - u is divided out again (Kahan's log1p)."""
-    u = (bits.to(tl.float32) + 0.5) * UNIFORM_UNIT
-    u = tl.minimum(u, 1.0 - 0.5**24)
+def _log_time(state):
+    """sample.log_times: ln(-ln(1 - u)). The rounding error of 1 - u is divided out again (Kahan's log1p)."""
+    u = ((_mix(state) >> SHIFT).to(tl.int64).to(tl.float32) + 0.5) * UNIFORM_UNIT
+    u = tl.minimum(u, UNIFORM_MOST)
     rest = 1.0 - u
     lost = tl.where(rest == 1.0, 1.0, 1.0 - rest)
-    return tl.where(rest == 1.0, u, -tl.log(rest) * u / lost)
+    return tl.log(tl.where(rest == 1.0, u, -tl.log(rest) * u / lost))

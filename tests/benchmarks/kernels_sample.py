@@ -3,20 +3,24 @@
     python tests/benchmarks/kernels_sample.py [--out FILE]
 
 One JSON line a case: sequences, vocabulary rows of a rank (the whole one, and half of it), what is asked for, median
-microseconds of a draw, bytes of logits, and these over the time. `race` lines time the kernel alone over its
-constants. The logits may stand in the L2 cache, as they do after the head's product. Takes about 40 s.
+microseconds of a draw, bytes of logits, and these over the time. `race` lines time the kernel alone over its constants.
+The last lines are for what else may be asked for, with the memory that it takes at most. The logits may stand in the L2
+cache, as they do after the head's product. Takes about 40 s.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from gptoss_launch.parallel.kernels import sample as plain
 from gptoss_launch.parallel.kernels import triton_sample
+from gptoss_launch.parallel.kernels.adjust import adjust, count_tokens
+from gptoss_launch.parallel.kernels.logprobs import logprobs
 from gptoss_launch.parallel.kernels.sample import Draws, Wanted
 from gptoss_launch.parallel.model.comm import Alone
 
@@ -122,6 +126,28 @@ def main() -> int:
                     )
                     report(case="race", sequences=rows, variant=variant, us=round(time_s * 1e6, 1))
                 triton_sample.BLOCK, triton_sample.WARPS, triton_sample.PROGRAMS = VARIANTS[0]
+    # what else a step may ask for: that a graph can capture it, and what it takes
+    counts_RV = torch.zeros((max(SEQUENCES), VOCABS[0]), dtype=torch.int32, device=DEVICE)
+    whole_SV = torch.randn((max(SEQUENCES), VOCABS[0]), generator=generator, device=DEVICE).bfloat16()
+    for rows in (1, 32, 256):
+        logits_SV, draws, row_S = whole_SV[:rows], draws_of(rows), torch.arange(rows, device=DEVICE)
+        bias = row_S[:, None].repeat(1, 300), torch.ones((rows, 300), device=DEVICE)
+        allowed_SW = torch.full((rows, VOCABS[0] // 32), -1, dtype=torch.int32, device=DEVICE)
+        calls = {
+            "count": partial(count_tokens, counts_RV, 0, row_S, row_S, row_S >= 0),
+            "penalties": partial(adjust, logits_SV, 0, draws, counts_RV, row_S),
+            "bias": partial(adjust, logits_SV, 0, draws, bias=bias),
+            "mask": partial(adjust, logits_SV, 0, draws, allowed_SW=allowed_SW),
+            "logprobs": partial(logprobs, logits_SV, 0, Alone().all_gather, row_S, 20),
+            "plain": partial(plain.sample, logits_SV, 0, Alone().all_gather, draws, plain.EVERYTHING),
+            "triton": partial(triton_sample.sample, logits_SV, 0, Alone().all_gather, draws, plain.EVERYTHING),
+        }
+        for name, call in calls.items():
+            torch.cuda.reset_peak_memory_stats()
+            before_bytes = torch.cuda.memory_allocated()
+            call()
+            peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
+            report(case=name, sequences=rows, us=round(seconds(call) * 1e6, 1), peak_bytes=peak_bytes)
     report(case="verdict", ok=not failed)
     return int(failed)
 

@@ -143,7 +143,7 @@ def test_a_row_draws_the_same_in_tiles_of_any_height(monkeypatch: pytest.MonkeyP
     logits_SV = random_logits(11, 1000, scale=1.0)
     values = {"seed": list(range(11)), "top_p": [0.999, 1.0, 0.5] * 3 + [0.9, 1.0], "min_p": 0.001}
     expected = draw(logits_SV, (300,), **values)
-    for limit_bytes in (1, 3 * 32 * 700, 4 * 64 * 2000):
+    for limit_bytes in (1, 3 * 24 * 700, 4 * 72 * 1400):
         monkeypatch.setattr(sampling, "DRAW_LIMIT_BYTES", limit_bytes)
         assert draw(logits_SV, (300,), **values) == expected
 

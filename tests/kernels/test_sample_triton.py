@@ -1,6 +1,7 @@
 """The Triton race against the plain one, on a GPU if there is one, in Triton's interpreter if not."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,6 +64,13 @@ def test_races_agree(vocab: int, dtype: torch.dtype) -> None:
         races_agree(logits_SV, 100544, draws, *one)
 
 
+def test_times_agree() -> None:
+    draws, token_SX = moved(draws_of(7, MIXED)), torch.randint(201088, (7, 1500), device=DEVICE)
+    found_SX = triton_sample.log_times(draws, token_SX, torch.float32)
+    torch.testing.assert_close(found_SX, plain.log_times(draws, token_SX, torch.float32), rtol=1e-6, atol=1e-6)
+    assert (found_SX[1] == 0).all() and (found_SX[0] != 0).all()
+
+
 def test_many_flat_rows_race_alike() -> None:
     """Where everything is equally likely only the noise decides, and its smallest values do."""
     rows = 16
@@ -107,17 +115,22 @@ def test_what_is_not_raced_here_is_refused() -> None:
     for logits_SV in (torch.zeros((2, 8), dtype=torch.float64, device=DEVICE), torch.zeros((8, 2), device=DEVICE).T):
         with pytest.raises(ValueError, match="rows of at most fp32"):
             triton_sample.race(logits_SV, 0, draws, None, None)
+    with pytest.raises(ValueError, match="fp32, contiguous"):
+        triton_sample.log_times(draws, torch.zeros((2, 8), dtype=torch.int64, device=DEVICE), torch.float64)
 
 
 @pytest.mark.parametrize("cuts", [(), (1, 2000)], ids=str)
 def test_draws_are_those_of_the_plain_version(cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    race, one_at_a_time = triton_sample.race, threading.Lock()  # the interpreter knows no threads
+    one_at_a_time = threading.Lock()  # the interpreter knows no threads
 
-    def locked(*given: Any) -> plain.Raced:
-        with one_at_a_time:
-            return race(*given)
+    def locked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            with one_at_a_time:
+                return function(*given)
 
-    monkeypatch.setattr(triton_sample, "race", locked)
+        return call
+
+    monkeypatch.setattr(triton_sample, "FAST", plain.Local(locked(triton_sample.race), locked(triton_sample.log_times)))
     logits_SV, draws = logits_of(7, 3000, torch.bfloat16), moved(draws_of(7, MIXED))
 
     def one(part: slice, first: int, gather: plain.AllGather) -> tuple[Tensor, Tensor, Tensor, Tensor]:
