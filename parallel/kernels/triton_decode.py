@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .experts import SWIGLU_ALPHA
 from .triton_mxfp4 import HALVES, MAX_SLOTS, SCALES, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
@@ -68,12 +69,13 @@ def _product(
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
+    WAIT: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     """Steps begin to end of one tile by `COLUMNS` rows of x: [16 (rh g), columns] fp32.
 
     row_N: where each row of x begins, live_N: which exist. width: columns of x. EVEN: UNROLL divides the steps, and x
-    has 64 columns for each.
+    has 64 columns for each. WAIT: x may be of a kernel that still runs.
     """
     lane = tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
     row = tl.arange(0, 16)
@@ -95,6 +97,8 @@ def _product(
                 halves += (tl.load(blocks + at * _HALVES + lane, mask=at < end, other=0),)
                 pairs += (tl.load(scales + at * 16, mask=at < end, other=0),)
         tl.debug_barrier()  # ptxas sinks loads to their use, but not across this
+        if WAIT:
+            gdc_wait()
         for i in tl.static_range(UNROLL):
             at = (step + i) * _CODES
             if EVEN:
@@ -210,12 +214,16 @@ def _gate_up(
     SPLIT: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     """inner [P, rows / 2] in the dtype of x, times _UP; rows of pairs that are not here stay as they were.
 
     partial: fp32 [SPLIT, P, tiles * 16]. With SPLIT the tokens must be at most COLUMNS.
     """
+    if EARLY:
+        gdc_wait()  # the routes are of the kernel before
+        gdc_launch_dependents()  # not earlier: what comes next reads the routes without waiting
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
@@ -238,6 +246,7 @@ def _gate_up(
             COLUMNS,
             UNROLL,
             EVEN,
+            False,
             PLAIN,
         )
         if SPLIT == 1:
@@ -281,6 +290,7 @@ def _down(
     FINISH: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     """out [T, rows]: the last program of a tile adds up all its slots' and parts' products, in a fixed order.
@@ -309,12 +319,15 @@ def _down(
             COLUMNS,
             UNROLL,
             EVEN,
+            EARLY,
             PLAIN,
         )
         row = tl.arange(0, 16)
         row = tile * 16 + (row % 8) * 2 + row // 8
         at = (part * pairs + pair_N)[None, :] * (tiles * 16) + row[:, None]
         tl.store(partial + at, y, mask=live_N[None, :])
+    if EARLY:
+        gdc_wait()
     if arrive(arrivals + tile, slots * SPLIT):
         row = tile * 16 + tl.arange(0, 16)
         for begin in range(0, tokens, FINISH):
@@ -340,11 +353,13 @@ def _down(
 @dataclass(frozen=True)
 class Cut:
     """How a product is cut: K into `split` parts; `unroll` steps whose loads are in flight together; `columns` rows
-    of x in one product (8, or 16 where experts have more tokens)."""
+    of x in one product (8, or 16 where experts have more tokens). early: the kernel is launched while the one before
+    it still runs (programmatic dependent launch, from sm_90 on), and waits inside."""
 
     split: int
     unroll: int
     columns: int = 8
+    early: bool = True
 
 
 _SINGLE = (Cut(split=5, unroll=3), Cut(split=5, unroll=3))
@@ -398,9 +413,7 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
         rows,
         limit,
         ALPHA=SWIGLU_ALPHA,
-        **_constants(experts_TX, steps, width, cut.unroll, split, cut.columns),
-        PLAIN=not x_TH.is_cuda,
-        num_warps=1,
+        **_constants(experts_TX, steps, width, cut, split),
     )
     return inner_PI
 
@@ -436,9 +449,7 @@ def down_sum(
         rows,
         width,
         FINISH=1 if tokens == 1 else FINISH_TOKENS,
-        **_constants(experts_TX, steps, width, cut.unroll, cut.split, cut.columns),
-        PLAIN=not inner_PI.is_cuda,
-        num_warps=1,
+        **_constants(experts_TX, steps, width, cut, cut.split),
     )
     return out_TH
 
@@ -449,15 +460,20 @@ def _slots(experts_TX: Tensor, held: int) -> int:
     return per_token if tokens == 1 else min(held, tokens * per_token)
 
 
-def _constants(experts_TX: Tensor, steps: int, width: int, unroll: int, split: int, columns: int) -> dict[str, Any]:
+def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int) -> dict[str, Any]:
     """Few values of each, as each combination is compiled."""
     tokens, per_token = experts_TX.shape
+    early = cut.early and experts_TX.is_cuda and torch.cuda.get_device_capability(experts_TX.device) >= (9, 0)
     return {
         "EXPERTS_PER_TOKEN": per_token,
         "CHUNK": CHUNK_PAIRS,
-        "COLUMNS": columns,
-        "UNROLL": unroll,
+        "COLUMNS": cut.columns,
+        "UNROLL": cut.unroll,
         "SPLIT": split,
         "SINGLE": tokens == 1,
-        "EVEN": steps % (split * unroll) == 0 and width == steps * TILE_COLUMNS,
+        "EVEN": steps % (split * cut.unroll) == 0 and width == steps * TILE_COLUMNS,
+        "EARLY": early,
+        "PLAIN": not experts_TX.is_cuda,
+        "num_warps": 1,
+        **({"launch_pdl": True} if early else {}),
     }

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -192,6 +193,17 @@ def few(held: int, pool: list[tuple[Tiles, Tiles]], bandwidth: float) -> None:
             best_us = min(times)[0] if times else float("nan")
             floor = round(read_bytes / bandwidth * 1e8 / best_us, 1)
             tried(times, name, experts=held, tokens=tokens, tb_s=round(read_bytes / best_us / 1e6, 2), floor_pct=floor)
+        both = []
+        if first and second:
+            best = [next(cut for cut in cuts(tokens) if text(cut) == min(times)[1]) for times in (first, second)]
+            for early in (False, True):
+                pair = (replace(best[0], early=early), replace(best[1], early=early))
+                both += attempt(
+                    lambda: [decode(x_TH, *r, *p, 0, LIMIT, pair) for r, p in zip(given, pool, strict=True)],
+                    count,
+                    f"early {early}",
+                )
+        tried(both, "both", experts=held, tokens=tokens)
         us = graph_us(lambda: [experts(x_TH, *r, *p, 0, LIMIT) for r, p in zip(given, pool, strict=True)], count)
         read_bytes = used * 3 * INNER * HIDDEN * 17 / 32
         floor = round(read_bytes / bandwidth * 1e8 / us, 1)
