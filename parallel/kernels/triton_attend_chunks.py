@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch import TILE_TOKENS, Batch, PageView
+from .triton_attend_merge import LOWEST, merge, parts, store_part
 from .triton_launch import constants
 from .triton_pages import as_stored, entry, operand, stored_factor
 
@@ -25,10 +26,12 @@ class Tuning:
     block_tokens: int  # keys that it handles at a time
     warps: int
     stages: int  # blocks of keys under way at a time
+    programs: int  # wanted in all: where tiles alone do not make as many, the keys are split, too
+    least_keys: int  # of a split
 
 
-FULL = Tuning(rows=128, block_tokens=64, warps=4, stages=3)
-WINDOW = Tuning(rows=128, block_tokens=64, warps=4, stages=2)
+FULL = Tuning(rows=128, block_tokens=64, warps=4, stages=3, programs=264, least_keys=1024)
+WINDOW = Tuning(rows=128, block_tokens=64, warps=4, stages=2, programs=1, least_keys=1024)
 
 
 def attend_chunks(
@@ -39,17 +42,23 @@ def attend_chunks(
     kv_PCSKD = as_stored(kv_PCSKD)
     page_tokens, kv_heads = kv_PCSKD.shape[2:4]
     group = heads // kv_heads
-    group_rows = triton.next_power_of_2(group)
+    group_rows = 1 << (group - 1).bit_length()  # a power of two
     rows = min(max(tuning.rows, group_rows), TILE_TOKENS * group_rows)
-    parts = TILE_TOKENS * group_rows // rows
+    slices = TILE_TOKENS * group_rows // rows
+    programs = len(batch.tiles_X4) * slices * kv_heads
+    longest = max(chunk.length for chunk in batch.chunks)
+    splits = max(1, min(tuning.programs // programs, longest // tuning.least_keys))
+    mixed_TNSD, stats_TNS2 = parts(out_TND, splits)
     factor = stored_factor(kv_PCSKD)
-    _attend_tiles[(len(batch.tiles_X4) * parts, kv_heads)](
+    _attend_tiles[(len(batch.tiles_X4) * slices, kv_heads, splits)](
         q_TND,
         kv_PCSKD,
         sinks_N,
         pages.table_RP,
         batch.tiles_X4,
         out_TND,
+        mixed_TNSD,
+        stats_TNS2,
         pages.table_RP.shape[1],
         head_dim**-0.5 * factor * math.log2(math.e),
         factor,
@@ -61,12 +70,16 @@ def attend_chunks(
             PAGE_TOKENS=page_tokens,
             WINDOW=pages.window_tokens or 0,
             ROWS=rows,
-            PARTS=parts,
+            SLICES=slices,
             BLOCK=tuning.block_tokens,
+            SPLIT=splits > 1,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         ),
     )
+    if splits > 1:
+        first = batch.decodes
+        merge(mixed_TNSD[first:], stats_TNS2[first:], out_TND[first:], factor)
 
 
 @triton.jit(
@@ -80,6 +93,8 @@ def _attend_tiles(
     table,
     tiles,
     out,
+    mixed,
+    stats,
     width,
     scale,
     factor,
@@ -90,13 +105,14 @@ def _attend_tiles(
     PAGE_TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP_ROWS
     index = tl.num_programs(0) - 1 - tl.program_id(0)  # a chunk's last tiles see most: they start first
-    kv_head = tl.program_id(1)
-    tile, skipped = index // PARTS, index % PARTS * TOKENS
+    kv_head, split, splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    tile, skipped = index // SLICES, index % SLICES * TOKENS
     first = tl.load(tiles + tile * 4) + skipped
     end = tl.load(tiles + tile * 4 + 1)
     if first >= end:
@@ -109,27 +125,37 @@ def _attend_tiles(
     row = tl.arange(0, ROWS)
     token, head = row // GROUP_ROWS, kv_head * GROUP + row % GROUP_ROWS
     is_row = (row % GROUP_ROWS < GROUP) & (first + token < end)
-    at = ((first + token).to(tl.int64) * (KV_HEADS * GROUP) + head)[:, None] * HEAD_DIM + dim[None, :]
-    query = tl.load(q + at, mask=is_row[:, None], other=0.0)
+    at = (first + token).to(tl.int64) * (KV_HEADS * GROUP) + head
+    query = tl.load(q + at[:, None] * HEAD_DIM + dim[None, :], mask=is_row[:, None], other=0.0)
 
-    top = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
-    total = tl.full([ROWS], 1.0, tl.float32)
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    begin = low * 0
+    if split == 0:
+        top = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
+        total += 1.0
+    begin = 0
     if WINDOW > 0:
         begin = tl.maximum(low - WINDOW + 1, 0)
-    else:
-        begin = (low + 1) // BLOCK * BLOCK  # up to here every row sees every key
+    share = tl.cdiv(tl.cdiv(high - begin, BLOCK), splits) * BLOCK
+    begin += split * share
+    high = tl.minimum(begin + share, high)
+    if WINDOW == 0:
+        whole = tl.minimum((low + 1) // BLOCK * BLOCK, high)  # up to here every row sees every key
         top, total, acc = _visit(
-            query, kv, table, kv_head, top, total, acc, low + token, low * 0, begin, scale,
+            query, kv, table, kv_head, top, total, acc, low + token, begin, whole, scale,
             False, KV_HEADS, HEAD_DIM, PAGE_TOKENS, WINDOW, BLOCK,
         )  # fmt: skip
+        begin = tl.maximum(begin, whole)
     top, total, acc = _visit(
         query, kv, table, kv_head, top, total, acc, low + token, begin, high, scale,
         True, KV_HEADS, HEAD_DIM, PAGE_TOKENS, WINDOW, BLOCK,
     )  # fmt: skip
-    result = acc * (factor / total)[:, None]
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=is_row[:, None])
+    if SPLIT:
+        store_part(mixed, stats, at, split, splits, top, total, acc, is_row, HEAD_DIM)
+    else:
+        result = (acc * (factor / total)[:, None]).to(out.dtype.element_ty)
+        tl.store(out + at[:, None] * HEAD_DIM + dim[None, :], result, mask=is_row[:, None])
 
 
 @triton.jit

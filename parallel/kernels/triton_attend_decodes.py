@@ -1,24 +1,22 @@
 """Attention of decodes: one token of each sequence over its pages, in Triton.
 
 A sequence's keys are split over programs, each with all the query heads of one KV head; a second kernel joins the
-splits in a fixed order. Nothing about the launch depends on what is on the device: each sequence shares its own length
-out over the splits, and those that get nothing leave at once. Knows nothing of chunks.
+splits. Nothing about the launch depends on what is on the device: each sequence shares its own length out over the
+splits, and those that get nothing leave at once. Knows nothing of chunks.
 """
 
 import math
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .batch import Batch, PageView
+from .triton_attend_merge import LOWEST, merge, parts, store_part
 from .triton_launch import constants
 from .triton_pages import as_stored, entry, operand, stored_factor
 
-MERGED_TOGETHER = 32  # splits
-MERGE_WARPS = 4
 LEAST_ROWS = 16  # of a tensor core's tile
 
 
@@ -53,10 +51,7 @@ def attend_decodes(
         -(-most_keys // tuning.block_tokens),
     )
     factor = stored_factor(kv_PCSKD)
-    mixed_TNSD = stats_2TNS = out_TND
-    if splits > 1:
-        mixed_TNSD = torch.empty((decodes, heads, splits, head_dim), dtype=torch.float32, device=q_TND.device)
-        stats_2TNS = torch.empty((2, decodes, heads, splits), dtype=torch.float32, device=q_TND.device)
+    mixed_TNSD, stats_TNS2 = parts(out_TND[:decodes], splits)
     _decode[(decodes, kv_heads, splits)](
         q_TND,
         kv_PCSKD,
@@ -66,7 +61,7 @@ def attend_decodes(
         batch.positions_T,
         out_TND,
         mixed_TNSD,
-        stats_2TNS,
+        stats_TNS2,
         width,
         head_dim**-0.5 * factor * math.log2(math.e),
         factor,
@@ -84,36 +79,7 @@ def attend_decodes(
         ),
     )
     if splits > 1:
-        _merge[(decodes, heads)](
-            mixed_TNSD,
-            stats_2TNS,
-            batch.positions_T,
-            out_TND,
-            splits,
-            factor,
-            **constants(
-                HEAD_DIM=head_dim,
-                WINDOW=pages.window_tokens or 0,
-                BLOCK=tuning.block_tokens,
-                TOGETHER=MERGED_TOGETHER,
-                num_warps=MERGE_WARPS,
-            ),
-        )
-
-
-@triton.jit
-def _begin(length, WINDOW: tl.constexpr):
-    """First key that is seen."""
-    if WINDOW > 0:
-        return tl.maximum(length - WINDOW, 0)
-    else:
-        return length * 0
-
-
-@triton.jit
-def _share(keys, splits, BLOCK: tl.constexpr):
-    """Keys of one split: whole blocks."""
-    return tl.cdiv(tl.cdiv(keys, BLOCK), splits) * BLOCK
+        merge(mixed_TNSD, stats_TNS2, out_TND[:decodes], factor)
 
 
 @triton.jit(
@@ -145,11 +111,11 @@ def _decode(
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
     length = tl.load(positions + token).to(tl.int32) + 1
-    begin = _begin(length, WINDOW)
-    share = _share(length - begin, splits, BLOCK)
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(length - WINDOW, 0)
+    share = tl.cdiv(tl.cdiv(length - begin, BLOCK), splits) * BLOCK
     first = begin + split * share
-    if first >= length:
-        return
     last = tl.minimum(first + share, length)
     table += tl.load(rows + token) * width
 
@@ -157,16 +123,19 @@ def _decode(
     row = tl.arange(0, ROWS)
     head = kv_head * GROUP + row
     is_head = row < GROUP
-    at = (token * (KV_HEADS * GROUP) + head)[:, None] * HEAD_DIM + dim[None, :]
-    query = tl.load(q + at, mask=is_head[:, None], other=0.0)
+    at = token * (KV_HEADS * GROUP) + head
 
     # scores and their maximum are in units of log 2; the sink is a key that the first split has seen
-    top = tl.full([ROWS], float("-inf"), tl.float32)
+    top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    if first >= length:
+        store_part(mixed, stats, at, split, splits, top, total, acc, is_head, HEAD_DIM)
+        return
+    query = tl.load(q + at[:, None] * HEAD_DIM + dim[None, :], mask=is_head[:, None], other=0.0)
     if split == 0:
         top = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
         total += 1.0
-    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     for start in range(first, last, BLOCK):
         position = start + tl.arange(0, BLOCK)
         seen = position < last
@@ -185,51 +154,7 @@ def _decode(
         acc = tl.dot(weights.to(query.dtype), value, acc * fade[:, None], input_precision="ieee")
         top = higher
     if SPLIT:
-        at = (token * (KV_HEADS * GROUP) + head) * splits + split
-        tl.store(mixed + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_head[:, None])
-        tl.store(stats + at, top, mask=is_head)
-        tl.store(stats + tl.num_programs(0) * (KV_HEADS * GROUP) * splits + at, total, mask=is_head)
+        store_part(mixed, stats, at, split, splits, top, total, acc, is_head, HEAD_DIM)
     else:
-        result = acc * (factor / total)[:, None]
-        tl.store(out + at, result.to(out.dtype.element_ty), mask=is_head[:, None])
-
-
-@triton.jit(do_not_specialize=["splits", "factor"], do_not_specialize_on_alignment=["positions"])
-def _merge(
-    mixed,
-    stats,
-    positions,
-    out,
-    splits,
-    factor,
-    HEAD_DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
-    token, head = tl.program_id(0), tl.program_id(1)
-    heads = tl.num_programs(1)
-    length = tl.load(positions + token).to(tl.int32) + 1
-    begin = _begin(length, WINDOW)
-    share = _share(length - begin, splits, BLOCK)
-    used = tl.cdiv(length - begin, share)
-    dim = tl.arange(0, HEAD_DIM)
-    first = (token * heads + head) * splits
-    totals = stats + tl.num_programs(0) * heads * splits
-    top = tl.load(stats + first)  # the first split is never empty
-    total = 0.0
-    acc = tl.zeros([HEAD_DIM], tl.float32)
-    for start in range(0, used, TOGETHER):
-        split = start + tl.arange(0, TOGETHER)
-        is_used = split < used
-        tops = tl.load(stats + first + split, mask=is_used, other=float("-inf"))
-        higher = tl.maximum(top, tl.max(tops, 0))
-        weights = tl.exp2(tops - higher)
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weights * tl.load(totals + first + split, mask=is_used, other=0.0), 0)
-        at = (first + split)[:, None] * HEAD_DIM + dim[None, :]
-        part = tl.load(mixed + at, mask=is_used[:, None], other=0.0)
-        acc = acc * fade + tl.sum(part * weights[:, None], 0)
-        top = higher
-    result = acc * (factor / total)
-    tl.store(out + (token * heads + head) * HEAD_DIM + dim, result.to(out.dtype.element_ty))
+        result = (acc * (factor / total)[:, None]).to(out.dtype.element_ty)
+        tl.store(out + at[:, None] * HEAD_DIM + dim[None, :], result, mask=is_head[:, None])

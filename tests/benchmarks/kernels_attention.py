@@ -63,17 +63,19 @@ WINDOW_DECODES = [
     *(Decode(block, 1024, 8, warps, 1) for block, warps in ((64, 4), (32, 2), (16, 1))),
 ]
 CHUNKS = [
-    *(Chunks(128, 64, 4, stages) for stages in (3, 5)),
-    *(Chunks(128, 64, 8, stages) for stages in (3, 5)),
-    *(Chunks(128, 128, 8, stages) for stages in (3, 5)),
-    Chunks(64, 64, 4, 3),
-    *(Chunks(256, 64, 8, stages) for stages in (3, 5)),
+    Chunks(rows, block, warps, stages, 264, 1024)
+    for rows, block, warps in ((128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8), (64, 64, 4))
+    for stages in (3, 5)
 ]
 WINDOW_CHUNKS = [
-    *(Chunks(128, 64, 4, stages) for stages in (2, 3)),
-    Chunks(64, 64, 4, 3),
-    Chunks(128, 32, 4, 3),
-    Chunks(256, 64, 8, 3),
+    Chunks(rows, block, warps, stages, 1, 1024)
+    for rows, block, warps, stages in (
+        (128, 64, 4, 2),
+        (128, 64, 4, 3),
+        (64, 64, 4, 3),
+        (128, 32, 4, 3),
+        (256, 64, 8, 3),
+    )
 ]
 ONES = [
     *(Linear(rows, 1024, 1, 4, 1) for rows in (1, 2, 4)),
@@ -276,6 +278,8 @@ def cases(only: set[str], small: bool) -> Iterator[Case]:
     if "chunk" in only:
         for context in (2048,) if small else (2048, 16384):
             yield attend_case(pages, 0, 2048, context, None, CHUNKS)
+        few = [Chunks(rows, 64, 4, 3, programs, 1024) for rows in (64, 128) for programs in (1, 264, 528)]
+        yield attend_case(pages, 0, 100, shorter(32768), None, few)
         yield attend_case(pages, 0, 2048, 4096, 128, WINDOW_CHUNKS)
         yield torch_attention_case(2048)
     if "linear" in only:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gptoss_launch.parallel.kernels import attention, triton_attend_decodes, triton_attention
+from gptoss_launch.parallel.kernels import attention, triton_attend_chunks, triton_attend_decodes, triton_attention
 from gptoss_launch.parallel.kernels.batch import Batch, Chunk, PageView, tiles
 from small_models import GPU
 from torch import Tensor
@@ -128,12 +128,15 @@ def test_all_together(window_tokens: int | None, group: int, kv_dtype: torch.dty
 
 def test_more_splits_than_blocks_and_fewer() -> None:
     """However a sequence is shared out, the result is the same up to rounding."""
-    q_TND, kv_PCSKD, sinks_N, batch, pages = inputs(Case(decodes=(300, 40), group=3, head_dim=16), torch.float32)
+    case = Case(decodes=(70, 20), chunks=((18, 49), (3, 3)), group=3, head_dim=16)
+    q_TND, kv_PCSKD, sinks_N, batch, pages = inputs(case, torch.float32)
     want = attention.attend(q_TND, kv_PCSKD, sinks_N, batch, pages)
-    for splits in (1, 3, 40):
-        tuning = triton_attend_decodes.Tuning(block_tokens=16, programs=10_000, most_splits=splits, warps=4, stages=1)
-        out_TND = torch.empty_like(q_TND)
-        triton_attend_decodes.attend_decodes(q_TND, kv_PCSKD, sinks_N, batch, pages, out_TND, tuning)
+    for splits in (3, 7):
+        out_TND = torch.full_like(q_TND, float("nan"))
+        decodes = triton_attend_decodes.Tuning(16, programs=10_000, most_splits=splits, warps=4, stages=1)
+        triton_attend_decodes.attend_decodes(q_TND, kv_PCSKD, sinks_N, batch, pages, out_TND, decodes)
+        chunks = triton_attend_chunks.Tuning(64, 16, warps=4, stages=1, programs=10_000, least_keys=49 // splits)
+        triton_attend_chunks.attend_chunks(q_TND, kv_PCSKD, sinks_N, batch, pages, out_TND, chunks)
         torch.testing.assert_close(out_TND.flatten(1), want, rtol=0, atol=2e-6)
 
 

@@ -88,3 +88,38 @@ def test_fp8_is_rounded_as_torch_does() -> None:
     triton_qkv.qkv_write(v_TD, qkv_weight, bias_Q, rotation, kv_PCSKD, slots_T)
     stored = kv_PCSKD.view(torch.uint8)[:, 1].flatten(0, 1)[:tokens, 0].view(E4M3)
     assert torch.equal(stored.float(), v_TD.to(E4M3).float())
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=GPU) for dtype in (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize("tokens", (1, 2, 7, 16, 17, 300))
+def test_published_shapes(dtype: torch.dtype, tokens: int) -> None:
+    """Each operation at the published width, from inside a CUDA graph, twice with the same bits."""
+    width, hidden = (64 + 2 * 8) * 64, 2880
+    weight_QH, bias_Q = random(width, hidden, dtype=dtype, seed=1) / 54, random(width, dtype=dtype, seed=2)
+    norm_H = random(hidden, seed=3)
+    residual_TH, delta_TH = random(tokens, hidden, dtype=dtype), random(tokens, hidden, dtype=dtype, seed=4)
+    angles = random(tokens, 32, seed=5)
+    rotation = angles.cos(), angles.sin()
+    slots_T = torch.arange(tokens, device=DEVICE)
+    kv_PCSKD = torch.zeros((20, 2, 16, 8, 64), dtype=dtype, device=DEVICE)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sum_TH, x_TH = triton_norm.add_norm(residual_TH, delta_TH, norm_H, 1e-5, dtype)
+        return sum_TH, x_TH, triton_qkv.qkv_write(x_TH, weight_QH, bias_Q, rotation, kv_PCSKD, slots_T)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sum_TH, x_TH, q_TND = step()
+    graph.replay()
+    want_sum_TH, want_x_TH = norm.add_norm(residual_TH, delta_TH, norm_H, 1e-5, dtype)
+    assert torch.equal(sum_TH, want_sum_TH)
+    torch.testing.assert_close(x_TH, want_x_TH, rtol=ULP[dtype], atol=1e-6)
+    want_kv = torch.zeros(kv_PCSKD.shape, device=DEVICE)
+    # in fp32, of the same input
+    want_q = attention.qkv_write(x_TH.float(), weight_QH.float(), bias_Q.float(), rotation, want_kv, slots_T)
+    for got, want in ((q_TND, want_q), (kv_PCSKD, want_kv)):
+        torch.testing.assert_close(got.float(), want, rtol=0, atol=2 * ULP[dtype] * float(want.abs().max()))
+    first = q_TND.clone(), kv_PCSKD.clone()
+    graph.replay()
+    assert torch.equal(first[0], q_TND) and torch.equal(first[1], kv_PCSKD)
