@@ -1,7 +1,7 @@
 """Predicted bytes against sums that are known from elsewhere or counted by hand."""
 
 import pytest
-from gptoss_launch.parallel.planning.memory import PROCESS, communication_bytes, weights_bytes, workspace_bytes
+from gptoss_launch.parallel.planning.memory import PROCESS, Room, communication_bytes, weights_bytes, workspace_bytes
 from gptoss_launch.parallel.planning.shards import Mesh, table
 from gptoss_launch.parallel.planning.spec import PUBLISHED
 
@@ -28,13 +28,16 @@ def test_ranks_hold_the_whole_model_and_copies_of_the_small_rows(ranks: int, ep:
     assert whole <= total < whole * 1.01  # norms, router and biases are on every rank
 
 
-def test_workspace_grows_with_context_and_step_and_shrinks_with_ranks() -> None:
-    def workspace(mesh: Mesh, context_tokens: int, step_tokens: int) -> int:
-        return workspace_bytes(SPEC, mesh, 0, "bf16", "bf16", context_tokens, step_tokens)
+@pytest.mark.parametrize("kernels", ["plain", "triton"])
+def test_workspace_grows_with_what_it_is_for_and_shrinks_with_ranks(kernels) -> None:
+    def workspace(mesh: Mesh, context_tokens: int, step_tokens: int, sequences: int = 8) -> int:
+        room = Room(context_tokens, sequences, context_tokens, 16, step_tokens)
+        return workspace_bytes(SPEC, mesh, 0, "bf16", "bf16", kernels, room)
 
     base = workspace(SINGLE, 8192, 1024)
     assert base < workspace(SINGLE, 131072, 1024)
     assert base < workspace(SINGLE, 8192, 2048)
+    assert base < workspace(SINGLE, 8192, 1024, sequences=256)
     assert workspace(Mesh(8), 8192, 1024) < base
 
 
