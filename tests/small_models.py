@@ -1,6 +1,7 @@
 """Small random checkpoints and plain one-rank engines for tests."""
 
 import dataclasses
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -83,13 +84,13 @@ def plain_plan(
     )
 
 
-def plain_engine(plan: Plan, ops: Operations = PLAIN) -> Engine:
+def plain_engine(plan: Plan, ops: Operations = PLAIN, graph_sizes: Sequence[int] = ()) -> Engine:
     assert plan.checkpoint is not None
     folder = Path(plan.checkpoint)
     inventory = read_inventory(folder)
     check_inventory(plan.spec, inventory, folder)
-    weights = load(plan, 0, inventory, torch.device(plan.device))
-    return Engine(plan, 0, weights, ops, Alone())
+    weights = load(plan, 0, inventory, torch.device(plan.device), pack=ops.pack)
+    return Engine(plan, 0, weights, ops, Alone(), graph_sizes)
 
 
 def prompt(spec: Spec, count: int, seed: int = 0) -> list[int]:

@@ -10,6 +10,7 @@ from gptoss_launch.parallel.engine.wire import (
     MESSAGE_LIMIT_BYTES,
     Cancel,
     Decoder,
+    Done,
     Failed,
     Generate,
     Hello,
@@ -17,18 +18,33 @@ from gptoss_launch.parallel.engine.wire import (
     Progress,
     Ready,
     Refused,
+    Stats,
     Tokens,
     encode,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+SAMPLING = Sampling(0.5, 0.9, 7, 0.1, -1.0, 2.0, ((5, -100.0),), 2**63 - 1)
 EXAMPLES: tuple[Message, ...] = (
-    Generate(Request("a", (1, 2, 201087), 7, Sampling(0.5, 0.9, 2**63 - 1), (1007, 1002))),
+    Generate(
+        Request(
+            "a",
+            (1, 2, 201087),
+            7,
+            Sampling(0.5, 0.9, 7, 0.1, -1.0, 2.0, ((5, -100.0),), 2**63 - 1),
+            (1007, 1002),
+            3,
+            9.5,
+        )
+    ),
     Generate(Request("b", (), 1)),
     Cancel("a"),
     Tokens(()),
     Tokens((Token("a", 5), Token("b", 201087, "stop"), Token("c", 0, "length"))),
+    Tokens((Token("d", 3, None, -0.5, ((3, -0.5), (9, -2.25))), Token("e", -1, "deadline"))),
+    Done("a", 0.5, 1.25, 3.0, 1000, 960, 17),
+    Stats(1, 2, 300, 4, 5, 6, 7, 8, 9, 10, 11, 0.002, 0.0001, ("no CUDA graphs: why",)),
     Refused("a", "300 prompt tokens and max_tokens 1 exceed the context of 256"),
     Hello("rank", 3, 4711, "node-1"),
     Progress(0, 1 << 40, 1 << 41),
@@ -41,16 +57,20 @@ ids = st.text(max_size=20)
 counts = st.integers(0, 2**63 - 1)
 small = st.integers(-(2**31), 2**31)
 reals = st.floats(allow_nan=False)
-samplings = st.builds(Sampling, reals, reals, counts)
+biases = st.lists(st.tuples(small, reals), max_size=3).map(tuple)
+samplings = st.builds(Sampling, reals, reals, small, reals, reals, reals, biases, counts)
 requests = st.builds(
     Request, ids, st.lists(small, max_size=30).map(tuple), small, samplings, st.lists(small, max_size=3).map(tuple)
 )
-tokens = st.builds(Token, ids, small, st.sampled_from([None, "stop", "length"]))
+ends = st.sampled_from([None, "stop", "length", "deadline"])
+tokens = st.builds(Token, ids, small, ends, st.none() | reals, biases)
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Generate, requests),
     st.builds(Cancel, ids),
     st.builds(Tokens, st.lists(tokens, max_size=5).map(tuple)),
     st.builds(Refused, ids, ids),
+    st.builds(Done, ids, reals, reals, reals, counts, counts, counts),
+    st.builds(Stats, *[counts] * 11, reals, reals, st.lists(ids, max_size=2).map(tuple)),
     st.builds(Hello, ids, small, small, ids),
     st.builds(Progress, small, counts, counts),
     st.builds(

@@ -1,0 +1,82 @@
+"""The engine as it serves on a GPU: Triton's operations, graphs of decodes, steps launched ahead of their results."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from forced import answers
+from gptoss_launch.parallel.engine.engine import Engine
+from gptoss_launch.parallel.engine.request import Request, Sampling
+from gptoss_launch.parallel.kernels.choose import triton_operations
+from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
+from gptoss_launch.parallel.planning.plan import KvDType
+from gptoss_launch.parallel.planning.spec import PUBLISHED, alternating_kinds
+from small_models import TINY, plain_engine, plain_plan, prompt
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+# Two layers of gpt-oss-20b as published: small enough to be made in seconds
+SPEC = dataclasses.replace(PUBLISHED["openai/gpt-oss-20b"], layers=2, layer_kinds=alternating_kinds(2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gpu") / "20b-2"
+    write_checkpoint(out, SPEC, TINY / "tokenizer.json", 0, torch.device("cuda"))
+    return out
+
+
+def engine(folder: Path, graphs: tuple[int, ...], kv_dtype: KvDType = "bf16") -> Engine:
+    plan = plain_plan(folder, "bf16", context_tokens=2048, step_tokens=512, device="cuda", sequences=8)
+    plan = dataclasses.replace(plan, kernels="triton", kv_tokens=8 * 2048, kv_dtype=kv_dtype)
+    return plain_engine(plan, triton_operations(), graphs)
+
+
+def requests(count: int, sampling: Sampling, prompt_tokens: int = 200) -> list[Request]:
+    return [
+        Request(f"{i}", tuple(prompt(SPEC, prompt_tokens, seed=i)), 40, dataclasses.replace(sampling, seed=i))
+        for i in range(count)
+    ]
+
+
+WAYS = {
+    "greedy": Sampling(temperature=0.0),
+    "drawn": Sampling(),
+    "top_p": Sampling(top_p=0.9),
+    "min_p": Sampling(min_p=0.05, top_k=50),
+    "penalties": Sampling(presence=0.5, frequency=0.5),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_graphs_give_the_same_tokens(folder: Path, way: str, count: int) -> None:
+    """The same operations on the same numbers: no token may differ. As many requests as a graph holds, all of one
+    length, so that no step is padded: padding may take other kernels."""
+    asked = requests(count, WAYS[way])
+    graphs, eager = engine(folder, (1, 4, 8)), engine(folder, ())
+    assert answers(graphs, asked, ahead=True) == answers(eager, asked)
+
+
+def test_a_repeated_run_gives_the_same_bits(folder: Path) -> None:
+    """Prompts of many lengths, more of them than run at a time, in padded graphs."""
+    here = engine(folder, (1, 2, 4, 8))
+    asked = [
+        Request(f"{i}", tuple(prompt(SPEC, 30 + 97 * i, seed=i)), 10 + 7 * i, Sampling(seed=i), logprobs=3)
+        for i in range(12)
+    ]
+    first = answers(here, asked, ahead=True)
+    again = engine(folder, (1, 2, 4, 8))
+    assert first == answers(again, asked, ahead=True)
+    assert {name: len(tokens) for name, tokens in first.items()} == {f"{i}": 10 + 7 * i for i in range(12)}
+
+
+def test_fp8_pages(folder: Path) -> None:
+    """The first token's logprobs are near those of bf16 pages, and not the same."""
+    asked = [dataclasses.replace(one, max_tokens=1, logprobs=20) for one in requests(4, Sampling(temperature=0.0))]
+    wide, narrow = answers(engine(folder, ()), asked), answers(engine(folder, (), "fp8"), asked)
+    for name in wide:
+        theirs = dict(wide[name][0].top)
+        gaps = [abs(p - theirs[token]) for token, p in narrow[name][0].top if token in theirs]
+        assert len(gaps) > 5 and 0 < max(gaps) < 1.0
