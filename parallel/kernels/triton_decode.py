@@ -141,12 +141,13 @@ def _members(
     """
     column = begin + tl.arange(0, COLUMNS)
     expert = slot
-    if SINGLE or by_expert == 0:
-        expert = tl.load(experts + slot).to(tl.int32) - first
     if SINGLE:
+        expert = tl.load(experts + slot).to(tl.int32) - first
         pair_N = column * 0 + slot
         count = 1
     else:
+        if by_expert == 0:
+            expert = tl.load(experts + slot).to(tl.int32) - first
         pair_N = tl.zeros((COLUMNS,), tl.int32)
         count = 0
         earlier = 0
