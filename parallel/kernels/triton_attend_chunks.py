@@ -15,7 +15,7 @@ from torch import Tensor
 from .batch import TILE_TOKENS, Batch, PageView
 from .triton_attend_merge import LOWEST, merge, parts, store_part
 from .triton_launch import constants
-from .triton_pages import as_stored, entry, operand, stored_factor
+from .triton_pages import as_operand, as_stored, entry, operand, stored_factor
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Tuning:
     least_keys: int  # of a split
 
 
-FULL = Tuning(rows=128, block_tokens=64, warps=4, stages=3, programs=264, least_keys=1024)
-WINDOW = Tuning(rows=128, block_tokens=64, warps=4, stages=2, programs=1, least_keys=1024)
+FULL = Tuning(rows=128, block_tokens=64, warps=8, stages=5, programs=264, least_keys=1024)
+WINDOW = Tuning(rows=64, block_tokens=64, warps=4, stages=3, programs=1, least_keys=1024)
 
 
 def attend_chunks(
@@ -127,6 +127,7 @@ def _attend_tiles(
     is_row = (row % GROUP_ROWS < GROUP) & (first + token < end)
     at = (first + token).to(tl.int64) * (KV_HEADS * GROUP) + head
     query = tl.load(q + at[:, None] * HEAD_DIM + dim[None, :], mask=is_row[:, None], other=0.0)
+    query = as_operand(query, kv.dtype.element_ty)
 
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)

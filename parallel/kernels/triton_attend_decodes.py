@@ -15,7 +15,7 @@ from torch import Tensor
 from .batch import Batch, PageView
 from .triton_attend_merge import LOWEST, merge, parts, store_part
 from .triton_launch import constants
-from .triton_pages import as_stored, entry, operand, stored_factor
+from .triton_pages import as_operand, as_stored, entry, operand, stored_factor
 
 LEAST_ROWS = 16  # of a tensor core's tile
 
@@ -25,14 +25,15 @@ class Tuning:
     """Constants that a benchmark found (tests/benchmarks/kernels_attention.py)."""
 
     block_tokens: int  # keys that a program handles at a time
-    programs: int  # wanted in all, for as long as sequences are long enough
+    programs: int  # how many there may be, those with nothing to do among them; a longer sequence takes more of them
     most_splits: int
+    share_per_program: int  # a split has at least this many keys for each (sequence, KV head): short ones are not split
     warps: int
-    stages: int  # blocks of keys under way at a time
+    stages: int  # blocks of keys under way at a time, once for the page numbers and once for the pages
 
 
-FULL = Tuning(block_tokens=64, programs=1024, most_splits=64, warps=4, stages=3)
-WINDOW = Tuning(block_tokens=128, programs=1024, most_splits=1, warps=4, stages=1)
+FULL = Tuning(block_tokens=64, programs=4096, most_splits=64, share_per_program=2, warps=2, stages=3)
+WINDOW = Tuning(block_tokens=128, programs=1, most_splits=1, share_per_program=1, warps=4, stages=1)
 
 
 def attend_decodes(
@@ -50,6 +51,7 @@ def attend_decodes(
         -(-tuning.programs // (decodes * kv_heads)),
         -(-most_keys // tuning.block_tokens),
     )
+    least_keys = tuning.share_per_program * decodes * kv_heads
     factor = stored_factor(kv_PCSKD)
     mixed_TNSD, stats_TNS2 = parts(out_TND[:decodes], splits)
     _decode[(decodes, kv_heads, splits)](
@@ -63,6 +65,7 @@ def attend_decodes(
         mixed_TNSD,
         stats_TNS2,
         width,
+        least_keys,
         head_dim**-0.5 * factor * math.log2(math.e),
         factor,
         **constants(
@@ -83,7 +86,7 @@ def attend_decodes(
 
 
 @triton.jit(
-    do_not_specialize=["width", "scale", "factor"],
+    do_not_specialize=["width", "least_keys", "scale", "factor"],
     do_not_specialize_on_alignment=["table", "rows", "positions"],
 )
 def _decode(
@@ -97,6 +100,7 @@ def _decode(
     mixed,
     stats,
     width,
+    least_keys,
     scale,
     factor,
     KV_HEADS: tl.constexpr,
@@ -114,7 +118,7 @@ def _decode(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(length - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(length - begin, BLOCK), splits) * BLOCK
+    share = tl.cdiv(tl.maximum(tl.cdiv(length - begin, splits), least_keys), BLOCK) * BLOCK
     first = begin + split * share
     last = tl.minimum(first + share, length)
     table += tl.load(rows + token) * width
@@ -133,6 +137,7 @@ def _decode(
         store_part(mixed, stats, at, split, splits, top, total, acc, is_head, HEAD_DIM)
         return
     query = tl.load(q + at[:, None] * HEAD_DIM + dim[None, :], mask=is_head[:, None], other=0.0)
+    query = as_operand(query, kv.dtype.element_ty)
     if split == 0:
         top = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
         total += 1.0

@@ -24,8 +24,8 @@ class Tuning:
     stages: int
 
 
-ONE = Tuning(rows=2, columns=1024, ways=1, warps=4, stages=1)
-FEW = Tuning(rows=16, columns=256, ways=4, warps=4, stages=4)
+ONE = Tuning(rows=1, columns=4096, ways=1, warps=4, stages=1)
+FEW = Tuning(rows=16, columns=512, ways=4, warps=4, stages=3)
 FEW_TOKENS = 16  # a tensor core's tile; from here on torch's
 
 

@@ -36,6 +36,15 @@ def entry(page, offset, head, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PA
 
 
 @triton.jit
+def as_operand(query, stored: tl.constexpr):
+    """Queries in the dtype of the products: with bytes fp16, which e4m3 becomes without arithmetic."""
+    if stored == tl.uint8 and query.dtype == tl.bfloat16:
+        return query.to(tl.float16)
+    else:
+        return query
+
+
+@triton.jit
 def operand(x, dtype: tl.constexpr):
     """What a page holds, as an operand of a product; bytes become e4m3 / 256, exactly: the bits of e4m3 in those of
     fp16 are that, subnormals too."""

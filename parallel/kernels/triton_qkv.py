@@ -28,7 +28,9 @@ def qkv_write(
     """Project, rotate q and k, write k and v to their slots. Returns q_TND, contiguous."""
     kv_PCSKD = as_stored(kv_PCSKD)
     page_tokens, kv_heads, head_dim = kv_PCSKD.shape[2:]
-    qkv_TQ = linear(x_TH, weight_QH, bias_Q)
+    # at this shape cuBLAS is the faster from two tokens on: 10.6 against 11.8 us on an H200
+    product = linear if len(x_TH) == 1 else torch.nn.functional.linear
+    qkv_TQ = product(x_TH, weight_QH, bias_Q)
     tokens, heads = len(x_TH), qkv_TQ.shape[1] // head_dim - 2 * kv_heads
     q_TND = torch.empty((tokens, heads, head_dim), dtype=qkv_TQ.dtype, device=qkv_TQ.device)
     cos, sin = rotation
