@@ -50,7 +50,8 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # thread_local: what other threads do, such as the one that watches NCCL, is no part of it
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             outputs = self._run(plain, key[1])
         self._memory = graph.pool()
         self._graphs[key] = graph, outputs

@@ -114,7 +114,7 @@ def in_graph(work: Callable[[], object]) -> Callable[[], None]:
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     return graph.replay
 

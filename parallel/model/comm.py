@@ -50,10 +50,10 @@ class Group(Comm):
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        out = x.new_empty((dist.get_world_size(), *x.shape))
-        dist.all_gather(list(out.unbind()), x)
-        return out
+        ranks = dist.get_world_size()
+        out = x.new_empty((ranks * len(x), *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out.view(ranks, *x.shape)
 
 
 class Linked(Comm):
