@@ -85,7 +85,7 @@ def command(
     tokenizer = load_tokenizer(Path(plan.checkpoint))
     if ids is None:
         ids = chat_prompt(prompt or "", system, reasoning, tokenizer)
-    sampling = Sampling(temperature, top_p, secrets.randbits(63) if seed is None else seed)
+    sampling = Sampling(temperature, top_p, seed=secrets.randbits(63) if seed is None else seed)
     request = make_request(ids, max_tokens, sampling, plan, tokenizer)
     answer = asyncio.run(generate(plan, request, tokenizer, WORKER, harmony=token_ids is None, show=not json))
     if answer is None:
