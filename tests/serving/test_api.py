@@ -7,10 +7,14 @@ from contextlib import asynccontextmanager
 import httpx
 import openai
 import pytest
-from gptoss_launch.launch.api.app import REQUEST_LIMIT, Served, create_app
+from gptoss_launch.launch.api.app import Served, create_app
+from gptoss_launch.launch.api.metrics import Metrics
+from gptoss_launch.launch.api.replicas import REQUEST_LIMIT, Replicas
+from gptoss_launch.launch.dispatch import Dispatch
 from gptoss_launch.launch.engine_client import EngineDiedError
 from gptoss_launch.parallel.engine.request import Request, Token
 from gptoss_launch.parallel.errors import UserError
+from prometheus_client import CollectorRegistry
 
 HELLO = [{"role": "user", "content": "Hello"}]
 BODY = {"model": "tiny", "messages": HELLO}
@@ -28,7 +32,7 @@ class ScriptedEngine:
     """Gives the script's tokens; an exception in it is raised. Notes what it was asked and what was closed early."""
 
     def __init__(self, script, ready=True, dead=False):
-        self.script, self.ready, self.dead, self.running = script, ready, dead, 0
+        self.script, self.ready, self.dead, self.running, self.restarts = script, ready, dead, 0, 0
         self.asked: list[Request] = []
         self.cancelled: list[str] = []
 
@@ -53,9 +57,11 @@ class ScriptedEngine:
 def serving(tokenizer):
     """serving(script, **Served's fields) -> (engine, call); call(method, path, ...) sends one HTTP request."""
 
-    def make(script=(), engine=None, **fields):
+    def make(script=(), engine=None, others=(), **fields):
         engine = engine or ScriptedEngine(list(script))
-        served = Served("tiny", 2048, tokenizer, [engine], **fields)
+        everyone = [engine, *others]
+        replicas = Replicas(everyone, Dispatch(len(everyone)), Metrics(CollectorRegistry(), "tiny", len(everyone)))
+        served = Served("tiny", 2048, tokenizer, replicas, **fields)
 
         @asynccontextmanager
         async def http():
@@ -337,13 +343,13 @@ def test_not_ready_and_dead(serving):
     engine.dead = True
     assert (call("GET", "/health").status_code, call("GET", "/ready").status_code) == (503, 503)
     answer = call("POST", "/v1/chat/completions", json=BODY)
-    assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_died"
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "replica_died"
 
 
 @pytest.mark.parametrize(
     "error, status, code",
     [
-        (EngineDiedError("the engine died"), 503, "engine_died"),
+        (EngineDiedError("the engine died"), 503, "replica_died"),
         (UserError("9 tokens do not fit"), 400, "refused_by_engine"),
         (RuntimeError("our mistake"), 500, None),
     ],
