@@ -15,9 +15,10 @@ from hashlib import blake2b
 
 BLOCK_TOKENS = 64
 REMEMBERED_BLOCKS = 1 << 16  # of one replica
-# The holder of a prefix gets the request while it runs at most BUSIER x what the least loaded replica runs, and SPARE
-# more: affinity saves a prefill, and must not cost a place in a queue.
-BUSIER, SPARE = 1.5, 4
+# The replica that was sent most of a prompt gets it if that saves at least WORTH_BLOCKS against the least loaded one,
+# and if it runs at most BUSIER x as many requests as that one and SPARE more: a prefill that is saved must not cost more
+# in a queue, and the preamble that all prompts share is no reason.
+WORTH_BLOCKS, BUSIER, SPARE = 4, 1.5, 4
 
 
 def prompt_blocks(prompt_tokens: Sequence[int]) -> tuple[int, ...]:
@@ -43,7 +44,8 @@ class Dispatch:
         held = {replica: self.held(replica, blocks) for replica in running}
         holder = min(running, key=lambda replica: (-held[replica], running[replica]))
         idlest = min(running, key=lambda replica: (running[replica], -held[replica]))
-        return holder if running[holder] <= BUSIER * running[idlest] + SPARE and held[holder] else idlest
+        worth = held[holder] - held[idlest] >= WORTH_BLOCKS
+        return holder if worth and running[holder] <= BUSIER * running[idlest] + SPARE else idlest
 
     def held(self, replica: int, blocks: Sequence[int]) -> int:
         """How many blocks from the start were sent there."""

@@ -131,9 +131,14 @@ class Supervisor:
             while True:
                 done, _ = await asyncio.wait({*left, *http}, return_when=asyncio.FIRST_COMPLETED)
                 left -= done
+                error = next(iter(done & http or done)).result()
                 if done & http or not left:
-                    return next(iter(done & http or done)).result()
-                self._say(f"{len(left)} of {self._plan.dp} replicas are left")
+                    return error
+                gone = [replica for replica, task in enumerate(kept) if task in done]
+                await asyncio.gather(*map(self._clear, gone))
+                names = " and ".join(f"replica {replica}" for replica in gone)
+                most = f"{len(self._restarts.pauses_s)} restarts within {self._restarts.within_s:g} s"
+                self._say(f"{names} died after {most}: {len(left)} of {len(kept)} replicas are left: {error}")
         finally:
             for task in kept:
                 task.cancel()
@@ -159,10 +164,6 @@ class Supervisor:
             if error is None:
                 self._say(f"replica {replica} answers again, {time.monotonic() - died_s:.1f} s after it died")
                 error = await self._replicas[replica].failed
-        if self._plan.dp > 1:
-            many = f"{len(self._restarts.pauses_s)} restarts within {self._restarts.within_s:g} s"
-            self._say(f"replica {replica} died after {many} and is left out: {error}")
-            await self._clear(replica)
         return error
 
     async def _revive(self, replica: int) -> UserError | None:
