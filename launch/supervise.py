@@ -111,7 +111,7 @@ class Supervisor:
 
     async def ready(self) -> tuple[Ready, ...]:
         """What every rank measured, once all processes can work. Raises the UserError of the first that cannot."""
-        failed = asyncio.create_task(self._first_failure())
+        failed = asyncio.create_task(self.first_failure())
         try:
             while missing := {crew.ready for crew in self._crews() if not crew.ready.done()}:
                 await asyncio.wait({failed, *missing}, return_when=asyncio.FIRST_COMPLETED)
@@ -144,7 +144,8 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*kept, return_exceptions=True)
 
-    async def _first_failure(self) -> UserError:
+    async def first_failure(self) -> UserError:
+        """Waits until any process ends that should not have, and says why."""
         failures = {crew.failed for crew in self._crews()}
         done, _ = await asyncio.wait(failures, return_when=asyncio.FIRST_COMPLETED)
         return next(iter(done)).result()

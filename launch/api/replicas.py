@@ -66,25 +66,25 @@ class Replicas:
         seen any of it, and its seed is its own, so nothing shows. Raises ApiError when no replica can take it,
         EngineDiedError when it is lost, UserError when it is refused.
         """
-        for moves in range(MOST_MOVES + 1):
-            replica = self.choose(blocks)
-            self._dispatch.remember(replica, blocks)
-            watch.sent(replica)
-            begun = False
-            try:
-                async with aclosing(self._engines[replica].generate(request)) as tokens:
-                    async for token in tokens:
-                        begun = True
-                        watch.token(token)
-                        yield token
-                return
-            except EngineDiedError:
-                if begun or moves == MOST_MOVES or not self.ready:
-                    watch.end("error")
-                    raise
-            except Exception:
-                watch.end("error")
-                raise
+        try:
+            for moves in range(MOST_MOVES + 1):
+                replica = self.choose(blocks)
+                self._dispatch.remember(replica, blocks)
+                watch.sent(replica)
+                begun = False
+                try:
+                    async with aclosing(self._engines[replica].generate(request)) as tokens:
+                        async for token in tokens:
+                            begun = True
+                            watch.token(token)
+                            yield token
+                    return
+                except EngineDiedError:
+                    if begun or moves == MOST_MOVES or not self.ready:
+                        raise
+        except Exception:
+            watch.end("error")
+            raise
 
     def choose(self, blocks: Sequence[int]) -> int:
         """Raises ApiError 503 if none is ready, 429 if all have as many requests as they may."""

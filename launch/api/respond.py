@@ -151,33 +151,30 @@ class EventStream(Response):
         self._last_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def noted(message: Message) -> None:
-            self._last_s = time.monotonic()
-            await send(message)
-
-        commenting: asyncio.Task[None] | None = None
         try:
-            await noted({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            commenting = asyncio.create_task(self._comment(noted))
-            await unless_gone(receive, self._send_all(noted))
+            await unless_gone(receive, self._send_all(send))
         except ClientGoneError:
             pass
         finally:
-            if commenting is not None:
-                commenting.cancel()
             await self._close()
 
     async def _send_all(self, send: Send) -> None:
-        async with aclosing(self._events):
-            try:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._last_s = time.monotonic()
+        commenting = asyncio.create_task(self._comment(send))
+        try:
+            async with aclosing(self._events):
                 async for event in self._events:
                     await send(_event(json.dumps(event, ensure_ascii=False, separators=(",", ":"))))
-                last = "[DONE]"
-            except Exception as error:
-                if self._explain(error).status == 500:
-                    _LOG.exception("an answer was cut short")
-                last = json.dumps(self._explain(error).body())
-        # One message: no comment comes between the last event and the end.
+                    self._last_s = time.monotonic()
+            last = "[DONE]"
+        except Exception as error:
+            if self._explain(error).status == 500:
+                _LOG.exception("an answer was cut short")
+            last = json.dumps(self._explain(error).body())
+        finally:
+            commenting.cancel()
+            await asyncio.gather(commenting, return_exceptions=True)
         await send(_event(last) | {"more_body": False})
 
     async def _comment(self, send: Send) -> None:

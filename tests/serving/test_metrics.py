@@ -105,15 +105,16 @@ def test_where_the_time_of_a_request_went():
     ],
 )
 def test_what_a_client_sees(monkeypatch, last, told, reason):
-    now_s = 100.0
-    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now_s)
+    clock_s = [100.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock_s[-1])
     metrics = make(2)
     watch = metrics.watch(prompt_tokens=12)
     watch.sent(0)
     watch.sent(1)  # it moved
     for now_s, token in ((103.0, Token("a", 1)), (103.5, Token("a", 2)), (104.5, last)):
+        clock_s.append(now_s)
         watch.token(token)
-    now_s = 105.0
+    clock_s.append(105.0)
     watch.end(told)
     watch.end("abort")
     now = read(metrics, UP, UP)
