@@ -169,8 +169,11 @@ class Supervisor:
 
     async def _revive(self, replica: int) -> UserError | None:
         """Starts a replica that was cleared away. None once it is ready, or why it cannot be."""
-        self._replicas[replica] = crew = self._crew(replica)
-        await self._start(replica, crew)
+        try:
+            self._replicas[replica] = crew = self._crew(replica)
+            await self._start(replica, crew)
+        except OSError as error:
+            return RankDiedError(f"replica {replica} could not be started: {error}")
         await asyncio.wait({crew.ready, crew.failed}, return_when=asyncio.FIRST_COMPLETED)
         if crew.failed.done():
             return crew.failed.result()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from ...parallel.engine.request import Token
 from .answer import Arguments, Call, Content, End, Piece, Reasoning
@@ -179,9 +179,12 @@ class EventStream(Response):
 
     async def _comment(self, send: Send) -> None:
         while True:
-            await asyncio.sleep(max(self._last_s + self._quiet_s - time.monotonic(), 0.01))
-            if time.monotonic() - self._last_s >= self._quiet_s:
-                await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+            left_s = self._last_s + self._quiet_s - time.monotonic()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+                continue
+            self._last_s = time.monotonic()
+            await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:

@@ -54,7 +54,7 @@ def rank_pids(running) -> dict[int, int]:
 
 def where(running, rank: int) -> Where:
     (folder,) = running.tmp.glob("gptoss-*")
-    found = read_where(trace_file(folder / "replica-0.sock", rank))
+    found = read_where(trace_file(folder / "replica-0.1" / "replica-0.sock", rank))
     assert found is not None
     return found
 
