@@ -16,8 +16,8 @@ from hashlib import blake2b
 BLOCK_TOKENS = 64
 REMEMBERED_BLOCKS = 1 << 16  # of one replica
 # The replica that was sent most of a prompt gets it if that saves at least WORTH_BLOCKS against the least loaded one
-# and if it runs at most BUSIER x as many requests as that one and SPARE more. A prefill that is saved must not cost more
-# in a queue, and the preamble that all prompts share is no reason.
+# and if it runs at most BUSIER x as many requests as that one and SPARE more. A prefill that is saved must not cost
+# more in a queue, and the preamble that all prompts share is no reason.
 WORTH_BLOCKS, BUSIER, SPARE = 4, 1.5, 4
 
 
