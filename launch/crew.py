@@ -43,10 +43,10 @@ class _Member:
 class Crew:
     """A command under supervision.
 
-    size: how many Ready messages make it ready. log_of: a rank's log file (-1: the command's own), read only to say
-    why it died; None when the log went to the terminal. step_limit_s: a rank that is longer in one step hangs; None for
-    a command without ranks. `ready` and `failed` are futures; `failed` holds the error as a
-    value.
+    control: where its processes reach us. size: how many Ready messages make it ready. log_of: a rank's log file (-1:
+    the command's own), read only to say why it died; None when the log went to the terminal. step_limit_s: a rank that
+    is longer in one step hangs; None for a command without ranks. `ready` and `failed` are futures; `failed` holds the
+    error as a value.
     """
 
     def __init__(

@@ -167,16 +167,21 @@ class Supervisor:
                 error = await self._replicas[replica].failed
         return error
 
-    async def _revive(self, replica: int) -> UserError | None:
+    async def _revive(self, replica: int) -> RankDiedError | None:
         """Starts a replica that was cleared away. None once it is ready, or why it cannot be."""
         try:
             self._replicas[replica] = crew = self._crew(replica)
             await self._start(replica, crew)
         except OSError as error:
-            return RankDiedError(f"replica {replica} could not be started: {error}")
+            return RankDiedError(f"replica {replica} cannot be restarted: {error}")
         await asyncio.wait({crew.ready, crew.failed}, return_when=asyncio.FIRST_COMPLETED)
         if crew.failed.done():
-            return crew.failed.result()
+            # It could be started before, so it is no mistake in what was asked, which would exit with 2.
+            error = crew.failed.result()
+            known = isinstance(error, RankDiedError)
+            return (
+                error if known else RankDiedError(f"replica {replica} cannot be restarted: {error.message}", error.hint)
+            )
         try:
             self._checked(crew.ready.result())
         except RankDiedError as error:

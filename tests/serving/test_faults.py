@@ -186,7 +186,8 @@ def test_a_rank_of_one_replica_dies_and_the_replica_comes_back(start):
     told = [str(error) for stream in streams for error in stream.errors]
     assert len(told) == 1 and "send the request again" in told[0]
     running.process.send_signal(signal.SIGTERM)
-    running.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    running.process.send_signal(signal.SIGINT)
     running.gone_within(GONE_S)
     assert running.process.wait() == 0
     for stream in streams:
