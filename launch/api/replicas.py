@@ -3,8 +3,10 @@
 Sees a replica only as `generate(Request) -> stream of Token`. Knows nothing of HTTP but the errors it gives back.
 """
 
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Protocol
 
 from ...parallel.engine.request import Request, Token
@@ -66,21 +68,22 @@ class Replicas:
         seen any of it, and its seed is its own, so nothing shows. Raises ApiError when no replica can take it,
         EngineDiedError when it is lost, UserError when it is refused.
         """
+        begun_s = time.monotonic()
         try:
             for moves in range(MOST_MOVES + 1):
                 replica = self.choose(blocks)
                 self._dispatch.remember(replica, blocks)
                 watch.sent(replica)
-                begun = False
+                seen = False
                 try:
-                    async with aclosing(self._engines[replica].generate(request)) as tokens:
+                    async with aclosing(self._engines[replica].generate(_left(request, begun_s))) as tokens:
                         async for token in tokens:
-                            begun = True
+                            seen = True
                             watch.token(token)
                             yield token
                     return
                 except EngineDiedError:
-                    if begun or moves == MOST_MOVES or not self.ready:
+                    if seen or moves == MOST_MOVES or not self.ready:
                         raise
         except Exception:
             watch.end("error")
@@ -99,3 +102,10 @@ class Replicas:
             message = f"{sum(running.values())} requests run or wait already: try again later"
             raise ApiError(429, message, code="too_many_requests", retry_after_s=1)
         return self._dispatch.choose(blocks, able)
+
+
+def _left(request: Request, begun_s: float) -> Request:
+    """The request as another replica must see it: with what is left of its time."""
+    if request.deadline_s is None:
+        return request
+    return replace(request, deadline_s=max(request.deadline_s - (time.monotonic() - begun_s), 0.0))

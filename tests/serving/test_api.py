@@ -380,6 +380,7 @@ class DyingEngine(ScriptedEngine):
 
     async def generate(self, request):
         self.asked.append(request)
+        await asyncio.sleep(0.1)
         self.ready, self.dead = False, True
         raise EngineDiedError("the engine died")
         yield
@@ -393,7 +394,10 @@ def test_a_request_nobody_has_seen_moves_to_another_replica(serving, markup, str
     answer = call("POST", "/v1/chat/completions", json=BODY | {"stream": stream})
     assert answer.status_code == 200 and "Hello" in answer.text and "error" not in answer.text
     assert [len(dying.asked), len(living.asked)] == [1, 1]
-    assert dying.asked == living.asked  # the seed as well
+    assert dying.asked == living.asked  # with its seed
+    dying.ready = True
+    call("POST", "/v1/chat/completions", json=BODY | {"stream": stream, "deadline_s": 5})
+    assert dying.asked[1].deadline_s > 4.95 and 4 < living.asked[1].deadline_s < 4.9  # what is left of it
     health, ready = call("GET", "/health"), call("GET", "/ready")
     assert (health.status_code, health.json()) == (503, {"ok": False, "dead_replicas": 1, "replicas": 2})
     assert (ready.status_code, ready.json()) == (503, {"ready_replicas": 1, "replicas": 2})
