@@ -457,7 +457,7 @@ def test_a_deadline_cuts_an_answer_short(serving, markup):
 
     engine, call = serving(engine=Late([]))
     answer = call.chat(extra_body={"deadline_s": 2})
-    assert engine.asked[0].deadline_s == 2.0
+    assert 1.9 < engine.asked[0].deadline_s <= 2
     assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("length", "Hel")
     assert answer.usage.completion_tokens == len(markup("<|channel|>final<|message|>Hel"))
     assert 'request_success_total{finish_reason="deadline"' in call("GET", "/metrics").text
