@@ -43,10 +43,10 @@ class _Member:
 class Crew:
     """A command under supervision.
 
-    size: how many Ready messages make it ready. log_of: a rank's log file (-1: the command's own), read only to say
-    why it died; None when the log went to the terminal. step_limit_s: a rank that is longer in one step hangs; None for
-    a command without ranks. `ready` and `failed` are futures; `failed` holds the error as a
-    value.
+    control: where its processes reach us. size: how many Ready messages make it ready. log_of: a rank's log file (-1:
+    the command's own), read only to say why it died; None when the log went to the terminal. step_limit_s: a rank that
+    is longer in one step hangs; None for a command without ranks. `ready` and `failed` are futures; `failed` holds the
+    error as a value.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Crew:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[tuple[Ready, ...]] = loop.create_future()
         self.failed: asyncio.Future[UserError] = loop.create_future()
-        self._control = control
+        self.control = control
         self._size = size
         self._log_of = log_of
         self._on_progress = on_progress
@@ -85,7 +85,7 @@ class Crew:
 
         log: where its output goes; None for standard error. environment: None for our own.
         """
-        self._server = await asyncio.start_unix_server(self._serve, self._control)
+        self._server = await asyncio.start_unix_server(self._serve, self.control)
         output = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600) if log else os.dup(2)
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -148,7 +148,7 @@ class Crew:
 
     async def _wait_for(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
-        self._fail(RankDiedError(f"{self._control.stem} ended with exit code {code}", self._tail(-1)), FOLLOWS)
+        self._fail(RankDiedError(f"{self.control.stem} ended with exit code {code}", self._tail(-1)), FOLLOWS)
 
     async def _watch_steps(self, limit_s: float) -> None:
         """Fails the crew when a rank is longer in one step than limit_s, and names who holds up the others: the rank
@@ -173,7 +173,7 @@ class Crew:
             return
 
     def _where(self, rank: int) -> Where | None:
-        return read_where(trace_file(self._control, rank))
+        return read_where(trace_file(self.control, rank))
 
     def _doing(self, member: _Member) -> str:
         """What the member was at, for the message that says it is gone."""

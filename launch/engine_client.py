@@ -1,42 +1,62 @@
 """The way to a replica's leader rank: Request in, stream of Token out, over a Unix socket.
 
-One connection carries all streams. Closing a stream early cancels its request. Knows nothing of text, HTTP or of what
-the leader does with a request.
+One connection carries all streams. Closing a stream early cancels its request. When the leader dies, its streams end
+with an error; the leader of a restarted replica listens at the same path, and `keep_connected` finds it there. Knows
+nothing of text, HTTP or of what the leader does with a request.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from ..parallel.engine.request import Request, Token
-from ..parallel.engine.wire import Cancel, Decoder, Generate, Message, Refused, Tokens, encode
+from ..parallel.engine.wire import Cancel, Decoder, Done, Generate, Message, Refused, Stats, Tokens, encode
 from ..parallel.errors import UserError
 
 POLL_S = 0.05  # between attempts to reach a leader that is still loading
 
 
 class EngineDiedError(Exception):
-    """The leader is gone; running and later requests cannot be answered."""
+    """The leader is gone, and what it was asked for with it."""
 
 
 class EngineClient:
-    """The connection to one leader. Use it from one event loop."""
+    """The connection to one leader. Use it from one event loop.
 
-    def __init__(self, path: Path) -> None:
+    on_report: called with what the leader tells beside tokens. on_loss: called when the leader is gone, before any
+    stream ends.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        on_report: Callable[[Done | Stats], None] = lambda report: None,
+        on_loss: Callable[[], None] = lambda: None,
+    ) -> None:
         self._path = path
+        self._on_report = on_report
+        self._on_loss = on_loss
         self._streams: dict[str, asyncio.Queue[Token | Exception]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._ended: EngineDiedError | None = None
+        self._loss = ""  # why there is no connection, after there was one
+        self._closed = False
+        self._connections = 0
+        self.found = asyncio.Event()  # set once there was a leader
 
     @property
     def ready(self) -> bool:
-        return self._writer is not None and self._ended is None
+        return self._writer is not None
 
     @property
     def dead(self) -> bool:
-        """It was ready and never will be again."""
-        return self._ended is not None
+        """It was ready and is no longer."""
+        return self._writer is None and self._loss != ""
+
+    @property
+    def restarts(self) -> int:
+        """How often a leader was found again after a loss."""
+        return max(self._connections - 1, 0)
 
     @property
     def running(self) -> int:
@@ -45,21 +65,30 @@ class EngineClient:
 
     async def connect(self) -> None:
         """Returns once the leader listens, which it does only when it can work."""
-        while self._writer is None:
+        while self._writer is None and not self._closed:
             try:
                 reader, self._writer = await asyncio.open_unix_connection(self._path)
-            except (FileNotFoundError, ConnectionRefusedError):
+            except (FileNotFoundError, ConnectionError, BlockingIOError):
                 await asyncio.sleep(POLL_S)
             else:
+                self._connections += 1
+                self.found.set()
                 self._reading = asyncio.create_task(self._read(reader))
+
+    async def keep_connected(self) -> None:
+        """Connects, and again each time that the leader is gone; until `close`."""
+        while not self._closed:
+            await self.connect()
+            if self._reading is not None:
+                await asyncio.wait({self._reading})
 
     async def generate(self, request: Request) -> AsyncGenerator[Token]:
         """The tokens of one request, as they come. Close it (aclose, or contextlib.aclosing) to cancel the request.
 
         Raises EngineDiedError when the leader goes, UserError when it refuses the request.
         """
-        if self._ended is not None or self._writer is None:
-            raise self._ended or EngineDiedError("the engine is not ready yet")
+        if self._writer is None:
+            raise EngineDiedError(self._loss or "the engine is not ready yet")
         inbox: asyncio.Queue[Token | Exception] = asyncio.Queue()
         self._streams[request.id] = inbox
         self._send(Generate(request))
@@ -72,32 +101,35 @@ class EngineClient:
                     raise item
                 yield item
         finally:
-            del self._streams[request.id]
-            if not ended:
-                self._send(Cancel(request.id))
+            # After a loss the table is a new one, which may hold the same request again.
+            if self._streams.get(request.id) is inbox:
+                del self._streams[request.id]
+                if not ended:
+                    self._send(Cancel(request.id))
 
     def close(self, reason: str = "the connection was closed") -> None:
-        """Ends the connection; the leader drops what still runs on it, and open streams raise EngineDiedError."""
+        """Ends the connection for good; the leader drops what still runs on it, and open streams raise
+        EngineDiedError."""
+        self._closed = True
         self._end(reason)
         if self._reading is not None:
             self._reading.cancel()
-        if self._writer is not None:
-            self._writer.close()
 
     def _send(self, message: Message) -> None:
-        if self._writer is not None and self._ended is None:
+        if self._writer is not None:
             self._writer.write(encode(message))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         decoder = Decoder()
+        reason = "the engine died"
         try:
             while data := await reader.read(1 << 16):
                 for message in decoder.feed(data):
                     self._deliver(message)
         except (OSError, ValueError) as error:
-            self._end(f"the connection to the engine failed: {error}")
-        else:
-            self._end("the engine died")
+            reason = f"the connection to the engine failed: {error}"
+        finally:
+            self._end(reason)
 
     def _deliver(self, message: Message) -> None:
         # A stream that is no longer there was cancelled; what was under way for it is dropped.
@@ -107,9 +139,16 @@ class EngineClient:
                     inbox.put_nowait(token)
         elif isinstance(message, Refused) and (inbox := self._streams.get(message.request_id)) is not None:
             inbox.put_nowait(UserError(message.message))
+        elif isinstance(message, Done | Stats):
+            self._on_report(message)
 
     def _end(self, reason: str) -> None:
-        if self._ended is None:
-            self._ended = EngineDiedError(reason)
-            for inbox in self._streams.values():
-                inbox.put_nowait(self._ended)
+        if self._writer is None:
+            return
+        self._loss = reason
+        self._writer.close()
+        self._writer = None
+        self._on_loss()
+        streams, self._streams = self._streams, {}
+        for inbox in streams.values():
+            inbox.put_nowait(EngineDiedError(reason))

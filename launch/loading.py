@@ -62,5 +62,6 @@ def memory_lines(plan: Plan, answers: Sequence[Ready]) -> list[str]:
             f"{name.removesuffix('_s').replace('_', ' ')} {seconds * 1e3:.2f} ms"
             for name, seconds in answer.times.items()
         ]
-        lines.append(f"rank {place}: " + ", ".join([*parts, f"loaded in {answer.load_s:.1f} s"]))
+        replica = f"replica {place // plan.ranks} " if plan.dp > 1 else ""
+        lines.append(f"{replica}rank {place % plan.ranks}: " + ", ".join([*parts, f"loaded in {answer.load_s:.1f} s"]))
     return lines

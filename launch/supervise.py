@@ -1,7 +1,17 @@
 """Everything that runs for one command: a torchrun for each replica, and the HTTP process, in one private run folder.
 
-Starts them, says when they are ready or which died first, and ends them. Nothing outlives the command: every process
-holds a lifeline (`lifeline`) on a control socket in the run folder (`crew`). Does not know what a request is.
+Starts them, says when they are ready or which died first, restarts replicas that die while others serve (`restarts`),
+and ends them. Nothing outlives the command: every process holds a lifeline (`lifeline`) on a control socket in the run
+folder (`crew`). Does not know what a request is.
+
+    plan.json  http.sock
+    engine-0.sock               where the leader of replica 0 listens, whichever life it is in
+    replica-0.1/                the first life of replica 0: control socket, traces, logs
+    replica-0.1.sock            its control socket, for torchrun
+
+A process whose lifeline ends removes the folder that its control socket lies in. For a rank that is the folder of its
+life, so that a replica which ends alone takes nothing from the others; torchrun, whose lifeline ends with the command
+alone, and the HTTP process remove all of it.
 """
 
 import asyncio
@@ -10,6 +20,8 @@ import signal
 import socket
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +34,7 @@ from ..parallel.errors import RankDiedError, UserError
 from ..parallel.planning.limits import step_limit_s
 from ..parallel.planning.plan import Plan
 from .crew import Crew
+from .restarts import NO_RESTARTS, RESTARTS, Restarts
 
 WORKER = "gptoss_launch.parallel.engine.worker"
 T = TypeVar("T")
@@ -33,7 +46,8 @@ class Supervisor:
     """Use as `async with`: leaving it ends every process and removes the run folder.
 
     worker: the module that every rank runs. worker_arguments: of its command line, beside those that every rank gets.
-    on_progress: called with bytes read and bytes to read, over all ranks.
+    on_progress: called with bytes read and bytes to read, over all ranks. say: takes what a person should read about
+    replicas that die and come back. restarts: how often they may.
     """
 
     def __init__(
@@ -42,7 +56,13 @@ class Supervisor:
         worker: str,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         worker_arguments: Sequence[str] = (),
+        say: Callable[[str], None] = lambda line: None,
+        restarts: Restarts = RESTARTS,
     ) -> None:
+        self._say = say
+        # With one replica nobody would be served meanwhile, and whoever started us can restart all of it.
+        self._restarts = restarts if plan.dp > 1 else NO_RESTARTS
+        self._lives: Counter[int] = Counter()
         self._plan = plan
         self._worker = worker
         self._worker_arguments = worker_arguments
@@ -64,21 +84,14 @@ class Supervisor:
         remove_folder(self.folder)
 
     def engine_socket(self, replica: int) -> Path:
-        """Where the leader of this replica listens once it is ready."""
+        """Where the leader of this replica listens once it is ready, before and after a restart."""
         return self.folder / f"engine-{replica}.sock"
 
     async def start_replicas(self) -> None:
         for replica in range(self._plan.dp):
-            control = self.folder / f"replica-{replica}.sock"
-            logs = self.folder / f"logs-{replica}"
-            crew = Crew(control, self._plan.ranks, _log_finder(logs), self._count(replica), step_limit_s(self._plan))
+            crew = self._crew(replica)
             self._replicas.append(crew)
-            command = torchrun_command(
-                self._worker, self._plan.ranks, self.plan_file, control, self.engine_socket(replica), logs
-            )
-            logs.mkdir()
-            environment = os.environ | replica_environment(self._plan, replica, os.environ.get("CUDA_VISIBLE_DEVICES"))
-            await crew.start([*command, *self._worker_arguments], logs / "torchrun.log", environment=environment)
+            await self._start(replica, crew)
 
     async def start_http(
         self, listener: socket.socket, served_name: str, api_key_file: Path | None, drain_s: float
@@ -98,7 +111,7 @@ class Supervisor:
 
     async def ready(self) -> tuple[Ready, ...]:
         """What every rank measured, once all processes can work. Raises the UserError of the first that cannot."""
-        failed = asyncio.create_task(self.failed())
+        failed = asyncio.create_task(self.first_failure())
         try:
             while missing := {crew.ready for crew in self._crews() if not crew.ready.done()}:
                 await asyncio.wait({failed, *missing}, return_when=asyncio.FIRST_COMPLETED)
@@ -106,20 +119,74 @@ class Supervisor:
                     raise failed.result()
         finally:
             failed.cancel()
-        answers = tuple(answer for crew in self._replicas for answer in crew.ready.result())
-        for answer in answers:
-            if answer.digest != self._plan.digest:
-                raise RankDiedError(
-                    f"rank {answer.rank} runs plan {answer.digest}, not {self._plan.digest}",
-                    "one version of gptoss-launch must be installed for all ranks",
-                )
-        return answers
+        return tuple(answer for crew in self._replicas for answer in self._checked(crew.ready.result()))
 
     async def failed(self) -> UserError:
-        """Waits until a process ends that should not have, and says why. With nothing wrong it waits for ever."""
+        """Waits until the command cannot go on, and says why; to be called once all are ready. Restarts replicas
+        meanwhile: it goes on while one that may live remains. With nothing wrong it waits for ever."""
+        kept = [asyncio.create_task(self._keep(replica)) for replica in range(self._plan.dp)]
+        http = {self._http.failed} if self._http else set()
+        left = set(kept)
+        try:
+            while True:
+                done, _ = await asyncio.wait({*left, *http}, return_when=asyncio.FIRST_COMPLETED)
+                left -= done
+                error = next(iter(done & http or done)).result()
+                if done & http or not left:
+                    return error
+                gone = [replica for replica, task in enumerate(kept) if task in done]
+                await asyncio.gather(*map(self._clear, gone))
+                names = " and ".join(f"replica {replica}" for replica in gone)
+                most = f"{len(self._restarts.pauses_s)} restarts within {self._restarts.within_s:g} s"
+                self._say(f"{names} died after {most}: {len(left)} of {len(kept)} replicas are left: {error}")
+        finally:
+            for task in kept:
+                task.cancel()
+            await asyncio.gather(*kept, return_exceptions=True)
+
+    async def first_failure(self) -> UserError:
+        """Waits until any process ends that should not have, and says why."""
         failures = {crew.failed for crew in self._crews()}
         done, _ = await asyncio.wait(failures, return_when=asyncio.FIRST_COMPLETED)
         return next(iter(done)).result()
+
+    async def _keep(self, replica: int) -> UserError:
+        """Restarts one replica whenever it dies; returns why it died when that was too often."""
+        begun_s: list[float] = []  # restarts
+        error = await self._replicas[replica].failed
+        while (pause_s := self._restarts.pause_s(begun_s, time.monotonic())) is not None:
+            died_s = time.monotonic()
+            count = f"{self._restarts.recent(begun_s, died_s) + 1} of {len(self._restarts.pauses_s)}"
+            self._say(f"replica {replica} died, restart {count} in {pause_s:g} s: {error}")
+            await self._clear(replica)
+            await asyncio.sleep(pause_s)
+            begun_s.append(time.monotonic())
+            error = await self._revive(replica)
+            if error is None:
+                self._say(f"replica {replica} answers again, {time.monotonic() - died_s:.1f} s after it died")
+                error = await self._replicas[replica].failed
+        return error
+
+    async def _revive(self, replica: int) -> RankDiedError | None:
+        """Starts a replica that was cleared away. None once it is ready, or why it cannot be."""
+        try:
+            self._replicas[replica] = crew = self._crew(replica)
+            await self._start(replica, crew)
+        except OSError as error:
+            return RankDiedError(f"replica {replica} cannot be restarted: {error}")
+        await asyncio.wait({crew.ready, crew.failed}, return_when=asyncio.FIRST_COMPLETED)
+        if crew.failed.done():
+            # It could be started before, so it is no mistake in what was asked, which would exit with 2.
+            error = crew.failed.result()
+            known = isinstance(error, RankDiedError)
+            return (
+                error if known else RankDiedError(f"replica {replica} cannot be restarted: {error.message}", error.hint)
+            )
+        try:
+            self._checked(crew.ready.result())
+        except RankDiedError as error:
+            return error
+        return None
 
     async def drain(self, limit_s: float) -> None:
         """Lets the HTTP process finish the answers it is giving, for at most limit_s."""
@@ -132,6 +199,41 @@ class Supervisor:
 
     def _crews(self) -> list[Crew]:
         return [*([self._http] if self._http else []), *self._replicas]
+
+    def _crew(self, replica: int) -> Crew:
+        """A new life of this replica, and its folder. The number of the life keeps whatever is late in an earlier one
+        from meeting this one."""
+        self._lives[replica] += 1
+        life = self.folder / f"replica-{replica}.{self._lives[replica]}"
+        life.mkdir()
+        control = life / f"replica-{replica}.sock"
+        life.with_name(f"{life.name}.sock").symlink_to(control)
+        return Crew(control, self._plan.ranks, _log_finder(life), self._count(replica), step_limit_s(self._plan))
+
+    async def _start(self, replica: int, crew: Crew) -> None:
+        life = crew.control.parent
+        control, listen = life.with_name(f"{life.name}.sock"), self.engine_socket(replica)
+        command = torchrun_command(self._worker, self._plan.ranks, self.plan_file, control, crew.control, listen, life)
+        environment = os.environ | replica_environment(self._plan, replica, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        await crew.start([*command, *self._worker_arguments], life / "torchrun.log", environment=environment)
+
+    async def _clear(self, replica: int) -> None:
+        """Ends what is left of a replica's life and removes what it leaves."""
+        crew = self._replicas[replica]
+        await crew.stop(STOP_S)
+        life = crew.control.parent
+        await asyncio.to_thread(remove_folder, life)
+        life.with_name(f"{life.name}.sock").unlink(missing_ok=True)
+        self.engine_socket(replica).unlink(missing_ok=True)  # nobody can bind it while it is there
+
+    def _checked(self, answers: tuple[Ready, ...]) -> tuple[Ready, ...]:
+        for answer in answers:
+            if answer.digest != self._plan.digest:
+                raise RankDiedError(
+                    f"rank {answer.rank} runs plan {answer.digest}, not {self._plan.digest}",
+                    "one version of gptoss-launch must be installed for all ranks",
+                )
+        return answers
 
     def _count(self, replica: int) -> Callable[[Progress], None]:
         def count(progress: Progress) -> None:
@@ -179,10 +281,15 @@ async def until(work: Coroutine[Any, Any, T], stop: asyncio.Future[signal.Signal
         await asyncio.gather(working, return_exceptions=True)
 
 
-def torchrun_command(worker: str, ranks: int, plan: Path, control: Path, listen: Path, logs: Path) -> list[str]:
-    """The command line of one replica. Port 0: the rendezvous takes a free port of its own, so replicas never meet."""
+def torchrun_command(
+    worker: str, ranks: int, plan: Path, torchrun_control: Path, control: Path, listen: Path, logs: Path
+) -> list[str]:
+    """The command line of one replica. Port 0: the rendezvous takes a free port of its own, so replicas never meet.
+
+    torchrun_control, control: the control socket, as torchrun and as its ranks reach it.
+    """
     return [
-        *(sys.executable, "-m", "gptoss_launch.launch.lifeline", str(control), "torch.distributed.run"),
+        *(sys.executable, "-m", "gptoss_launch.launch.lifeline", str(torchrun_control), "torch.distributed.run"),
         *("--nnodes", "1", "--nproc-per-node", str(ranks), "--max-restarts", "0"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
         *("--rdzv-id", control.stem, "--log-dir", str(logs), "--redirects", "3"),
@@ -209,7 +316,7 @@ def replica_environment(plan: Plan, replica: int, visible: str | None) -> dict[s
 
 def run_folder() -> Path:
     """A new private folder in the temporary folder, or in /tmp where socket paths would not fit into sun_path."""
-    longest = len("/gptoss-12345678/replica-99.sock")
+    longest = len("/gptoss-12345678/replica-99.9999/replica-99.sock")
     for base in (Path(tempfile.gettempdir()), Path("/tmp")):
         if len(bytes(base)) + longest <= SOCKET_PATH_BYTES:
             try:

@@ -10,18 +10,23 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from ...parallel.engine.lifeline import hold
 from ...parallel.engine.wire import Failed, Ready, encode
 from ...parallel.errors import UserError
 from ...parallel.planning.plan import Plan
+from ..dispatch import Dispatch
 from ..engine_client import EngineClient
 from ..listen import read_api_key
 from ..tokenizer import load_tokenizer
 from .app import Served, create_app
+from .metrics import Metrics
+from .replicas import Replicas
 
 
 class _Server(uvicorn.Server):
@@ -53,9 +58,15 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
     plan = Plan.load(arguments.plan)
     assert plan.checkpoint is not None, "only a plan with weights is served"
     key = read_api_key(arguments.api_key_file) if arguments.api_key_file else None
-    engines = [EngineClient(path) for path in arguments.engine]
+    dispatch = Dispatch(len(arguments.engine))
+    metrics = Metrics(CollectorRegistry(), arguments.served_name, len(arguments.engine))
+    engines = [
+        EngineClient(path, partial(metrics.report, replica), partial(dispatch.forget, replica))
+        for replica, path in enumerate(arguments.engine)
+    ]
     tokenizer = load_tokenizer(Path(plan.checkpoint))
-    app = create_app(Served(arguments.served_name, plan.context_tokens, tokenizer, engines, key))
+    replicas = Replicas(engines, dispatch, metrics)
+    app = create_app(Served(arguments.served_name, plan.context_tokens, tokenizer, replicas, key))
     config = uvicorn.Config(
         app,
         http="h11",
@@ -76,14 +87,15 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
             engine.close("the server is stopping")
 
     async def announce() -> None:
-        await asyncio.gather(*(engine.connect() for engine in engines))
+        await asyncio.gather(*(engine.found.wait() for engine in engines))
         lifeline.sendall(encode(Ready(-1, plan.digest, {}, {}, 0.0)))
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
-    announcing = asyncio.create_task(announce())
+    background = [asyncio.create_task(work) for work in (announce(), *(one.keep_connected() for one in engines))]
     with socket.socket(fileno=arguments.fd) as listener:
         await server.serve(sockets=[listener])
-    announcing.cancel()
+    for task in background:
+        task.cancel()
     close_all()
 
 

@@ -9,7 +9,7 @@ Stop strings are looked for in content alone. Knows neither HTTP nor the engine.
 """
 
 import secrets
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -149,22 +149,29 @@ class Answer:
 
 
 async def read_answer(
-    tokens: AsyncGenerator[Token], parser: Parser, stops: Sequence[str] = (), functions: Collection[str] = ()
+    tokens: AsyncGenerator[Token],
+    parser: Parser,
+    stops: Sequence[str] = (),
+    functions: Collection[str] = (),
+    on_stop: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[Piece]:
     """The pieces of an answer as its tokens come; closes `tokens` when it ends, also early. The last piece is an End.
 
-    functions: the names that the model was offered.
+    functions: the names that the model was offered. on_stop: called when a stop string ends it, before `tokens` is
+    closed. A deadline that passed ends it like a length: OpenAI's clients know no other word for "cut short".
     """
     answer = Answer(parser, stops, functions)
     reason: Literal["stop", "length"] = "stop"
     async with aclosing(tokens):
         async for token in tokens:
-            for piece in answer.feed(token.id):
-                yield piece
-            if token.finish_reason == "length":
+            if token.id >= 0:  # an end may come without a token
+                for piece in answer.feed(token.id):
+                    yield piece
+            if token.finish_reason in ("length", "deadline"):
                 reason = "length"
             if answer.stopped:
                 reason = "stop"
+                on_stop()
                 break
     for piece in answer.finish(reason):
         yield piece

@@ -1,7 +1,8 @@
 """The routes. A request becomes tokens, goes to a replica, and comes back as an OpenAI chat completion.
 
-    /health                 200 while every replica that came up is alive, 503 after one died
+    /health                 200 while every replica that came up is alive, 503 while one is dead
     /ready                  503 until every replica answers
+    /metrics                figures for Prometheus
     /v1/models              the one model
     /v1/chat/completions    chat, whole or streamed
 
@@ -12,43 +13,34 @@ import asyncio
 import hmac
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ...parallel.engine.request import Request, Sampling, Token
 from ...parallel.errors import UserError
+from ..dispatch import prompt_blocks
 from ..engine_client import EngineDiedError
 from ..harmony import StreamParser, render, stop_tokens
 from ..tokenizer import Tokenizer
 from .answer import Piece, read_answer
 from .chat import conversation
-from .errors import ApiError, engine_died
-from .respond import ClientGoneError, EventStream, chunks, new_completion, read_body, unless_gone, whole
+from .errors import ApiError, replica_died
+from .replicas import Replicas
+from .respond import Begun, ClientGoneError, EventStream, chunks, new_completion, read_body, unless_gone, whole
 from .schema import ChatRequest, parse_chat_request
 
 BODY_LIMIT_BYTES = 32 << 20
-REQUEST_LIMIT = 1024  # of one replica, running and waiting; more are told to come back
-
-
-class Engine(Protocol):
-    """What the routes need of a replica (`engine_client.EngineClient`)."""
-
-    @property
-    def ready(self) -> bool: ...
-    @property
-    def dead(self) -> bool: ...
-    @property
-    def running(self) -> int: ...
-    def generate(self, request: Request) -> AsyncGenerator[Token]: ...
+QUIET_S = 10.0  # a stream with nothing to say for so long says that it waits: proxies cut what is silent
 
 
 @dataclass(frozen=True)
@@ -58,9 +50,10 @@ class Served:
     name: str
     context_tokens: int
     tokenizer: Tokenizer
-    engines: Sequence[Engine]
+    replicas: Replicas
     api_key: bytes | None = None
     body_limit_bytes: int = BODY_LIMIT_BYTES
+    quiet_s: float = QUIET_S
     started: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
 
 
@@ -80,14 +73,17 @@ def create_app(served: Served) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        dead = sum(engine.dead for engine in served.engines)
-        return JSONResponse({"ok": not dead, "dead_replicas": dead}, 503 if dead else 200)
+        dead, everyone = served.replicas.dead, served.replicas.count
+        return JSONResponse({"ok": not dead, "dead_replicas": dead, "replicas": everyone}, 503 if dead else 200)
 
     @app.get("/ready")
     async def ready() -> Response:
-        count = sum(engine.ready for engine in served.engines)
-        everyone = len(served.engines)
+        count, everyone = served.replicas.ready, served.replicas.count
         return JSONResponse({"ready_replicas": count, "replicas": everyone}, 200 if count == everyone else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(served.replicas.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
     @v1.get("/models")
     async def models() -> dict[str, Any]:
@@ -105,18 +101,22 @@ def create_app(served: Served) -> FastAPI:
             # In a thread, like the tokens below: a long prompt would hold up the streams of everyone else.
             chat = await asyncio.to_thread(parse_chat_request, body)
             _check_model(served, chat.model)
-            engine = _choose(served.engines)
-            request = await asyncio.to_thread(engine_request, chat, served)
+            served.replicas.choose(())  # what nobody could take is refused before anything is made of it
+            request, blocks = await asyncio.to_thread(_rendered, chat, served)
             completion = new_completion(request.id, served.name, len(request.prompt_tokens))
-            tokens = engine.generate(request)
-            # The status line waits for the first token, so that a request which the engine refuses is no 200.
-            first = await unless_gone(http.receive, _next(tokens))
-            pieces = _pieces(_after(first, tokens), chat, served.tokenizer)
-            if chat.stream:
+            watch = served.replicas.watch(request)
+            begun = Begun(served.replicas.generate(request, blocks, watch), lambda: watch.end("abort"))
+            async with AsyncExitStack() as stack:
+                stack.push_async_callback(begun.aclose)
+                # The status line waits for the first token, so that a request which the engine refuses is no 200; that
+                # of a stream no longer than a proxy would wait.
+                await unless_gone(http.receive, begun.wait(served.quiet_s if chat.stream else None))
+                pieces = _pieces(begun.tokens(), chat, served.tokenizer, lambda: watch.end("stop"))
+                if not chat.stream:
+                    return JSONResponse(await unless_gone(http.receive, whole(completion, pieces)))
+                stack.pop_all()  # the stream closes it
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-                return EventStream(chunks(completion, pieces, include_usage), explain, tokens)
-            async with aclosing(tokens):
-                return JSONResponse(await unless_gone(http.receive, whole(completion, pieces)))
+                return EventStream(chunks(completion, pieces, include_usage), explain, begun.aclose, served.quiet_s)
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
         except (EngineDiedError, UserError) as error:
@@ -145,13 +145,16 @@ def engine_request(chat: ChatRequest, served: Served) -> Request:
         top_p=1.0 if chat.top_p is None else chat.top_p,
         seed=secrets.randbits(63) if chat.seed is None else chat.seed,
     )
-    return Request(secrets.token_hex(12), prompt, asked or left, sampling, stop_tokens(served.tokenizer))
+    stops = stop_tokens(served.tokenizer)
+    return Request(secrets.token_hex(12), prompt, asked or left, sampling, stops, deadline_s=chat.deadline_s)
 
 
 def explain(error: Exception) -> ApiError:
     """What a client is told of an error in the engine or on the way to it."""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, EngineDiedError):
-        return engine_died(str(error))
+        return replica_died(f"{error}; this request is lost")
     if isinstance(error, UserError):
         return ApiError(400, error.message, code="refused_by_engine")
     return ApiError(500, "internal error; the server's log has more")
@@ -162,7 +165,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def ours(request: HttpRequest, error: ApiError) -> Response:
-        return JSONResponse(error.body(), error.status)
+        return JSONResponse(error.body(), error.status, error.headers())
 
     @app.exception_handler(HTTPException)
     async def http(request: HttpRequest, error: HTTPException) -> Response:
@@ -174,34 +177,16 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse(explain(error).body(), 500)
 
 
-def _pieces(tokens: AsyncGenerator[Token], chat: ChatRequest, tokenizer: Tokenizer) -> AsyncGenerator[Piece]:
+def _rendered(chat: ChatRequest, served: Served) -> tuple[Request, tuple[int, ...]]:
+    request = engine_request(chat, served)
+    return request, prompt_blocks(request.prompt_tokens)
+
+
+def _pieces(
+    tokens: AsyncGenerator[Token], chat: ChatRequest, tokenizer: Tokenizer, on_stop: Callable[[], None]
+) -> AsyncGenerator[Piece]:
     functions = [] if chat.tool_choice == "none" else [tool.function.name for tool in chat.tools or []]
-    return read_answer(tokens, StreamParser(tokenizer), chat.stops, functions)
-
-
-async def _next(tokens: AsyncGenerator[Token]) -> Token:
-    return await anext(tokens)
-
-
-async def _after(first: Token, rest: AsyncGenerator[Token]) -> AsyncGenerator[Token]:
-    yield first
-    async for token in rest:
-        yield token
-
-
-def _choose(engines: Sequence[Engine]) -> Engine:
-    """The least busy replica."""
-    able = [engine for engine in engines if engine.ready]
-    if able:
-        engine = min(able, key=lambda engine: engine.running)
-        if engine.running >= REQUEST_LIMIT:
-            raise ApiError(
-                429, f"{engine.running} requests run or wait already: try again later", code="too_many_requests"
-            )
-        return engine
-    if any(engine.dead for engine in engines):
-        raise engine_died("the engine died")
-    raise ApiError(503, "the model is still loading; /ready says when it can answer", code="not_ready")
+    return read_answer(tokens, StreamParser(tokenizer), chat.stops, functions, on_stop)
 
 
 def _check_model(served: Served, name: str) -> None:

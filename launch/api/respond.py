@@ -96,11 +96,40 @@ async def chunks(
                 yield completion.head("chat.completion.chunk") | usage
 
 
+class Begun:
+    """A stream of tokens that is under way before anybody reads it. on_close: called once it is closed.
+
+    Closing it closes the stream below in any case; a generator that never began would not.
+    """
+
+    def __init__(self, tokens: AsyncGenerator[Token], on_close: Callable[[], None]) -> None:
+        self._tokens = tokens
+        self._on_close = on_close
+        self._first = asyncio.ensure_future(_next(tokens))
+
+    async def wait(self, limit_s: float | None) -> None:
+        """For the first token, at most limit_s. Raises what the stream raises in its place."""
+        await asyncio.wait({self._first}, timeout=limit_s)
+        if self._first.done():
+            self._first.result()
+
+    async def tokens(self) -> AsyncGenerator[Token]:
+        yield await self._first
+        async for token in self._tokens:
+            yield token
+
+    async def aclose(self) -> None:
+        self._first.cancel()
+        await asyncio.gather(self._first, return_exceptions=True)
+        await self._tokens.aclose()
+        self._on_close()
+
+
 class EventStream(Response):
     """Server-sent events from chunk objects. What goes wrong while they come is the last event; no [DONE] follows.
 
-    explain: an error as the client may see it. tokens: what the events are made from, closed in any case: a generator
-    that never began does not close the one below it.
+    explain: an error as the client may see it. close: called at the end, whatever it is. quiet_s: after so long without
+    an event comes a comment, which clients skip.
     """
 
     media_type = "text/event-stream"
@@ -109,14 +138,17 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[dict[str, Any]],
         explain: Callable[[Exception], ApiError],
-        tokens: AsyncGenerator[Token],
+        close: Callable[[], Awaitable[None]],
+        quiet_s: float,
     ) -> None:
         # X-Accel-Buffering: nginx would otherwise collect events before it passes them on.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._explain = explain
-        self._tokens = tokens
+        self._close = close
+        self._quiet_s = quiet_s
+        self._last_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -124,20 +156,35 @@ class EventStream(Response):
         except ClientGoneError:
             pass
         finally:
-            await self._tokens.aclose()
+            await self._close()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events):
-            try:
+        self._last_s = time.monotonic()
+        commenting = asyncio.create_task(self._comment(send))
+        try:
+            async with aclosing(self._events):
                 async for event in self._events:
                     await send(_event(json.dumps(event, ensure_ascii=False, separators=(",", ":"))))
-                await send(_event("[DONE]"))
-            except Exception as error:
-                if self._explain(error).status == 500:
-                    _LOG.exception("an answer was cut short")
-                await send(_event(json.dumps(self._explain(error).body())))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    self._last_s = time.monotonic()
+            last = "[DONE]"
+        except Exception as error:
+            if self._explain(error).status == 500:
+                _LOG.exception("an answer was cut short")
+            last = json.dumps(self._explain(error).body())
+        finally:
+            commenting.cancel()
+            await asyncio.gather(commenting, return_exceptions=True)
+        await send(_event(last) | {"more_body": False})
+
+    async def _comment(self, send: Send) -> None:
+        while True:
+            left_s = self._last_s + self._quiet_s - time.monotonic()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+                continue
+            self._last_s = time.monotonic()
+            await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
@@ -174,6 +221,10 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     if size_bytes > limit_bytes:
         raise ApiError(413, f"the body is larger than {limit_bytes:,} bytes", code="body_too_large")
     return bytes(body)
+
+
+async def _next(tokens: AsyncGenerator[Token]) -> Token:
+    return await anext(tokens)
 
 
 async def _disconnect(receive: Receive) -> None:

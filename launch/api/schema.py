@@ -99,6 +99,7 @@ class ChatRequest(_Strict):
     reasoning_effort: Literal["low", "medium", "high"] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
+    deadline_s: float | None = Field(None, gt=0, allow_inf_nan=False)  # ours: no longer than this, then "length"
     parallel_tool_calls: bool | None = None  # gpt-oss calls one function a turn, which either value allows
     # Only at the value that changes nothing:
     n: Literal[1] | None = None

@@ -199,7 +199,7 @@ async def generate(
                 return await until(_answer(client, request, tokenizer, load_s, harmony, show), stop.first)
             except EngineDiedError as lost:
                 try:
-                    error = await asyncio.wait_for(supervisor.failed(), LOSS_S)
+                    error = await asyncio.wait_for(supervisor.first_failure(), LOSS_S)
                 except TimeoutError:
                     error = RankDiedError(str(lost), "the ranks still ran: this terminal may have been too slow")
                 raise error from None

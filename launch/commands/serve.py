@@ -12,6 +12,7 @@ import click
 
 from ...parallel.errors import UserError
 from ...parallel.planning.plan import Plan
+from ..restarts import RESTARTS, Restarts
 from ..settings import ServeSettings, load_settings, settings_options
 
 ERRORS_OUT_S = 1.0  # after a rank died: for the HTTP process to tell its clients
@@ -84,17 +85,26 @@ def open_door(model: str, settings: ServeSettings) -> Door:
 
 
 async def serve(
-    plan: Plan, door: Door, worker: str, *, worker_arguments: Sequence[str] = (), json: bool = False
+    plan: Plan,
+    door: Door,
+    worker: str,
+    *,
+    worker_arguments: Sequence[str] = (),
+    json: bool = False,
+    restarts: Restarts = RESTARTS,
 ) -> None:
-    """Runs until a signal. worker: the module that every rank runs.
+    """Runs until a signal. worker: the module that every rank runs. restarts: of replicas, if there are several.
 
-    Raises UserError for what keeps it from starting, RankDiedError when a process dies.
+    Raises UserError for what keeps it from starting, RankDiedError when the HTTP process or the last replica dies.
     """
     from ..loading import memory_lines, progress_bar, say_random
     from ..supervise import StopSignals, Supervisor, until
 
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
     with StopSignals().caught() as stop, progress_bar() as bar:
-        async with Supervisor(plan, worker, bar.show, worker_arguments) as supervisor:
+        async with Supervisor(plan, worker, bar.show, worker_arguments, say, restarts) as supervisor:
             # The HTTP process first: alive, not ready, while the ranks load.
             await supervisor.start_http(door.listener, door.served_name, door.api_key_file, door.drain_s)
             await supervisor.start_replicas()

@@ -61,7 +61,7 @@ class Running:
         return int(self.url.split(":")[2].split("/")[0])
 
     def pids(self) -> dict[str, int]:
-        """role -> pid of what lives (zombies do not)."""
+        """role -> pid of what lives (zombies do not); roles of replicas after the first end in their number."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -72,7 +72,9 @@ class Running:
             if state != "Z" and any(str(self.tmp) in argument for argument in arguments):
                 names = {"gptoss_launch.launch.api": "http", "gptoss_launch.launch.lifeline": "torchrun"}
                 role = next((names[argument] for argument in arguments if argument in names), "rank")
-                found[role] = int(folder.name)
+                listens = [word for word in map(Path, arguments) if word.name.startswith("engine-")]
+                number = listens[0].stem.removeprefix("engine-") if role != "http" and listens else "0"
+                found[role if number == "0" else f"{role} {number}"] = int(folder.name)
         if self.process.poll() is None:
             found["command"] = self.process.pid
         return found

@@ -1,6 +1,6 @@
 """Runs `serve` or `generate` on tiny as the command line does, with the fake worker in place of the ranks.
 
-python drive.py serve PORT DRAIN_S
+python drive.py serve PORT [REPLICAS] DRAIN_S
 python drive.py generate MAX_TOKENS
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gptoss_launch.launch.commands import generate, serve
 from gptoss_launch.launch.resolve import make_plan
+from gptoss_launch.launch.restarts import Restarts
 from gptoss_launch.launch.settings import ServeSettings
 from gptoss_launch.launch.tokenizer import load_tokenizer
 from gptoss_launch.parallel.engine.request import Sampling
@@ -19,12 +20,14 @@ from gptoss_launch.parallel.errors import UserError
 
 def main() -> None:
     what, *numbers = sys.argv[1:]
-    settings = ServeSettings(machine="cpu", context_tokens=4096, port=int(numbers[0]), drain_s=float(numbers[-1]))
+    replicas = int(numbers[1]) if len(numbers) == 3 else 1
+    layout = {"machine": "cpu", "context_tokens": 4096, "dp": replicas, "ranks": 1}
+    settings = ServeSettings(**layout, port=int(numbers[0]), drain_s=float(numbers[-1]))
     try:
         if what == "serve":
             door = serve.open_door("tiny", settings)
             plan = make_plan("tiny", settings, need_weights=True)
-            asyncio.run(serve.serve(plan, door, "fake_worker"))
+            asyncio.run(serve.serve(plan, door, "fake_worker", restarts=Restarts((0.1, 0.2, 0.4))))
         else:
             plan = make_plan("tiny", settings, need_weights=True)
             tokenizer = load_tokenizer(Path(plan.checkpoint))

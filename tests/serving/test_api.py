@@ -7,10 +7,14 @@ from contextlib import asynccontextmanager
 import httpx
 import openai
 import pytest
-from gptoss_launch.launch.api.app import REQUEST_LIMIT, Served, create_app
+from gptoss_launch.launch.api.app import Served, create_app
+from gptoss_launch.launch.api.metrics import Metrics
+from gptoss_launch.launch.api.replicas import REQUEST_LIMIT, Replicas
+from gptoss_launch.launch.dispatch import Dispatch
 from gptoss_launch.launch.engine_client import EngineDiedError
 from gptoss_launch.parallel.engine.request import Request, Token
 from gptoss_launch.parallel.errors import UserError
+from prometheus_client import CollectorRegistry
 
 HELLO = [{"role": "user", "content": "Hello"}]
 BODY = {"model": "tiny", "messages": HELLO}
@@ -28,7 +32,7 @@ class ScriptedEngine:
     """Gives the script's tokens; an exception in it is raised. Notes what it was asked and what was closed early."""
 
     def __init__(self, script, ready=True, dead=False):
-        self.script, self.ready, self.dead, self.running = script, ready, dead, 0
+        self.script, self.ready, self.dead, self.running, self.restarts = script, ready, dead, 0, 0
         self.asked: list[Request] = []
         self.cancelled: list[str] = []
 
@@ -53,9 +57,11 @@ class ScriptedEngine:
 def serving(tokenizer):
     """serving(script, **Served's fields) -> (engine, call); call(method, path, ...) sends one HTTP request."""
 
-    def make(script=(), engine=None, **fields):
+    def make(script=(), engine=None, others=(), **fields):
         engine = engine or ScriptedEngine(list(script))
-        served = Served("tiny", 2048, tokenizer, [engine], **fields)
+        everyone = [engine, *others]
+        replicas = Replicas(everyone, Dispatch(len(everyone)), Metrics(CollectorRegistry(), "tiny", len(everyone)))
+        served = Served("tiny", 2048, tokenizer, replicas, **fields)
 
         @asynccontextmanager
         async def http():
@@ -245,6 +251,8 @@ BAD = {
     "stop holds a number": (BODY | {"stop": ["a", 1]}, "stop.1"),
     "stream is text": (BODY | {"stream": "yes"}, "stream"),
     "stream_options without stream": (BODY | {"stream_options": {"include_usage": True}}, "stream_options"),
+    "deadline is zero": (BODY | {"deadline_s": 0}, "deadline_s"),
+    "deadline is text": (BODY | {"deadline_s": "1"}, "deadline_s"),
     "no such effort": (BODY | {"reasoning_effort": "minimal"}, "reasoning_effort"),
     "forced tool": (BODY | {"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
     "tool name": (
@@ -316,6 +324,7 @@ def test_the_key(serving, markup):
         assert call("GET", "/v1/models", headers=headers).status_code == 401
         assert call("GET", "/health", headers=headers).status_code == 200
         assert call("GET", "/ready", headers=headers).status_code == 200
+        assert call("GET", "/metrics", headers=headers).status_code == 200
     assert call.chat().choices[0].message.content == "Hello, world"
 
 
@@ -324,6 +333,7 @@ def test_more_requests_than_may_wait_are_told_to_come_back(serving, markup):
     engine.running = REQUEST_LIMIT
     answer = call("POST", "/v1/chat/completions", json=BODY)
     assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_requests"
+    assert answer.headers["retry-after"] == "1"
     assert not engine.asked
     engine.running -= 1
     assert call("POST", "/v1/chat/completions", json=BODY).status_code == 200
@@ -337,13 +347,13 @@ def test_not_ready_and_dead(serving):
     engine.dead = True
     assert (call("GET", "/health").status_code, call("GET", "/ready").status_code) == (503, 503)
     answer = call("POST", "/v1/chat/completions", json=BODY)
-    assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_died"
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "replica_died"
 
 
 @pytest.mark.parametrize(
     "error, status, code",
     [
-        (EngineDiedError("the engine died"), 503, "engine_died"),
+        (EngineDiedError("the engine died"), 503, "replica_died"),
         (UserError("9 tokens do not fit"), 400, "refused_by_engine"),
         (RuntimeError("our mistake"), 500, None),
     ],
@@ -363,3 +373,121 @@ def test_errors_of_the_engine(serving, markup, error, status, code, caplog):
     with pytest.raises(openai.APIError):
         call.chat(stream=True)
     assert ("our mistake" in caplog.text) == (status == 500)
+
+
+class DyingEngine(ScriptedEngine):
+    """Dies before its first token, and is not ready any more."""
+
+    async def generate(self, request):
+        self.asked.append(request)
+        await asyncio.sleep(0.1)
+        self.ready, self.dead = False, True
+        raise EngineDiedError("the engine died")
+        yield
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_nobody_has_seen_moves_to_another_replica(serving, markup, stream):
+    dying, living = DyingEngine([]), ScriptedEngine(markup(ANSWERS))
+    living.running = 1  # so that the other one is asked first
+    _, call = serving(engine=dying, others=[living])
+    answer = call("POST", "/v1/chat/completions", json=BODY | {"stream": stream})
+    assert answer.status_code == 200 and "Hello" in answer.text and "error" not in answer.text
+    assert [len(dying.asked), len(living.asked)] == [1, 1]
+    assert dying.asked == living.asked  # with its seed
+    dying.ready = True
+    call("POST", "/v1/chat/completions", json=BODY | {"stream": stream, "deadline_s": 5})
+    assert dying.asked[1].deadline_s > 4.95 and 4 < living.asked[1].deadline_s < 4.9  # what is left of it
+    health, ready = call("GET", "/health"), call("GET", "/ready")
+    assert (health.status_code, health.json()) == (503, {"ok": False, "dead_replicas": 1, "replicas": 2})
+    assert (ready.status_code, ready.json()) == (503, {"ready_replicas": 1, "replicas": 2})
+
+
+def test_a_request_moves_twice_at_most(serving):
+    everyone = [DyingEngine([]) for _ in range(5)]
+    _, call = serving(engine=everyone[0], others=everyone[1:])
+    answer = call("POST", "/v1/chat/completions", json=BODY)
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+    error = answer.json()["error"]
+    assert error["code"] == "replica_died" and error["retryable"] and "send the request again" in error["message"]
+    assert sum(len(engine.asked) for engine in everyone) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_has_begun_does_not_move(serving, markup, stream):
+    dying = ScriptedEngine([*markup("<|channel|>final<|message|>Hel"), EngineDiedError("the engine died")])
+    living = ScriptedEngine(markup(ANSWERS))
+    living.running = 1
+    _, call = serving(engine=dying, others=[living])
+    answer = call("POST", "/v1/chat/completions", json=BODY | {"stream": stream})
+    if stream:
+        assert answer.status_code == 200
+        error = json.loads(answer.text.split("\n\n")[-2][6:])["error"]
+    else:
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+        error = answer.json()["error"]
+    assert error["code"] == "replica_died" and error["retryable"] is True and not living.asked
+
+
+def test_a_conversation_goes_on_where_it_began(serving, markup):
+    first, second = ScriptedEngine(markup(ANSWERS)), ScriptedEngine(markup(ANSWERS))
+    _, call = serving(engine=first, others=[second])
+    talks = [[{"role": "user", "content": f"{word} " * 400}] for word in ("apple", "pear")]
+    call.chat(messages=talks[0])
+    first.running = 1
+    call.chat(messages=talks[1])
+    assert (len(first.asked), len(second.asked)) == (1, 1)
+    for _ in range(2):
+        talks = [[*talk, {"role": "assistant", "content": "Yes"}, HELLO[0]] for talk in talks]
+        call.chat(messages=talks[0])
+        call.chat(messages=talks[1])
+    assert (len(first.asked), len(second.asked)) == (3, 3)
+    assert {len(request.prompt_tokens) for request in first.asked} != {
+        len(request.prompt_tokens) for request in second.asked
+    }
+
+
+def test_a_deadline_cuts_an_answer_short(serving, markup):
+    class Late(ScriptedEngine):
+        async def generate(self, request):
+            self.asked.append(request)
+            for token in markup("<|channel|>final<|message|>Hel"):
+                yield Token(request.id, token)
+            yield Token(request.id, -1, "deadline")
+
+    engine, call = serving(engine=Late([]))
+    answer = call.chat(extra_body={"deadline_s": 2})
+    assert 1.9 < engine.asked[0].deadline_s <= 2
+    assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("length", "Hel")
+    assert answer.usage.completion_tokens == len(markup("<|channel|>final<|message|>Hel"))
+    assert 'request_success_total{finish_reason="deadline"' in call("GET", "/metrics").text
+    assert call.chat(stream=True)[-1].choices[0].finish_reason == "length"
+    assert engine.asked[1].deadline_s is None
+
+
+class SlowEngine(ScriptedEngine):
+    """Waits before its first item."""
+
+    async def generate(self, request):
+        await asyncio.sleep(0.35)
+        async for token in super().generate(request):
+            yield token
+
+
+def test_a_stream_that_waits_for_its_first_token_says_so(serving, markup):
+    engine, call = serving(engine=SlowEngine(markup(ANSWERS)), quiet_s=0.1)
+    events = call("POST", "/v1/chat/completions", json=BODY | {"stream": True}).text.split("\n\n")
+    assert "assistant" in events[0] and 1 <= events.count(": waiting") <= 3
+    assert events[1] == ": waiting" and events[-2:] == ["data: [DONE]", ""]
+    chunks = call.chat(stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello, world"
+    assert engine.cancelled == []
+    # Late errors are events; what comes at once still is a status.
+    _, call = serving(engine=SlowEngine([UserError("9 tokens do not fit")]), quiet_s=0.1)
+    answer = call("POST", "/v1/chat/completions", json=BODY | {"stream": True})
+    assert answer.status_code == 200 and '"refused_by_engine"' in answer.text and "[DONE]" not in answer.text
+    _, call = serving([UserError("9 tokens do not fit")], quiet_s=0.1)
+    assert call("POST", "/v1/chat/completions", json=BODY | {"stream": True}).status_code == 400
+    # A plain answer has no room for comments.
+    _, call = serving(engine=SlowEngine(markup(ANSWERS)), quiet_s=0.1)
+    assert call.chat().choices[0].message.content == "Hello, world"

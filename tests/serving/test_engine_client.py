@@ -6,7 +6,7 @@ from contextlib import aclosing
 import pytest
 from gptoss_launch.launch.engine_client import EngineClient, EngineDiedError
 from gptoss_launch.parallel.engine.request import Request, Token
-from gptoss_launch.parallel.engine.wire import Cancel, Decoder, Generate, Refused, Tokens, encode
+from gptoss_launch.parallel.engine.wire import Cancel, Decoder, Done, Generate, Refused, Tokens, encode
 from gptoss_launch.parallel.errors import UserError
 
 
@@ -57,10 +57,60 @@ def test_streams_refusals_cancels_and_death(tmp_path):
         leader.writers[0].close()
         with pytest.raises(EngineDiedError, match="engine died"):
             await anext(tokens)
-        assert client.dead and not client.ready
+        assert client.dead and not client.ready and client.running == 0
         with pytest.raises(EngineDiedError):
             await anext(client.generate(Request("d", (1,), 9)))
         client.close()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(story())
+
+
+def test_a_restarted_leader_is_found_again(tmp_path):
+    async def story():
+        reports, losses = [], []
+        client = EngineClient(tmp_path / "s", reports.append, lambda: losses.append(client.running))
+        keeping = asyncio.create_task(client.keep_connected())
+        for life in range(3):
+            leader = Leader()
+            server = await asyncio.start_unix_server(leader, tmp_path / "s")
+            while not client.ready:
+                await asyncio.sleep(0.01)
+            assert client.restarts == life and not client.dead
+            assert [token.id async for token in client.generate(Request("a", (1,), 2))] == [1, 2]
+            leader.writers[0].write(encode(Done("a", 1.0, 2.0, 3.0, 4, 5, 6)))
+            # The stream that is lost and the one of the same name that follows it do not meet.
+            lost = client.generate(Request("b", (1,), 9))
+            assert (await anext(lost)).id == 7
+            server.close()
+            leader.writers[0].close()
+            while not client.dead:
+                await asyncio.sleep(0.01)
+            (tmp_path / "s").unlink()
+            with pytest.raises(EngineDiedError, match="engine died"):
+                await anext(lost)
+        assert [report.tokens for report in reports] == [6] * 3
+        assert losses == [1] * 3
+        client.close()
+        await asyncio.wait_for(keeping, 1)
+
+    asyncio.run(story())
+
+
+def test_a_closed_client_stays_closed(tmp_path):
+    async def story():
+        server = await asyncio.start_unix_server(Leader(), tmp_path / "s")
+        client = EngineClient(tmp_path / "s")
+        keeping = asyncio.create_task(client.keep_connected())
+        await client.found.wait()
+        tokens = client.generate(Request("b", (1,), 9))
+        await anext(tokens)
+        client.close("the server is stopping")
+        with pytest.raises(EngineDiedError, match="the server is stopping"):
+            await anext(tokens)
+        await asyncio.wait_for(keeping, 1)
+        assert not client.ready
+        server.close()
         await asyncio.sleep(0.05)
 
     asyncio.run(story())

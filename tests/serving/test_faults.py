@@ -35,8 +35,8 @@ def server(start):
         os.kill(pid, signal.SIGKILL)
 
 
-def rank_pids(running) -> dict[int, int]:
-    """rank -> pid of what lives."""
+def rank_pids(running, replica: int = 0) -> dict[int, int]:
+    """rank -> pid of what lives of one replica."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -45,7 +45,8 @@ def rank_pids(running) -> dict[int, int]:
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        of_ours = any(str(running.tmp) in argument for argument in arguments)
+        ends = f"/engine-{replica}.sock"
+        of_ours = any(word.startswith(str(running.tmp)) and word.endswith(ends) for word in arguments)
         rank = next((entry[5:] for entry in environment if entry.startswith("RANK=")), None)
         if of_ours and rank is not None and state != "Z":
             found[int(rank)] = int(folder.name)
@@ -54,7 +55,7 @@ def rank_pids(running) -> dict[int, int]:
 
 def where(running, rank: int) -> Where:
     (folder,) = running.tmp.glob("gptoss-*")
-    found = read_where(trace_file(folder / "replica-0.sock", rank))
+    found = read_where(trace_file(folder / "replica-0.1" / "replica-0.sock", rank))
     assert found is not None
     return found
 
@@ -163,3 +164,31 @@ def test_kill_9_of_the_others_leaves_nothing(server, victim):
         name = {"torchrun": "torchrun", "http": "the HTTP process"}[victim]
         assert error_line(server).startswith(f"error: {name} on {HOST} died while ")
     stream.ended()
+
+
+@pytest.mark.slow
+def test_a_rank_of_one_replica_dies_and_the_replica_comes_back(start):
+    """Two replicas of two ranks: the leader of the one that is hit lives at first, and waits in a collective."""
+    arguments = ("--machine", "cpu", "--ranks", "2", "--dp", "2", "--context", "256", "--port", "0")
+    running = start("serve", "tiny", *arguments, program=PROGRAM)
+    streams = [Stream(running) for _ in range(2)]
+    pids = {replica: rank_pids(running, replica) for replica in (0, 1)}
+    assert all(pids[replica].keys() == {0, 1} for replica in pids)
+    os.kill(pids[1][1], signal.SIGKILL)
+    deadline = time.monotonic() + 90
+    while "replica 1 answers again" not in running.stderr():
+        assert time.monotonic() < deadline, running.stderr()
+        time.sleep(0.1)
+    assert f"replica 1 died, restart 1 of 3 in 1 s: rank 1 on {HOST} died " in running.stderr()
+    assert rank_pids(running, 0) == pids[0]
+    assert rank_pids(running, 1).keys() == {0, 1} and not set(rank_pids(running, 1).values()) & set(pids[1].values())
+    assert httpx.get(f"http://127.0.0.1:{running.port}/ready").status_code == 200
+    told = [str(error) for stream in streams for error in stream.errors]
+    assert len(told) == 1 and "send the request again" in told[0]
+    running.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    running.process.send_signal(signal.SIGINT)
+    running.gone_within(GONE_S)
+    assert running.process.wait() == 0
+    for stream in streams:
+        stream.ended()

@@ -72,6 +72,16 @@ def test_a_client_that_leaves_cancels_its_request(server):
     assert ask(server, max_tokens=3).usage.completion_tokens == 3
 
 
+def test_a_deadline_ends_an_answer_and_metrics_say_so(server):
+    begun_s = time.monotonic()
+    answer = ask(server, max_tokens=2000, extra_body={"deadline_s": 0.5})
+    assert 0.5 < time.monotonic() - begun_s < 5
+    assert answer.choices[0].finish_reason == "length" and 0 < answer.usage.completion_tokens < 26  # 0.02 s each
+    text = httpx.get(f"http://127.0.0.1:{server.port}/metrics").text
+    assert 'gptoss:request_success_total{finish_reason="deadline",model_name="tiny",replica="0"} 1.0' in text
+    assert 'gptoss:replica_up{model_name="tiny",replica="0"} 1.0' in text
+
+
 def test_a_body_that_is_too_large(server):
     answer = httpx.post(f"{server.url}/chat/completions", content=b" " * (40 << 20))
     assert answer.status_code == 413 and "33,554,432 bytes" in answer.json()["error"]["message"]
