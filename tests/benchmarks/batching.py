@@ -2,13 +2,15 @@
 
 decode    milliseconds of a decode step through the leader's loop, every token on the host, by batch size
 batching  256 requests, prompts of 64 to 2,048 tokens and answers of 16 to 512, uniform, seed 0, at most 64 at a time:
-          tokens a second with continuous batching, and in groups of 64 in order of arrival, each waiting for its last
+          tokens a second with continuous batching, and in groups of 64 in order of arrival: "static" keeps the size of
+          its batch until the longest answer is done, as static batching does; "shrinking" lets finished ones go
 busy      share of a decode step at batch 32 during which the GPU works, from the profiler
 
 One process, no HTTP, the engine as `serve` has it. Prints one JSON object a line.
 """
 
 import argparse
+import dataclasses
 import json
 import random
 import time
@@ -97,15 +99,22 @@ def batching(engine: Engine) -> list[dict]:
         )
         for i in range(256)
     ]
+    wanted = sum(request.max_tokens for request in requests)
     rows = []
-    for name, group in (("continuous", 256), ("static", LIVE)):
+    for name in ("continuous", "static", "shrinking"):
         run, seconds = Run(engine), 0.0
-        for first in range(0, len(requests), group):
-            run.ask(requests[first : first + group])
+        size = len(requests) if name == "continuous" else LIVE
+        for first in range(0, len(requests), size):
+            group = requests[first : first + size]
+            if name == "static":
+                longest = max(request.max_tokens for request in group)
+                group = [dataclasses.replace(request, max_tokens=longest) for request in group]
+            run.ask(group)
             seconds += run.until_idle()
-        assert run.tokens == sum(request.max_tokens for request in requests)
-        rows.append({"round": "batching", "way": name, "seconds": round(seconds, 2), "tok_s": run.tokens / seconds})
-    rows.append({"round": "batching", "ratio": rows[0]["tok_s"] / rows[1]["tok_s"]})
+        assert run.tokens == wanted or name == "static"
+        rows.append({"round": "batching", "way": name, "seconds": round(seconds, 2), "tok_s": round(wanted / seconds)})
+    for row in rows[1:]:
+        row["continuous_is_faster"] = round(row["seconds"] / rows[0]["seconds"], 3)
     return rows
 
 
