@@ -31,7 +31,10 @@ _CODES, _HALVES = tl.constexpr(TILE_COLUMNS), tl.constexpr(HALVES)
 
 @dataclass(frozen=True)
 class Shape:
-    """How a product is cut: a program makes `tiles` * 16 outputs of `rows` pairs."""
+    """How a product is cut: a program makes `tiles` * 16 outputs of `rows` pairs.
+
+    A warp for each tile: with two, ptxas (12.8) waits for each wgmma before the next, unless rows are few.
+    """
 
     rows: int
     tiles: int
@@ -271,9 +274,9 @@ def _shape(pairs: int, held: int) -> Shape:
     return next(shape for most, shape in _SHAPES if pairs <= most * held)
 
 
-_SHAPES = (  # measured on an H200 by tests/benchmarks/kernels_experts.py
+_SHAPES = (  # rows as tests/benchmarks/kernels_experts.py found them on an H200; warps: see Shape
     (16, Shape(rows=16, tiles=8, warps=4, stages=4)),
-    (48, Shape(rows=64, tiles=8, warps=4, stages=4)),
-    (512, Shape(rows=128, tiles=8, warps=4, stages=4)),
+    (48, Shape(rows=64, tiles=8, warps=8, stages=4)),
+    (512, Shape(rows=128, tiles=8, warps=8, stages=4)),
     (math.inf, Shape(rows=256, tiles=8, warps=8, stages=3)),
 )
