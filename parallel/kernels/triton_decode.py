@@ -42,7 +42,7 @@ def _scaled_up(x, PLAIN: tl.constexpr):
 
 @triton.jit
 def _operands(x, COLUMNS: tl.constexpr):
-    """x [columns, 4 t, 8 (q kh h)] -> the two operands [16 (kh t h), columns] of q = 0 and 1."""
+    """x [(columns, 4 t), 8 (q kh h)] -> the two operands [16 (kh t h), columns] of q = 0 and 1."""
     x_0, x_1 = x.reshape(COLUMNS, 4, 2, 2, 2).permute(0, 1, 3, 4, 2).split()
     return x_0.permute(2, 1, 3, 0).reshape(16, COLUMNS), x_1.permute(2, 1, 3, 0).reshape(16, COLUMNS)
 
@@ -51,6 +51,16 @@ def _operands(x, COLUMNS: tl.constexpr):
 def _weights(plane):
     """[32 (g t), 8 (kh rh h)] -> [16 (rh g), 16 (kh t h)]: for one warp, other names of the same registers."""
     return plane.reshape(8, 4, 2, 2, 2).permute(3, 0, 2, 1, 4).reshape(16, 16)
+
+
+@triton.jit
+def _factors(word, SHIFT: tl.constexpr):
+    """Words [8 g] of scale bytes (rh b) -> [2 rh, 8 g, 1]: one block's scales, each the exponent of an fp32."""
+    if SHIFT == 0:
+        even, odd = word << 23, word << 7
+    else:
+        even, odd = word << 15, word >> 1
+    return (tl.join(even, odd) & 0x7F800000).to(tl.float32, bitcast=True).permute(1, 0)[:, :, None]
 
 
 @triton.jit
@@ -72,33 +82,34 @@ def _product(
     WAIT: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Steps begin to end of one tile by `COLUMNS` rows of x: [16 (rh g), columns] fp32.
+    """Steps begin to end of one tile by `COLUMNS` rows of x: [2 rh, 8 g, columns] fp32.
 
     row_N: where each row of x begins, live_N: which exist. width: columns of x. EVEN: UNROLL divides the steps, and x
     has 64 columns for each. WAIT: x may be of a kernel that still runs.
     """
     lane = tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    row = tl.arange(0, 16)
     blocks += tile * steps * _HALVES
-    scales += tile * steps * 16 + (row % 8) * 2 + row // 8
-    column = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    x += row_N[:, None, None] + column
-    live = live_N[:, None, None]
-    acc = tl.zeros((16, COLUMNS), tl.float32)
+    scales += tile * steps * 8 + tl.arange(0, 8)
+    row_L = tl.multiple_of(row_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4), 32)
+    live = live_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4)[:, None]
+    x += (row_L + tl.arange(0, COLUMNS * 4) % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
+    acc = tl.zeros((2, 8, COLUMNS), tl.float32)
     for step in range(begin, end, UNROLL):
         halves = ()
-        pairs = ()
+        words = ()
         for i in tl.static_range(UNROLL):
-            at = step + i
+            at = step + i  # weights pass by the L1 cache, which x is to stay in
             if EVEN:
-                halves += (tl.load(blocks + at * _HALVES + lane),)
-                pairs += (tl.load(scales + at * 16),)
+                halves += (tl.load(blocks + at * _HALVES + lane, cache_modifier=".cg"),)
+                words += (tl.load(scales + at * 8, cache_modifier=".cg"),)
             else:
-                halves += (tl.load(blocks + at * _HALVES + lane, mask=at < end, other=0),)
-                pairs += (tl.load(scales + at * 16, mask=at < end, other=0),)
-        tl.debug_barrier()  # ptxas sinks loads to their use, but not across this
+                halves += (tl.load(blocks + at * _HALVES + lane, mask=at < end, other=0, cache_modifier=".cg"),)
+                words += (tl.load(scales + at * 8, mask=at < end, other=0, cache_modifier=".cg"),)
+        # ptxas sinks loads to their use, but not across this; x is read after it, so that no use can climb above it
+        tl.debug_barrier()
         if WAIT:
             gdc_wait()
+        values = ()
         for i in tl.static_range(UNROLL):
             at = (step + i) * _CODES
             if EVEN:
@@ -107,6 +118,9 @@ def _product(
             else:
                 x_0 = tl.load(x + at, mask=live & (step + i < end), other=0.0)
                 x_1 = tl.load(x + at + 32, mask=live & (step + i < end) & (at + 32 < width), other=0.0)
+            values += (x_0, x_1)
+        for i in tl.static_range(UNROLL):
+            x_0, x_1 = values[2 * i], values[2 * i + 1]
             if SCALE_X:
                 x_0 = _scaled_up(x_0, PLAIN)
                 x_1 = _scaled_up(x_1, PLAIN)
@@ -115,9 +129,8 @@ def _product(
             b_2, b_3 = _operands(x_1.to(v_0.dtype), COLUMNS)
             first = tl.dot(_weights(v_1), b_1, tl.dot(_weights(v_0), b_0))
             second = tl.dot(_weights(v_3), b_3, tl.dot(_weights(v_2), b_2))
-            pair = pairs[i].to(tl.int32)  # two E8M0 bytes, each the exponent of an fp32
-            acc += first * ((pair << 23) & 0x7F800000).to(tl.float32, bitcast=True)[:, None]
-            acc += second * ((pair << 15) & 0x7F800000).to(tl.float32, bitcast=True)[:, None]
+            acc += first.reshape(2, 8, COLUMNS) * _factors(words[i], 0)
+            acc += second.reshape(2, 8, COLUMNS) * _factors(words[i], 1)
     return acc * _BACK
 
 
@@ -176,8 +189,8 @@ def arrive(arrivals, expected):
 
 @triton.jit
 def _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA: tl.constexpr, COLUMNS: tl.constexpr):
-    """y [16 (rh g), columns] -> SwiGLU of its even and odd rows, times _UP, in the rows pair_N of inner."""
-    gate, up = y.reshape(2, 8, COLUMNS).permute(1, 2, 0).split()
+    """y [2 rh, 8 g, columns] -> SwiGLU of its even and odd rows, times _UP, in the rows pair_N of inner."""
+    gate, up = y.permute(1, 2, 0).split()
     unit = tile * 8 + tl.arange(0, 8)
     there = unit * 2 < rows
     bias += expert.to(tl.int64) * rows + unit * 2
@@ -253,12 +266,14 @@ def _gate_up(
         if SPLIT == 1:
             _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
         else:
-            at = partial + pair_N[None, :] * (tiles * 16) + tile * 16 + tl.arange(0, 16)[:, None]
-            tl.store(at + part * pairs * tiles * 16, y, mask=live_N[None, :])
+            row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
+            at = partial + pair_N[None, None, :] * (tiles * 16) + row[:, :, None]
+            tl.store(at + part * pairs * tiles * 16, y, mask=live_N[None, None, :])
             if arrive(arrivals + slot * tiles + tile, SPLIT):
-                y = tl.zeros((16, COLUMNS), tl.float32)
+                y = tl.zeros((2, 8, COLUMNS), tl.float32)
                 for i in tl.static_range(SPLIT):
-                    y += tl.load(at + i * pairs * tiles * 16, mask=live_N[None, :], other=0.0, cache_modifier=".cg")
+                    part_y = at + i * pairs * tiles * 16
+                    y += tl.load(part_y, mask=live_N[None, None, :], other=0.0, cache_modifier=".cg")
                 _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
 
 
@@ -323,10 +338,9 @@ def _down(
             EARLY,
             PLAIN,
         )
-        row = tl.arange(0, 16)
-        row = tile * 16 + (row % 8) * 2 + row // 8
-        at = (part * pairs + pair_N)[None, :] * (tiles * 16) + row[:, None]
-        tl.store(partial + at, y, mask=live_N[None, :])
+        row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
+        at = (part * pairs + pair_N)[None, None, :] * (tiles * 16) + row[:, :, None]
+        tl.store(partial + at, y, mask=live_N[None, None, :])
     if EARLY:
         gdc_wait()
     if arrive(arrivals + tile, slots * SPLIT):
@@ -363,8 +377,11 @@ class Cut:
     early: bool = True
 
 
-_SINGLE = (Cut(split=5, unroll=3), Cut(split=5, unroll=3))
-_SEVERAL = (Cut(split=1, unroll=3), Cut(split=1, unroll=3))
+_CUTS = (  # up to so many tokens, gate_up, down; measured on an H200 by tests/benchmarks/kernels_experts.py
+    (1, Cut(split=5, unroll=3), Cut(split=5, unroll=3)),
+    (8, Cut(split=1, unroll=3), Cut(split=3, unroll=3)),
+    (MAX_PAIRS, Cut(split=1, unroll=3), Cut(split=1, unroll=3)),
+)
 
 
 def decode(
@@ -381,7 +398,7 @@ def decode(
     tokens, per_token = experts_TX.shape
     if tokens * per_token > MAX_PAIRS:
         raise ValueError(f"{tokens} tokens of {per_token} experts are more than {MAX_PAIRS} pairs")
-    first, second = cuts or (_SINGLE if tokens == 1 else _SEVERAL)
+    first, second = cuts or next(chosen for most, *chosen in _CUTS if tokens <= most)
     inner_PI = gate_up_inner(x_TH, experts_TX, gate_up, first_expert, limit, first)
     return down_sum(inner_PI, weights_TX, experts_TX, down, first_expert, second)
 
@@ -398,7 +415,7 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
     _gate_up[tiles, slots, split](
         x_TH,
         packed.blocks,
-        packed.scales.view(torch.int16),
+        packed.scales.view(torch.int32),
         packed.bias,
         experts_TX,
         inner_PI,
@@ -432,7 +449,7 @@ def down_sum(
     _down[tiles, slots, cut.split](
         inner_PI,
         packed.blocks,
-        packed.scales.view(torch.int16),
+        packed.scales.view(torch.int32),
         packed.bias,
         experts_TX,
         weights_TX,

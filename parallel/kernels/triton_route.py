@@ -36,7 +36,7 @@ def _route(
     arrivals,
     tokens,
     width,
-    parts,
+    PARTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     EXPERTS_2: tl.constexpr,
     EXPERT_BLOCK: tl.constexpr,
@@ -51,7 +51,7 @@ def _route(
     token = group * TOKENS + tl.arange(0, TOKENS)
     expert = block * EXPERT_BLOCK + tl.arange(0, EXPERT_BLOCK)
     column = tl.arange(0, STEP)
-    share = tl.cdiv(tl.cdiv(width, STEP), parts) * STEP
+    share = tl.cdiv(tl.cdiv(width, STEP), PARTS) * STEP
     x_TK = x + token.to(tl.int64)[:, None] * width
     weight_EK = weight + expert[:, None] * width
     acc = tl.zeros((TOKENS, EXPERT_BLOCK), tl.float32)
@@ -64,11 +64,11 @@ def _route(
         acc = tl.dot(value, tl.trans(row), acc, input_precision="ieee")
     at = (part * tokens + token)[:, None] * EXPERTS_2 + expert[None, :]
     tl.store(partial + at, acc, mask=(token < tokens)[:, None])
-    if arrive(arrivals + group, parts * (EXPERTS_2 // EXPERT_BLOCK)):
+    if arrive(arrivals + group, PARTS * (EXPERTS_2 // EXPERT_BLOCK)):
         every = tl.arange(0, EXPERTS_2)
         real = every < EXPERTS
         logit = tl.zeros((TOKENS, EXPERTS_2), tl.float32)
-        for i in range(parts):
+        for i in tl.static_range(PARTS):  # all loads in flight together
             part_TE = partial + (i * tokens + token)[:, None] * EXPERTS_2 + every[None, :]
             logit += tl.load(part_TE, mask=(token < tokens)[:, None], other=0.0, cache_modifier=".cg")
         logit += tl.load(bias + every, mask=real, other=0.0).to(tl.float32)[None, :]
@@ -115,7 +115,7 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
         _arrivals(device),
         tokens,
         width,
-        parts,
+        PARTS=parts,
         EXPERTS=count,
         EXPERTS_2=padded,
         EXPERT_BLOCK=block,

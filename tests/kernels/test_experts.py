@@ -137,7 +137,7 @@ def test_few_tokens(name: str) -> None:
 
 
 MANY = {
-    "one block an expert": (Case(20, 64, 64, 3), Shape(16, 8, 4, 3)),
+    "one block an expert, four tiles": (Case(20, 64, 64, 3), Shape(16, 4, 4, 3)),
     "others' experts, odd K": (Case(35, 96, 96, 4, 2, 8), Shape(16, 8, 4, 3)),
     "an expert without tokens": (Case(33, 64, 32, 3, 0, 2), Shape(16, 8, 4, 3)),
     "wide": (Case(40, 96, 160, 2, 0, 3, 1), Shape(32, 16, 4, 3)),
