@@ -27,8 +27,14 @@ class Meter:
         self._parts: dict[str, int] = {}
 
     def mark(self, name: str) -> None:
+        """What is in use now and was not before; what was only passing is given back, and no peak of later."""
         if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
             self._parts[name] = torch.cuda.memory_allocated(self._device) - sum(self._parts.values())
+
+    def note(self, name: str, size_bytes: int) -> None:
+        self._parts[name] = size_bytes
 
     def outside_bytes(self) -> int:
         """What is used on the device, by this process or others, and is not the allocator's."""

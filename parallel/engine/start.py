@@ -85,7 +85,7 @@ def start(
             ops = recorder.counted(ops)
     watched = options.check_ranks or options.record_routing is not None
     engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if plan.kernels == "triton" and not watched else ())
-    meter.mark("kv_bytes")
+    meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}

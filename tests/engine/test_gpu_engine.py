@@ -43,7 +43,9 @@ def requests(count: int, sampling: Sampling, prompt_tokens: int = 200) -> list[R
 WAYS = {
     "greedy": Sampling(temperature=0.0),
     "drawn": Sampling(),
-    "top_p": Sampling(top_p=0.9),
+    # cold enough for the first candidates to suffice: a draw that has to be repeated changes what the others share a
+    # step with, and a step of another size may take other kernels
+    "top_p": Sampling(temperature=0.2, top_p=0.9),
     "min_p": Sampling(min_p=0.05, top_k=50),
     "penalties": Sampling(presence=0.5, frequency=0.5),
 }

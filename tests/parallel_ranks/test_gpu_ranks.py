@@ -20,7 +20,7 @@ from gptoss_launch.parallel.model.comm import WAYS
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
 from gptoss_launch.parallel.planning.plan import DType
 from gptoss_launch.parallel.planning.spec import PUBLISHED, alternating_kinds
-from small_models import TINY, plain_plan, prompt
+from small_models import TINY, plain_engine, plain_plan, prompt
 from thread_ranks import with_ranks
 
 TIE = 1e-4  # margin between router logits of about 1 that fp32 rounding may overturn after 24 layers
@@ -53,6 +53,9 @@ def test_two_gpus(size: str, layers: int, dtype: DType, count: int, tmp_path: Pa
     largest = oracle.logits.abs().max().item()
     del oracle
     _release()
+    if dtype == "fp32":
+        torch.save(in_fp64(folder, tokens), tmp_path / "fp64.pt")
+        _release()
     plans = []
     for ep in (1, 2):
         plan = plain_plan(folder, dtype, context_tokens=2048, step_tokens=1024, device="cuda")
@@ -62,9 +65,20 @@ def test_two_gpus(size: str, layers: int, dtype: DType, count: int, tmp_path: Pa
     for row in run(tmp_path, count, plans):
         print(json.dumps({"model": size, "layers": layers} | row))
         if dtype == "fp32":
-            assert row["error"] <= 1e-5 * largest and row["argmax_equal"]
+            # Over 24 layers two fp32 programs drift apart by a little more than either is off: held to the same sums in
+            # fp64, ours is within the bound, and so nearly is the oracle.
+            assert row["off_fp64"] <= 1e-5 * largest and row["oracle_off_fp64"] <= 1.5e-5 * largest
+            assert row["error"] <= (1e-5 if layers < 24 else 2e-5) * largest and row["argmax_equal"]
         else:
             assert row["error"] <= 1.5 * theirs[0] and row["flipped"] <= 1.2 * theirs[1]
+
+
+def in_fp64(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """Logits of one rank of ours that computes in fp64."""
+    plan = plain_plan(folder, "fp64", context_tokens=2048, step_tokens=1024, device="cuda")
+    forced = Forced(plain_engine(plan))
+    parts = [forced.step(tokens[at : at + 1024], slice(None)) for at in range(0, len(tokens), 1024)]
+    return torch.cat(parts).cpu()
 
 
 def run(folder: Path, count: int, plans: list[Path]) -> list[dict]:
@@ -97,6 +111,7 @@ def main(folder: Path, count: int, paths: list[Path]) -> None:
     join(plans[0])
     trace = Trace(folder / f"rank-{rank}.trace")
     oracle = oracles.Run(*torch.load(folder / "oracle.pt", map_location=f"cuda:{rank}"))
+    exact = torch.load(folder / "fp64.pt", map_location=f"cuda:{rank}") if plans[0].dtype == "fp32" else torch.empty(0)
     for plan in plans:
         engine, _, ready = start(plan, rank, Options(check_ranks=True), trace, lambda done_bytes, total_bytes: None)
         linked = engine.comm.comm.comm  # within the checks and the marks
@@ -126,6 +141,8 @@ def main(folder: Path, count: int, paths: list[Path]) -> None:
             if plan.dtype == "fp32":
                 first = oracles.tokens_before_a_tie(routed, oracle, TIE)
                 row["error"] = (logits - oracle.logits)[:first].abs().max().item()
+                row["off_fp64"] = (logits.double() - exact)[:first].abs().max().item()
+                row["oracle_off_fp64"] = (oracle.logits.double() - exact)[:first].abs().max().item()
                 row["largest_logit"] = oracle.logits.abs().max().item()
                 row["argmax_equal"] = torch.equal(logits[:first].argmax(-1), oracle.logits[:first].argmax(-1))
                 row["before_a_tie"] = first
