@@ -110,7 +110,7 @@ def _folder_of(job: int) -> Path:
     script = script_of(job)
     if script is not None and read_states(script.parent, job):
         return script.parent
-    whose = "is none of ours" if script is not None else "is known neither to Slurm nor here"
+    whose = "is none of ours" if ask(job) else "is known neither to Slurm nor here"
     raise UnknownJobError(f"job {job} {whose}", "if it was submitted elsewhere, name its run folder instead of its id")
 
 

@@ -70,7 +70,7 @@ def read_option(name: str, value: Any) -> "str | bool":
         raise UserError(f"sbatch option {name} is not taken", REFUSED[name])
     if name not in KNOWN:
         raise UserError(f"no sbatch option {name!r}", did_you_mean(name, KNOWN))
-    if isinstance(value, str) and name in FLAGS and value.lower() in ("true", "false"):
+    if isinstance(value, str) and name not in VALUES and value.lower() in ("true", "false"):
         value = value.lower() == "true"
     if isinstance(value, bool):
         if name in VALUES:

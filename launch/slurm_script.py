@@ -27,6 +27,12 @@ def _template(name: str) -> str:
     return (importlib.resources.files("gptoss_launch.slurm") / name).read_text(encoding="utf-8")
 
 
+def _array_word(text: str) -> str:
+    """Quoted for an array, where a bare comma looks like a mistake to shellcheck."""
+    quoted = shlex.quote(text)
+    return f"'{text}'" if quoted == text and "," in text else quoted
+
+
 def render_script(job: Job, folder: str, version: str) -> str:
     """The whole script. folder: absolute path of the run folder. version: of gptoss-launch, for the header."""
     launching = job.launching
@@ -34,10 +40,10 @@ def render_script(job: Job, folder: str, version: str) -> str:
     places = {
         "KIND": job.kind,
         "VERSION": version,
-        "OPTIONS": "\n".join(sbatch_line(name, value) for name, value in job.options),
+        "OPTIONS": "\n".join(sbatch_line(name, value) for name, value in sorted(job.options)),
         "RUN_FOLDER": shlex.quote(folder),
         "PYTHON": shlex.quote(launching.python),
-        "PAYLOAD": shlex.join(job.command),
+        "PAYLOAD": " ".join(map(_array_word, job.command)),
         "CONTAINER_IMAGE": shlex.quote(launching.container_image or ""),
         "CONTAINER_MOUNTS": shlex.quote(launching.container_mounts or ""),
         "SETUP": shlex.quote(launching.setup or ""),

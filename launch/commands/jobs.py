@@ -153,7 +153,7 @@ def requeue(target: str, json: bool) -> None:
     _print({"job": job, "was": found.state}, json=json)
 
 
-@command.command("exec", context_settings={"ignore_unknown_options": True})
+@command.command("exec")
 @_target
 @click.argument("words", metavar="-- COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--node", metavar="N|HOST", help="Where: the place in the job or the name.  [default: 0]")

@@ -50,8 +50,6 @@ def sbatch_options(command: Any) -> Any:
 def _flags(flags: dict[str, Any]) -> dict[str, "str | bool"]:
     names = {f"sbatch_{name.replace('-', '_')}": name for name in (*KNOWN, *REFUSED)}
     given = {names[key]: value for key, value in flags.items() if value is not None}
-    if given.get("exclusive") == "true":
-        given["exclusive"] = True
     return {name: read_option(name, value) for name, value in given.items()}
 
 
