@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "Show what would run here, or on a named machine, and why."),
     "serve": ("serve", "Serve a model through the OpenAI API."),
     "generate": ("generate", "Answer one prompt in the terminal."),
+    "doctor": ("doctor", "Check whether this machine is fit to run a model."),
     "submit": ("submit", "Submit a job to Slurm: serve, finetune, bench or preflight."),
     "jobs": ("jobs", "Follow, stop and enter the jobs that were submitted."),
     "lint": ("lint", "Find the traps in a batch script of your own."),
