@@ -83,10 +83,10 @@ def _key(default: Any, read: Callable[[str], Any]) -> Any:
 class Launching:
     """How the script starts the payload. These keys may stand under run: in any file, the site file included.
 
-    folder: the run folder, or None for a new one below ./runs. python: the interpreter on the nodes. setup: a shell
-    file that every node sources first. ranks_per_node: None for one a GPU. lead_s: how long before the time limit the
-    ranks are told to save; Slurm looks every 30 s and may be 60 s early. max_requeues: of our own, at the time limit
-    and when preempted; None: 10 for serve and finetune, else 0.
+    folder: the run folder, or None for a new one below ./runs. python: the interpreter on the nodes; in a container
+    python3 unless it is named. setup: a shell file that every node sources first. ranks_per_node: None for one a GPU.
+    lead_s: how long before the time limit the ranks are told to save; Slurm looks every 30 s and may be 60 s early.
+    max_requeues: of our own, at the time limit and when preempted; None: 10 for serve and finetune, else 0.
     """
 
     folder: str | None = _key(None, absolute_path)
@@ -184,7 +184,9 @@ def make_job(kind: Kind, layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> J
                 merged[name].pop("requeue", None)
             merged[name] |= keys
     readers = {one.name: one.metadata["read"] for one in dataclasses.fields(Launching)}
-    given = {key: readers[key](value) for key, value in merged["run"].items() if key in readers}
+    given: dict[str, Any] = {key: readers[key](value) for key, value in merged["run"].items() if key in readers}
+    if "container_image" in given:
+        given = {"python": "python3"} | given  # the container's own; ours is not in it
     launching = Launching(**given)
     payload = {key: value for key, value in merged["run"].items() if key not in readers}
     options = {name: read_option(name, value) for name, value in merged["slurm"].items()}
