@@ -24,6 +24,7 @@ SECTIONS = ("slurm", "env", "run")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)", re.IGNORECASE)
 _READ_ONLY = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}  # `export UID=1` ends in an error
+_OUTPUT = "%x-%j.out"  # job's name and id; no folder, for a missing one is a job that dies without a word
 _WORD = re.compile(r"[A-Za-z0-9_.:-]+")
 
 
@@ -115,6 +116,10 @@ class Job:
     port: int | None = None
     payload: Mapping[str, Any] = field(default_factory=dict)  # the keys under run: that `command` was made of
 
+    @property
+    def output_is_default(self) -> bool:
+        return self.option("output") in (_OUTPUT, "slurm-%j.out")
+
     def option(self, name: str) -> str | bool | None:
         return dict(self.options).get(name)
 
@@ -205,7 +210,7 @@ def make_job(kind: Kind, layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> J
         defaults.pop("no-requeue", None)
     ours = {
         "ntasks-per-node": "1",
-        "output": options.get("output", "%x-%j.out"),
+        "output": options.get("output", _OUTPUT if "/" not in str(options.get("job-name", "")) else "slurm-%j.out"),
         "open-mode": "append",
         "signal": f"B:USR1@{launching.lead_s}",
     }

@@ -142,7 +142,7 @@ def submit(
     if not slurm_query.has("sbatch"):
         raise UserError("no sbatch on the PATH: this is no machine that submits to Slurm", "--render prints the script")
     run_folder.create_run_folder(folder, script, job.to_yaml(), plan)
-    output = None if _chosen(job, "output") else f"{folder}/slurm-%j.out"
+    output = f"{folder}/slurm-%j.out" if job.output_is_default else None
     try:
         _make_output_folder(job)
         number = slurm_query.submit(folder / run_folder.SCRIPT, output)
@@ -209,6 +209,8 @@ def remarks(job: Job) -> list[str]:
     lines = []
     if job.kind != "preflight" and not any(job.option(name) for name in ("gpus-per-node", "gpus", "gres")):
         lines.append("no gpus-per-node: the job asks for no GPU")
+    if not any(job.option(name) for name in ("cpus-per-task", "cpus-per-gpu", "exclusive")):
+        lines.append("no cpus-per-task: a node's ranks may have to share one CPU")
     if job.option("time") is None:
         lines.append("no time: the partition's default limit holds")
     if job.kind == "serve" and "api_key_file" not in job.payload:
@@ -230,10 +232,6 @@ def _stay(job: int, folder: Path, timeout_s: float | None, *, follow: bool) -> i
     status = wait_for_end(job, folder, timeout_s, beat)
     click.echo(f"job {job}: {status.state}, {status.reason}", err=True)
     return code_of(status)
-
-
-def _chosen(job: Job, name: str) -> bool:
-    return job.option(name) != "%x-%j.out"
 
 
 def _make_output_folder(job: Job) -> None:

@@ -5,6 +5,7 @@ payload.py stands in for the model; torchrun, signals, exit codes and the queue 
 
 import json
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def lines_of(cli: CommandLine, job: int, *flags: str) -> list[str]:
 
 def test_a_rank_that_exits_17(cli: CommandLine, submit: Callable[..., int], tmp_path: Path) -> None:
     """Its code, and not torchrun's or srun's, is the job's; the node and the rank are named; ranks follow Slurm."""
-    job = submit("finetune", {"nodes": 2}, training(tmp_path, steps=200, fail="1:17"))
+    job = submit("finetune", {"nodes": 2}, training(tmp_path, steps=200, fail="1:17") | {"interface": "eth0"})
     status = cli.until(job, lambda status: status["ended"])
     assert (status["state"], status["code"], status["source"]) == ("FAILED", 17, "scontrol")
     failure = status["failure"]
@@ -174,6 +175,52 @@ def test_wait_gives_the_jobs_own_code(cli: CommandLine, submit: Callable[..., in
     cli("jobs", "cancel", held["job"])
 
 
+def test_a_script_is_usable_by_hand(cli: CommandLine, cluster: Cluster, tmp_path: Path) -> None:
+    flags = ["--set", f"run.python={FAKE_PYTHON}", "--set", f"env.TEST_PYTHON={sys.executable}", "-N2"]
+    script = tmp_path / "by hand.sbatch"
+    script.write_text(cli("submit", "preflight", *flags, "--set", "run.folder=a run", "--render").stdout)
+    done = cluster.slurm("sbatch", "--parsable", f"--chdir={tmp_path}", str(script))
+    status = cli.until(tmp_path / "a run", lambda status: status["ended"]) if wait_for(tmp_path / "a run") else {}
+    assert (status["job"], status["state"], status["code"]) == (int(done.stdout), "COMPLETED", 0)
+
+
+@pytest.mark.parametrize(
+    ("interface", "words"),
+    [("lo", "calls itself 127.0.0.1, where no other node"), ("nope0", "no IPv4 address on nope0")],
+)
+def test_a_head_that_others_cannot_reach(cli: CommandLine, interface: str, words: str) -> None:
+    flags = ["--nodes", "2", "--set", "run.config=tiny", "--set", f"run.interface={interface}"]
+    done = cli("submit", "finetune", *flags, "--wait", code=4)
+    assert words in done.stderr
+
+
+def test_apptainer(cli: CommandLine, tmp_path: Path) -> None:
+    """In place of the program, one that shows its arguments and runs the command: where it is put is what is tested."""
+    program = tmp_path / "bin" / "apptainer"
+    program.parent.mkdir()
+    program.write_text("""#!/bin/bash\necho "apptainer $*"\nexec "${@:6}"\n""")
+    program.chmod(0o755)
+    cli.environment["PATH"] = f"{program.parent}:{cli.environment['PATH']}"
+    settings = [f"run.python={FAKE_PYTHON}", f"env.TEST_PYTHON={sys.executable}", "run.folder=run"]
+    settings += ["run.container_image=/my image.sif", "run.container_mounts=/data:/data"]
+    done = cli("submit", "preflight", *[word for one in settings for word in ("--set", one)], "--wait", "--follow")
+    inside = (
+        f"apptainer exec --nv --bind {tmp_path}/run,/data:/data /my image.sif {FAKE_PYTHON} -m gptoss_launch.launch"
+    )
+    assert f"[rank 0] {inside} doctor\n" in done.stderr and "[rank 0] looked at" in done.stderr
+    cli.environment["PATH"] = cli.environment["PATH"].partition(":")[2]
+    settings[2] = "run.folder=another"
+    done = cli("submit", "preflight", *[word for one in settings for word in ("--set", one)], "--wait", code=4)
+    assert "neither pyxis nor apptainer" in done.stderr
+
+
+def test_c10d_on_request(cli: CommandLine, submit: Callable[..., int], cluster: Cluster, tmp_path: Path) -> None:
+    if cluster.proctrack == "linuxproc":
+        pytest.skip("no signals in it: once is enough")
+    job = submit("finetune", {"nodes": 2}, training(tmp_path, steps=1) | {"rendezvous": "c10d"})
+    assert cli.until(job, lambda status: status["ended"])["code"] == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -231,3 +278,10 @@ def states(status: dict[str, Any]) -> list[dict[str, Any]]:
 
 def wait_for_lines(cli: CommandLine, job: int, words: str, count: int) -> None:
     cli.until(job, lambda _: cli("jobs", "logs", job).stdout.count(words) >= count)
+
+
+def wait_for(path: Path) -> bool:
+    deadline_s = time.monotonic() + 30
+    while not (path / "state.jsonl").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    return path.exists()
