@@ -12,7 +12,7 @@ from typing import Any
 
 from ..parallel.errors import UserError
 from .run_folder import RESUMABLE, SCRIPT, RankEnd, first_failure, rank_ends, read_states, recall
-from .slurm_query import ENDED, Seen, UnknownJobError, ask, script_of
+from .slurm_query import ENDED, Seen, UnknownJobError, ask, can_ask, script_of
 
 LOST = "LOST"  # it began, Slurm does not know it, and it did not say how it ended
 POLL_S = 1.0
@@ -139,9 +139,10 @@ def status_of(job: int, folder: Path) -> Status:
 def _judge(seen: Seen | None, last: dict[str, Any]) -> tuple[str, int | None, str]:
     """(state, exit code, reason in words). The script's last word counts for what Slurm cannot know."""
     said, said_code, said_reason = last.get("state", ""), last.get("code"), str(last.get("reason", ""))
+    if seen is None and (said in ("COMPLETED", "FAILED", "STOPPED") or not can_ask()):
+        return said, said_code, said_reason
     if seen is None:
-        state = said if said in ("COMPLETED", "FAILED", "STOPPED") else LOST
-        return state, said_code if state != LOST else None, said_reason if state != LOST else STATES[LOST]
+        return LOST, None, STATES[LOST]
     if seen.state not in ENDED:
         return seen.state, None, _in_words(seen, said_reason if said == "REQUEUED" else "")
     if seen.state == "FAILED" and seen.code == RESUMABLE:

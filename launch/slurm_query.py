@@ -71,8 +71,15 @@ def test_only(script: str) -> str:
     return _words(done)
 
 
+def can_ask() -> bool:
+    return has("squeue") or has("scontrol")
+
+
 def ask(job: int) -> Seen | None:
-    """The job as Slurm has it, or None if it has forgotten it or was never told."""
+    """The job as Slurm has it, or None if it has forgotten it, was never told, or is not here.
+
+    Raises SlurmRefusedError if its controller does not answer: that says nothing of the job.
+    """
     return _squeue(job) or _scontrol(job) or _sacct(job)
 
 
@@ -117,6 +124,8 @@ def _squeue(job: int) -> Seen | None:
     if not has("squeue"):
         return None
     done = _call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N|%S")
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise SlurmRefusedError(_words(done), "is slurmctld up, and this a node of the cluster?")
     fields = done.stdout.strip().split("|")
     if done.returncode != 0 or len(fields) != 4 or fields[0] in ENDED:  # squeue has no exit code
         return None

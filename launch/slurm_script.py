@@ -15,7 +15,7 @@ from .slurm_settings import Job, Kind
 #        functions of its template that the nodes need; values that they need)
 _NODE_PARTS: dict[Kind, tuple[str, int, str, str]] = {
     "serve": ("TERM", 0, "on_node", ""),  # a server that is asked to end drains, ends with 0, and starts again
-    "finetune": ("USR1", 75, "signal_ranks on_node", "torchrun ranks_per_node rendezvous"),
+    "finetune": ("USR1", 75, "signal_ranks on_node", " torchrun ranks_per_node rendezvous"),
     "bench": ("TERM", 75, "on_node", ""),
     "preflight": ("TERM", 75, "on_node", ""),
 }
@@ -60,7 +60,6 @@ def render_script(job: Job, folder: str, version: str) -> str:
         "RANKS_PER_NODE": "" if launching.ranks_per_node is None else str(launching.ranks_per_node),
         "RENDEZVOUS": launching.rendezvous,
     }
-    frame = _template("job.sbatch.frame").replace("@NODE@\n", _template(f"{job.kind}.sbatch.node"))
+    frame = _template("job.sbatch.frame").replace("@NODE@\n", _template(f"{job.kind}.sbatch.node") + "\n")
     # In one pass: a value that looks like a place is not filled in again.
-    text = _PLACE.sub(lambda place: places[place[1]], frame)
-    return "\n".join(line.rstrip() if not line.strip() else line for line in text.split("\n"))
+    return _PLACE.sub(lambda place: places[place[1]], frame)

@@ -36,9 +36,19 @@ def say(run: Path, state: str, code: int, reason: str) -> None:
         file.write(json.dumps(line) + "\n{cut off")
 
 
-def test_nobody_knows(command_line: CommandLine, folder: Path) -> None:
+def test_nobody_knows(command_line: CommandLine, folder: Path, tmp_path: Path) -> None:
+    status = command_line.status(folder)
+    assert (status["state"], status["ended"]) == ("RUNNING", False), "there is no Slurm to ask: as its script said"
+    program(tmp_path, "squeue", UNKNOWN)
     status = command_line.status(folder)
     assert (status["job"], status["state"], status["code"], status["source"]) == (41, "LOST", None, "state.jsonl")
+
+
+def test_a_controller_that_does_not_answer_says_nothing_of_the_job(
+    command_line: CommandLine, folder: Path, tmp_path: Path
+) -> None:
+    program(tmp_path, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert "Unable to contact slurm controller" in command_line("jobs", "status", folder, code=3).stderr
 
 
 def test_the_script_has_the_last_word(command_line: CommandLine, folder: Path) -> None:
