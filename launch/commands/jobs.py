@@ -23,7 +23,7 @@ _target = click.argument("target", metavar="ID|RUN")
 _json = click.option("--json", is_flag=True, help="One JSON object on stdout, nothing else there.")
 
 
-@click.group
+@click.group(no_args_is_help=False)
 def command() -> None:
     """Follow, stop and enter jobs that were submitted, by their id or their run folder."""
 

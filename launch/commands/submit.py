@@ -53,7 +53,7 @@ def _flags(flags: dict[str, Any]) -> dict[str, "str | bool"]:
     return {name: read_option(name, value) for name, value in given.items()}
 
 
-@click.group
+@click.group(no_args_is_help=False)
 def command() -> None:
     """Submit a job to Slurm.
 
