@@ -128,10 +128,13 @@ class Cluster:
             self._wait("jobs to end", lambda: not self.slurm("squeue", "-h").stdout.strip(), give_up=False)
         for pid_file in (*self.root.glob("slurmd.*.pid"), self.root / "slurmctld.pid", self.root / "munged.pid"):
             self._stop(pid_file)
-        for name in NODES:
+        for number, name in enumerate(NODES):
             if Path(f"/run/netns/glt{name}").exists():
                 for pid in run("ip", "netns", "pids", f"glt{name}", check=False).stdout.split():
                     os.kill(int(pid), signal.SIGKILL)
+                run(
+                    "ip", "link", "del", f"gltv{number}", check=False
+                )  # now, and not when the kernel ends the namespace
                 run("ip", "netns", "del", f"glt{name}", check=False)
         run("ip", "link", "del", BRIDGE, check=False)
         for name in NODES:

@@ -31,6 +31,8 @@ def finetune(words: list[str]) -> int:
             print(f"saved step {step}", flush=True)
             return 75
         step += 1
+        if step == 1:
+            print("has made a step", flush=True)
         if rank == int(failing) and step == 2:
             print("breaks", file=sys.stderr, flush=True)
             os._exit(int(code))
