@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -21,6 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "Show what would run here, or on a named machine, and why."),
     "serve": ("serve", "Serve a model through the OpenAI API."),
     "generate": ("generate", "Answer one prompt in the terminal."),
+    "doctor": ("doctor", "Check whether this machine is fit to run a model."),
+    "submit": ("submit", "Submit a job to Slurm: serve, finetune, bench or preflight."),
+    "jobs": ("jobs", "Follow, stop and enter the jobs that were submitted."),
+    "lint": ("lint", "Find the traps in a batch script of your own."),
     "checkpoint": ("checkpoint", "Write random checkpoints in the published layout."),
 }
 
@@ -107,8 +112,10 @@ def _usage(error: click.UsageError) -> tuple[str, tuple[str, ...], str]:
     help_line = f"{path} --help lists what it takes"
     if isinstance(error, click.NoSuchOption):
         params = error.ctx.command.params if error.ctx else []
-        known = [name for param in params if isinstance(param, click.Option) for name in param.opts]
-        return f"no option {error.option_name}", (), did_you_mean(error.option_name, known)
+        options = [param for param in params if isinstance(param, click.Option)]
+        near = get_close_matches(error.option_name, [name for option in options for name in option.opts], n=1)
+        shown = {name for option in options if not option.hidden for name in option.opts}
+        return f"no option {error.option_name}", (), did_you_mean(error.option_name, shown.union(near))
     return error.format_message().rstrip("."), (), help_line
 
 

@@ -78,6 +78,25 @@ def _local_folder(model: str) -> Path | None:
     return folder.resolve() if folder.is_dir() else None
 
 
+def local_model(model: str) -> Path:
+    """The folder of MODEL with nothing downloaded: a folder, tiny, or what the Hugging Face cache holds.
+
+    Raises UserError.
+    """
+    folder = _local_folder(model)
+    if folder is None and _HUB_ID.fullmatch(model):
+        try:
+            import huggingface_hub
+
+            folder = Path(huggingface_hub.snapshot_download(model, local_files_only=True, ignore_patterns=NOT_WANTED))
+        except (ImportError, OSError, ValueError):
+            message = f"{model} is not in the Hugging Face cache of this machine"
+            raise UserError(message, "serve downloads it; without a network copy its folder here") from None
+    if folder is None:
+        raise UserError(f"no model {model!r}", f"MODEL is a folder, a hub id, or tiny; {_nearest(model)}")
+    return folder
+
+
 def _nearest(model: str) -> str:
     return did_you_mean(model, [TINY, *PUBLISHED])
 

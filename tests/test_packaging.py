@@ -104,6 +104,14 @@ def test_a_base_install_plans_without_torch(base: Path, tmp_path: Path) -> None:
     assert "replicas" in run(*command[:-1], cwd=tmp_path)
 
 
+def test_a_base_install_renders_batch_scripts(base: Path, tmp_path: Path) -> None:
+    submit = (base / "gptoss-launch", "submit", "finetune", "--set", "run.config=tiny", "--render")
+    script = run(*submit, cwd=tmp_path)
+    assert script.startswith("#!/bin/bash\n") and "\npayload=(finetune --config tiny)\n" in script
+    (tmp_path / "job.sbatch").write_text(script)
+    run(base / "gptoss-launch", "lint", tmp_path / "job.sbatch", cwd=tmp_path)
+
+
 def test_a_base_install_says_what_serving_needs(base: Path, tmp_path: Path) -> None:
     command = [str(base / "gptoss-launch"), "serve", "tiny", "--port", "0"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)

@@ -23,8 +23,9 @@ def loaded_by(*arguments: str) -> set[str]:
         "print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, check=False
     )
+    assert done.returncode in (0, 3, 4, 5), done.stderr  # no controller answers; lint found something; no such job
     return set(done.stderr.split())
 
 
@@ -51,6 +52,19 @@ def test_help_of_a_command_loads_no_torch(command: str) -> None:
 @pytest.mark.parametrize("more", [(), ("--json",), ("--machine", "h100")])
 def test_plan_loads_no_torch(more: tuple[str, ...]) -> None:
     assert not loaded_by("plan", "openai/gpt-oss-20b", "--host-memory", "40GiB", *more) & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("submit", "serve", "--set", "run.model=tiny", "--render"),
+        ("submit", "serve", "--set", "run.model=tiny", "--set", "run.machine=h100", "--render"),
+        ("lint", "/dev/null"),
+        ("jobs", "status", "1"),
+    ],
+)
+def test_the_login_node_needs_no_torch(arguments: tuple[str, ...]) -> None:
+    assert not loaded_by(*arguments) & set(HEAVY)
 
 
 def test_version() -> None:

@@ -1,0 +1,116 @@
+"""`doctor`: each fault, injected into the facts of a healthy machine, is the one thing that is said to be wrong."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gptoss_launch.launch.cli import run
+from gptoss_launch.launch.doctor import GIB, Facts, _fits, judge, look
+from gptoss_launch.launch.extras import SERVE
+from gptoss_launch.launch.resolve import tiny_folder
+from gptoss_launch.parallel.planning.machine import Gpu
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0))
+HEALTHY = Facts(
+    python=(3, 12),
+    packages=dict.fromkeys(SERVE, "2.11.0"),
+    ranges={"torch": "<2.14,>=2.11"},
+    torch_cuda="13.0",
+    driver=("580.65", (13, 0)),
+    driver_error="",
+    nvidia_devices=1,
+    gpus=(H100,),
+    gpu_processes=0,
+    host_free_bytes=64 * GIB,
+    shm_free_bytes=8 * GIB,
+    temporary="/tmp",
+    temporary_free_bytes=100 * GIB,
+    open_files=65536,
+    locked_memory_limited=False,
+    infiniband=True,
+    port_free=True,
+    model="tiny",
+    checkpoint=None,
+    tokenizer=None,
+)
+
+
+def test_a_healthy_machine() -> None:
+    checks = judge(HEALTHY)
+    assert all(check.ok and not check.hint for check in checks)
+    assert {"python", "torch", "driver", "GPU 0", "/dev/shm", "open files", "checkpoint", "tokenizer"} <= {
+        check.name for check in checks
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "found", "hint"),
+    [
+        ({"python": (3, 10)}, "python", "3.10", "newer Python"),
+        ({"packages": HEALTHY.packages | {"msgpack": None}}, "msgpack", "not installed", "pip install"),
+        ({"packages": HEALTHY.packages | {"torch": "2.10.1+cu130"}}, "torch", "2.10.1+cu130", "pip install"),
+        # "11 GB card, old driver, torch without CUDA": which of the three it is
+        ({"gpus": (Gpu("GTX 1080 Ti", 11 * GIB, 10 * GIB, (6, 1)),)}, "GPU 0", "sm_61", "CUDA 13"),
+        ({"driver": ("535.183", (12, 2))}, "driver", "driver 535.183, which runs CUDA 12.2", "a newer driver"),
+        ({"torch_cuda": None}, "torch and CUDA", "built without CUDA", "PyPI"),
+        ({"driver": None, "driver_error": "not loaded", "gpus": ()}, "driver", "not loaded", "administrator"),
+        ({"gpu_processes": 2}, "other processes on the GPUs", "2", "nvidia-smi"),
+        ({"shm_free_bytes": 64 << 20}, "/dev/shm", "64.0 MiB free", "--shm-size"),
+        ({"host_free_bytes": GIB}, "host memory", "1.0 GiB free", "--mem"),
+        ({"temporary_free_bytes": 0}, "temporary folder", "0 B free in /tmp", "TMPDIR"),
+        ({"open_files": 256}, "open files", "256", "ulimit -n"),
+        ({"locked_memory_limited": True}, "locked memory", "limited", "ulimit -l"),
+        ({"port_free": False}, "port 8000", "taken", "--port"),
+        ({"checkpoint": ("x.safetensors is cut off", "fetch it again")}, "checkpoint", "cut off", "fetch it again"),
+        ({"tokenizer": ("no token <|end|>", "copy it")}, "tokenizer", "no token <|end|>", "copy it"),
+    ],
+)  # fmt: skip
+def test_a_fault(change: dict[str, Any], name: str, found: str, hint: str) -> None:
+    bad = [check for check in judge(dataclasses.replace(HEALTHY, **change)) if not check.ok]
+    assert [check.name for check in bad] == [name]
+    assert found in bad[0].found and hint in bad[0].hint and bad[0].wanted
+
+
+def test_no_gpu_is_no_fault() -> None:
+    facts = dataclasses.replace(HEALTHY, driver=None, gpus=(), nvidia_devices=0, torch_cuda=None, infiniband=False)
+    assert all(check.ok for check in judge(facts))
+
+
+def test_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command itself, on a checkpoint whose index names a file that is not there: exit 4."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder(), folder)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run(["doctor", str(folder), "--json"]) == 4
+    answer = json.loads(capsys.readouterr().out)
+    (bad,) = [check for check in answer["checks"] if check["name"] == "checkpoint"]
+    assert answer["ok"] is False and "model-00001-of-00001.safetensors" in bad["found"] and bad["hint"]
+    assert set(bad) == {"name", "found", "wanted", "ok", "hint"}
+    run(["doctor", str(folder)])
+    assert "BAD  checkpoint" in capsys.readouterr().out
+
+
+def test_what_is_seen_here() -> None:
+    import torch
+
+    facts = look("tiny")
+    assert facts.packages["torch"] == torch.__version__ and facts.torch_cuda == torch.version.cuda
+    assert facts.checkpoint is None and facts.tokenizer is None and facts.shm_free_bytes
+    assert look("openai/nothing-of-this-name").checkpoint is not None
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "fits"),
+    [
+        *(("2.11.0+cu130", ">=2.11,<2.14", True), ("2.14.0", ">=2.11,<2.14", False), ("2.9", ">=2.11", False)),
+        *(("4.0.0b36", "==4.0.0", True), ("1.0", "==1.0.0", True), ("1.5", "!=1.5", False), ("1.6", "~=1.5", True)),
+        *(("2.0", "~=1.5", False), ("3", "", True), ("1.0", "<=1", True), ("1.1", ">1.1", False)),
+    ],
+)
+def test_version_ranges(found: str, wanted: str, fits: bool) -> None:
+    assert _fits(found, wanted) is fits
