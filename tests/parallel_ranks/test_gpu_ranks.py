@@ -65,10 +65,10 @@ def test_two_gpus(size: str, layers: int, dtype: DType, count: int, tmp_path: Pa
     for row in run(tmp_path, count, plans):
         print(json.dumps({"model": size, "layers": layers} | row))
         if dtype == "fp32":
-            # Over 24 layers two fp32 programs drift apart by a little more than either is off: held to the same sums in
-            # fp64, ours is within the bound, and so nearly is the oracle.
-            assert row["off_fp64"] <= 1e-5 * largest and row["oracle_off_fp64"] <= 1.5e-5 * largest
+            # Over 24 layers fp32 itself is off by more than 1e-5, in the oracle no less than here: there ours has to
+            # be as near to the same sums in fp64 as the oracle is.
             assert row["error"] <= (1e-5 if layers < 24 else 2e-5) * largest and row["argmax_equal"]
+            assert row["off_fp64"] <= 1.1 * row["oracle_off_fp64"]
         else:
             assert row["error"] <= 1.5 * theirs[0] and row["flipped"] <= 1.2 * theirs[1]
 
