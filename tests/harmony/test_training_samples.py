@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import openai_harmony as oh
 import pytest
 from gptoss_launch.launch.api.chat import conversation
@@ -292,7 +293,6 @@ def test_bad_records_are_named_by_line_or_skipped_and_counted(tmp_path: Path, sm
 
 
 def test_datasets_read_as_files_do(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
-    datasets = pytest.importorskip("datasets")
     rows = [CASES["one answer"][0], {"messages": [said("user", "Hi"), said("assistant", "Yo", thinking="Hm")]}]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     got, _ = read_samples(read_records(Source(str(tmp_path / "saved"))), 0, Rules(), small_tokenizer, False)
