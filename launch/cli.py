@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "Show what would run here, or on a named machine, and why."),
     "serve": ("serve", "Serve a model through the OpenAI API."),
     "generate": ("generate", "Answer one prompt in the terminal."),
+    "finetune": ("finetune", "Fine-tune a model on conversations."),
     "checkpoint": ("checkpoint", "Write random checkpoints in the published layout."),
 }
 
