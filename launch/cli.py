@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "Serve a model through the OpenAI API."),
     "generate": ("generate", "Answer one prompt in the terminal."),
     "finetune": ("finetune", "Fine-tune a model on conversations."),
+    "export": ("export", "Write what a run has trained as an adapter or a whole model."),
     "checkpoint": ("checkpoint", "Write random checkpoints in the published layout."),
 }
 
