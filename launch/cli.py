@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "Answer one prompt in the terminal."),
     "finetune": ("finetune", "Fine-tune a model on conversations."),
     "export": ("export", "Write what a run has trained as an adapter or a whole model."),
+    "eval": ("eval", "Count right answers to a file of conversations."),
     "checkpoint": ("checkpoint", "Write random checkpoints in the published layout."),
 }
 

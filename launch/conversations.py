@@ -139,14 +139,14 @@ def _answers(
     from .api.errors import ApiError
     from .api.schema import AssistantMessage, parse_chat_request
 
-    plain, weights = _api_messages(messages)
+    plain, weights = api_messages(messages)
     body: dict[str, Any] = {
         "model": "",
         "messages": plain,
         "reasoning_effort": fields.get("reasoning_effort", rules.effort),
     }
     if fields.get("tools"):
-        body["tools"] = _tools(fields["tools"])
+        body["tools"] = api_tools(fields["tools"])
     today = _date(fields["date"]) if "date" in fields else rules.today
     try:
         request = parse_chat_request(json.dumps(body).encode())
@@ -191,7 +191,7 @@ def _completion(
     return tokens[len(header) :], weights[len(header) :]
 
 
-def _api_messages(messages: Any) -> tuple[list[dict[str, Any]], list[float]]:
+def api_messages(messages: Any) -> tuple[list[dict[str, Any]], list[float]]:
     """(messages as the API takes them, loss weight of each): thinking under the API's name, calls with ids."""
     if not isinstance(messages, list) or not messages:
         raise RecordError("messages: no list of messages")
@@ -242,7 +242,7 @@ def _assistant(message: dict[str, Any], place: int, calls: list[tuple[str, str]]
     return message | {"tool_calls": rewritten}
 
 
-def _tools(tools: Any) -> list[Any]:
+def api_tools(tools: Any) -> list[Any]:
     """Tools as the API takes them: also as JSON text, which tables of mixed records hold, and as bare functions."""
     if isinstance(tools, str):
         try:

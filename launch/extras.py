@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from ..parallel.errors import UserError
 
 SERVE = ("torch", "safetensors", "tokenizers", "msgpack", "fastapi", "uvicorn")
-FINETUNE = ("torch", "safetensors", "tokenizers", "fastapi")  # of [train]: for files of records on one device
+FINETUNE = ("torch", "safetensors", "tokenizers", "pydantic")  # of [train]: for files of records on one device
 TRAIN = ("datasets",)
 
 

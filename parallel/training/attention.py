@@ -207,7 +207,7 @@ def largest_error(candidate: Attention, spec: Spec, device: torch.device, dtype:
     sinks = torch.randn(spec.heads, generator=generator)
     bounds = (0, tokens // 5, tokens // 5 + 1, tokens)
     worst = 0.0
-    for window_tokens in (None, max(1, tokens // 4)):
+    for window_tokens in (None, max(1, min(spec.window_tokens, tokens // 2))):
 
         def run(attention: Attention, wanted: torch.dtype, window: int | None = window_tokens) -> list[Tensor]:
             leaves = [x.to(device=device, dtype=wanted, copy=True).requires_grad_() for x in (q, k, v)]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.mxfp4 import dequantize
-from ..planning.headers import INDEX, check_inventory, read_inventory
+from ..model.random_checkpoint import SINGLE_FILE_LIMIT_BYTES
+from ..planning.headers import INDEX, SINGLE_FILE, check_inventory, read_inventory
 from ..planning.shards import table
 from . import adapters
 from .job import Job
@@ -60,8 +61,9 @@ def export_checkpoint(
         weight_map |= dict.fromkeys(tensors, file)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         progress(number + 1, len(groups))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (out / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if list(groups) != [SINGLE_FILE]:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     config = json.loads((source / CONFIG).read_text("utf-8"))
     if layout == "bf16":
         config.pop("quantization_config", None)
@@ -72,9 +74,11 @@ def export_checkpoint(
 
 
 def _groups(job: Job) -> dict[str, list[str]]:
-    """File -> the tensors in it, by our names: a file a layer, and one for the rest."""
-    groups: dict[str, list[str]] = {}
-    for row in table(job.spec):
+    """File -> the tensors in it, by our names: all in one, or a file a layer and one for the rest."""
+    rows, groups = table(job.spec), dict[str, list[str]]()
+    if sum(row.nbytes for row in rows) <= SINGLE_FILE_LIMIT_BYTES:
+        return {SINGLE_FILE: [row.name for row in rows]}
+    for row in rows:
         prefix, _, rest = row.name.partition(".")
         file = (
             f"model-layer-{int(rest.split('.')[0]):05d}.safetensors" if prefix == "layers" else "model-rest.safetensors"

@@ -55,7 +55,13 @@ def test_wrong_words_name_the_key_and_the_near_match(words: list[str], named: st
 
 @pytest.mark.parametrize(
     ("preset", "machine"),
-    [("tiny", "laptop-8gb"), ("20b-24gb", "rtx3090"), ("20b-80gb", "h100"), ("120b-80gb", "h100")],
+    [
+        ("tiny", "laptop-8gb"),
+        ("tiny-full", "h100"),
+        ("20b-24gb", "rtx3090"),
+        ("20b-80gb", "h100"),
+        ("120b-80gb", "h100"),
+    ],
 )
 def test_every_preset_fits_its_machine(preset: str, machine: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["finetune", "--config", preset, "--dry-run", f"machine={machine}"]) == 0
@@ -66,7 +72,7 @@ def test_every_preset_fits_its_machine(preset: str, machine: str, capsys: pytest
 
 
 def test_presets_are_those_that_are_tested() -> None:
-    assert set(preset_names(PRESETS)) == {"tiny", "20b-24gb", "20b-80gb", "120b-80gb"}
+    assert set(preset_names(PRESETS)) == {"tiny", "tiny-full", "20b-24gb", "20b-80gb", "120b-80gb"}
 
 
 def test_what_does_not_fit_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from gptoss_launch.launch.cli import run
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.planning.headers import check_inventory, read_inventory
-from gptoss_launch.parallel.training import attention
+from gptoss_launch.parallel.training import attention, export
 from gptoss_launch.parallel.training.adapters import from_peft, new_adapter, to_peft
 from gptoss_launch.parallel.training.batch import make_pack
 from gptoss_launch.parallel.training.export import export_adapter
@@ -142,10 +142,18 @@ def test_a_full_run_is_served_as_it_was_trained(base: Path, tmp_path: Path) -> N
     assert mean_error(ours, trained_logits(trainee)) <= 2e-2
 
 
-def test_what_was_not_trained_keeps_its_bytes(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [1, SPECS[NAME].layers + 1])
+def test_what_was_not_trained_keeps_its_bytes(
+    base: Path, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one file, or in a file a layer with an index."""
+    if files > 1:
+        monkeypatch.setattr(export, "SINGLE_FILE_LIMIT_BYTES", 0)
     saved_run(base, tmp_path / "run", "lora", 4, 0)
     out = tmp_path / "out"
     assert run(["export", str(tmp_path / "run"), "--format", "mxfp4", "--out", str(out)]) == 0
+    assert len(list(out.glob("*.safetensors"))) == files
+    check_inventory(SPECS[NAME], read_inventory(out), out)
     before = load_file(base / "model.safetensors")
     after = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert before.keys() == after.keys()
