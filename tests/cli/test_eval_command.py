@@ -70,6 +70,7 @@ def test_no_server_and_no_model_are_said(tmp_path: Path, capsys: pytest.CaptureF
     assert "tinny is not served: no model 'tinny'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tiny_is_served_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = write(tmp_path / "t.jsonl", RECORDS)
     assert run(["eval", "tiny", "--task", str(task), "--max-tokens", "2", "--json"]) == 0

@@ -76,11 +76,24 @@ def same(a: Step, b: Step) -> bool:
     return dataclasses.replace(a, **blank) == dataclasses.replace(b, **blank)
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+def killed_run(job: Job, folder: Path, at: int) -> None:
+    """Dies while it reports step `at`, before that is saved."""
+
+    def die(step: Step) -> None:
+        if step.step == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(job, folder, load_trainee(job, lambda done, total: None), SAMPLES, SAMPLES[:2], lambda: False, die, print)
+
+
+@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_run_without_a_stop_bit_for_bit(job: Job, mode: str, tmp_path: Path) -> None:
     job = dataclasses.replace(job, mode=mode)
     whole = run(job, tmp_path / "whole")
-    parts = run(job, tmp_path / "parts", stop_after=3) + run(job, tmp_path / "parts")
+    parts = run(job, tmp_path / "parts", stop_after=3)
+    killed_run(job, tmp_path / "parts", at=4)
+    parts += run(job, tmp_path / "parts")
     assert [step.step for step in whole] == [1, 2, 3, 4, 5, 6] and all(map(same, whole, parts))
     assert whole[-1].loss < 0.8 * whole[0].loss
     assert [step.eval_loss is not None for step in whole] == [False, False, True, False, False, True]
