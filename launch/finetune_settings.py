@@ -168,6 +168,16 @@ class FinetuneSettings:
 _FIELDS = {one.name: one for one in dataclasses.fields(FinetuneSettings)}
 
 
+def settings_help() -> str:
+    """A line for each setting: key, what it is, and its default where it has one that is short."""
+    lines = ["Settings:"]
+    for name, one in _FIELDS.items():
+        shown = "" if isinstance(one.default, tuple | type(dataclasses.MISSING)) or one.default is None else one.default
+        default = f"  [{str(shown).lower() if isinstance(shown, bool) else shown}]" if shown != "" else ""
+        lines.append(f"  {name:18}{one.metadata['help']}{default}")
+    return "\n".join(lines)
+
+
 def load_finetune_settings(config: str | None, words: Sequence[str]) -> FinetuneSettings:
     """Settings from a YAML file or preset and `key=value` words, whose values are YAML too. Raises UserError.
 

@@ -19,17 +19,17 @@ import click
 from ...parallel.errors import UserError
 from ...parallel.planning.spec import Spec
 from ..cli import PROGRAM
+from ..finetune_settings import FinetuneSettings, load_finetune_settings, settings_help
 
 if TYPE_CHECKING:
     from ...parallel.training.job import Job
     from ...parallel.training.loop import Step
-    from ..finetune_settings import FinetuneSettings
     from ..tokenizer import Tokenizer
 
 STOPPED = 75  # resumable (contract of exit codes; EX_TEMPFAIL of sysexits.h)
 
 
-@click.command
+@click.command(epilog="\b\n" + settings_help())
 @click.option("--config", metavar="FILE", help="YAML file, or a preset of configs/finetune.")
 @click.option("--dry-run", is_flag=True, help="Print what a run would take, and start nothing.")
 @click.option("--preview", type=click.IntRange(1), metavar="N", help="Print the first N samples with their loss mask.")
@@ -39,7 +39,6 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
 
     KEY=VALUE sets what the file of --config does not, or sets it differently. `model`, `data` and `run` are needed.
     """
-    from ..finetune_settings import load_finetune_settings
     from ..resolve import resolve
 
     wanted = load_finetune_settings(config, settings)
@@ -71,7 +70,7 @@ def command_line(config: str | None, words: tuple[str, ...]) -> str:
     return shlex.join([PROGRAM, "finetune", *(["--config", config] if config else []), *words])
 
 
-def show(settings: "FinetuneSettings", tokenizer: "Tokenizer", count: int) -> None:
+def show(settings: FinetuneSettings, tokenizer: "Tokenizer", count: int) -> None:
     """The first samples of the data, in its order. Those of a bad record are an error, as they are to a run."""
     from rich.console import Console
 
@@ -95,7 +94,7 @@ def show(settings: "FinetuneSettings", tokenizer: "Tokenizer", count: int) -> No
                     return
 
 
-def finetune(settings: "FinetuneSettings", spec: Spec, folder: Path, tokenizer: "Tokenizer", line: str) -> int:
+def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, tokenizer: "Tokenizer", line: str) -> int:
     """The exit code of a run from its beginning or its last checkpoint. Raises what `train` raises."""
     from ...parallel.planning.machine import probe
     from ...parallel.training.job import METRICS_FILE, STOP_FILE, check_resumable, read_job, write_job
@@ -166,7 +165,7 @@ def finetune(settings: "FinetuneSettings", spec: Spec, folder: Path, tokenizer: 
     return 0
 
 
-def make_job(settings: "FinetuneSettings", spec: Spec, folder: Path, lengths: list[int], sources: list[int]) -> "Job":
+def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list[int], sources: list[int]) -> "Job":
     from ...parallel.training.job import Job, Recipe
     from ...parallel.training.order import Mixture, steps_per_epoch
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def test_every_preset_fits_its_machine(preset: str, machine: str, capsys: pytest
     assert err == "" and f"finetune --config {preset}" in " ".join(out.split())
     for part in ("weights", "trained, gradients, AdamW", "host memory", "a checkpoint", "a step"):
         assert part in out
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["finetune", "--help"]) == 0
+    lines = capsys.readouterr().out.split("Settings:")[1].splitlines()
+    assert {line.split()[0] for line in lines if line.strip()} >= {one.name for one in fields(FinetuneSettings)}
+    assert any("learning_rate" in line and "[0.0001]" in line for line in lines)
 
 
 def test_presets_are_those_that_are_tested() -> None:

@@ -1,5 +1,7 @@
 """The operations that gradients go through, each against plain autograd in fp64."""
 
+import warnings
+
 import pytest
 import torch
 from gptoss_launch.parallel.kernels.experts import Packed
@@ -141,3 +143,16 @@ def test_training_through_mxfp4_passes_gradients_straight() -> None:
     assert torch.equal(out, dequantize(*quantize(weight.detach()), torch.float32))
     (grad,) = torch.autograd.grad(out, weight, torch.ones(4, 32) * 3)
     assert torch.equal(grad, torch.ones(4, 32) * 3)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_flex_attention_masks_documents_and_adds_sinks(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward pass, not compiled; gradients it has on a GPU alone, where the start-up test compares them."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    candidate = attention.flex(100)
+    q, k, v, sinks = draw(40, 6, 16, seed=1), draw(40, 2, 16, seed=2), draw(40, 2, 16, seed=3), draw(6, seed=4)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is slow
+        inputs = [x.float() for x in (q, k, v, sinks)]
+        ours = candidate.attend(*inputs, candidate.prepare(BOUNDS, window, q.device))
+    assert torch.allclose(ours.double(), naive_attention(q, k, v, sinks, window), atol=1e-5)
