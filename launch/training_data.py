@@ -1,5 +1,6 @@
 """Settings -> the samples of a run: every source read, split and counted; written once into the run's folder."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,16 @@ class Data:
 
 def rules_of(settings: FinetuneSettings) -> Rules:
     return Rules(settings.loss, settings.reasoning_effort, settings.date, settings.sequence_tokens)
+
+
+def data_in_words(settings: FinetuneSettings) -> str:
+    """Every setting that samples depend on: a run goes on with the samples that it began with, or not at all."""
+    sources = {
+        "data": [f"{one.name}:{one.split}x{one.weight:g}" for one in settings.data],
+        "eval_data": [f"{one.name}:{one.split}" for one in settings.eval_data],
+    }
+    names = ("eval_fraction", "skip_bad_records", "loss", "reasoning_effort", "date")
+    return json.dumps(sources | {name: getattr(settings, name) for name in names}, default=str)
 
 
 def read_data(settings: FinetuneSettings, tokenizer: Tokenizer, vocab: int) -> Data:

@@ -116,7 +116,8 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, tokenizer: "T
         raise UserError(f"{run} is not empty", "run=NEW FOLDER, or resume=auto to go on")
     run.mkdir(parents=True, exist_ok=True)
     (run / STOP_FILE).unlink(missing_ok=True)  # one that an earlier run has obeyed
-    data = stored_data(run)
+    # samples of a run that has no checkpoint yet may be of other settings
+    data = stored_data(run) if saves(run) else None
     if data is None:
         data = read_data(settings, tokenizer, spec.vocab)
     for skipped in data.skipped[:10]:
@@ -168,6 +169,7 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, tokenizer: "T
 def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list[int], sources: list[int]) -> "Job":
     from ...parallel.training.job import Job, Recipe
     from ...parallel.training.order import Mixture, steps_per_epoch
+    from ..training_data import data_in_words
 
     assert settings.model is not None and settings.dtype is not None and settings.device is not None
     weights = tuple(source.weight for source in settings.data)
@@ -194,6 +196,7 @@ def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list
         steps=steps,
         recipe=recipe,
         seed=settings.seed,
+        data=data_in_words(settings),
         weights=weights,
         save_every=settings.save_every,
         keep_last=settings.keep_last,

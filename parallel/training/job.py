@@ -49,7 +49,8 @@ class Recipe:
 @dataclass(frozen=True)
 class Job:
     """model, checkpoint: its name and its folder. attention_rank, expert_rank: 0 where not adapted. dtype: of products
-    and hidden states. weights: how often an epoch takes a sample of each source."""
+    and hidden states. data: where the samples are from and how they were made, in words. weights: how often an epoch
+    takes a sample of each source."""
 
     model: str
     checkpoint: str
@@ -66,6 +67,7 @@ class Job:
     steps: int
     recipe: Recipe
     seed: int
+    data: str
     weights: tuple[float, ...]
     save_every: int  # steps; 0: at the end
     keep_last: int

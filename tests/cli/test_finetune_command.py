@@ -154,4 +154,6 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pyt
     assert steps[-1]["eval_loss"] < steps[0]["loss"]
     assert run([*command, "steps=9"]) == 2
     assert "was begun with steps=8, not 9" in capsys.readouterr().err
+    assert run([*command, "loss={final: 2}"]) == 2
+    assert "was begun with data=" in capsys.readouterr().err
     assert run([*command, "resume=never"]) == 2

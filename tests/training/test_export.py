@@ -41,7 +41,7 @@ def saved_run(base: Path, folder: Path, mode: str = "lora", attention_rank: int 
     """(job, trainee) of a run whose trained tensors have all moved, saved as its step 1."""
     recipe = Recipe(1e-3, "constant", 0, 0, 0.9, 0.95, 0, 1)
     job = Job("small", str(base), SPECS[NAME], "lora", attention_rank, 8, expert_rank, 6, "fp32", "cpu", 64, 1, 1,
-              recipe, 0, (1.0,), 0, 1, 0, False)  # fmt: skip
+              recipe, 0, "", (1.0,), 0, 1, 0, False)  # fmt: skip
     job = dataclasses.replace(job, mode=mode)
     folder.mkdir()
     trainee = load_trainee(job, lambda done, total: None)

@@ -39,6 +39,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         steps=6,
         recipe=RECIPE,
         seed=1,
+        data="",
         weights=(1.0,),
         save_every=2,
         keep_last=2,
