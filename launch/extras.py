@@ -5,13 +5,16 @@ from importlib.util import find_spec
 from ..parallel.errors import UserError
 
 SERVE = ("torch", "safetensors", "tokenizers", "msgpack", "fastapi", "uvicorn")
-FINETUNE = ("torch", "safetensors", "tokenizers", "pydantic")  # of [train]: for files of records on one device
-TRAIN = ("datasets",)
 
 
 def need_serve_extra(command: str) -> None:
     """Raises UserError if the [serve] install is missing, or part of it. Imports none of it."""
     _need(command, SERVE, "serve")
+
+
+# of [train]: for files of records on one device, and what reads datasets
+FINETUNE = ("torch", "safetensors", "tokenizers", "pydantic")
+TRAIN = ("datasets",)
 
 
 def need_finetune_modules(command: str) -> None:
