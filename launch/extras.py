@@ -9,6 +9,24 @@ SERVE = ("torch", "safetensors", "tokenizers", "msgpack", "fastapi", "uvicorn", 
 
 def need_serve_extra(command: str) -> None:
     """Raises UserError if the [serve] install is missing, or part of it. Imports none of it."""
-    missing = [module for module in SERVE if find_spec(module) is None]
+    _need(command, SERVE, "serve")
+
+
+# of [train]: for files of records on one device, and what reads datasets
+FINETUNE = ("torch", "safetensors", "tokenizers", "pydantic")
+TRAIN = ("datasets",)
+
+
+def need_finetune_modules(command: str) -> None:
+    _need(command, FINETUNE, "train")
+
+
+def need_train_extra(command: str) -> None:
+    """The same for what [train] brings besides."""
+    _need(command, TRAIN, "train")
+
+
+def _need(command: str, modules: tuple[str, ...], extra: str) -> None:
+    missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise UserError(f"{command} needs {', '.join(missing)}", "pip install 'gptoss-launch[serve]'")
+        raise UserError(f"{command} needs {', '.join(missing)}", f"pip install 'gptoss-launch[{extra}]'")

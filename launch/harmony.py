@@ -26,6 +26,7 @@ __all__ = [
     "StreamParser",
     "System",
     "render",
+    "render_message",
     "stop_tokens",
 ]
 
@@ -86,12 +87,12 @@ def render(conversation: Conversation, tokenizer: Tokenizer, *, for_completion: 
 
     Raises UserError for a tool message without a name and for an unknown built-in tool.
     """
-    ids = _message(Message("system", _system_text(conversation)), tokenizer)
+    ids = render_message(Message("system", _system_text(conversation)), tokenizer)
     if conversation.developer is not None:
-        ids += _message(Message("developer", _developer_text(conversation.developer)), tokenizer)
+        ids += render_message(Message("developer", _developer_text(conversation.developer)), tokenizer)
     messages = conversation.messages
     for message in _without_old_analysis(messages) if for_completion else messages:
-        ids += _message(message, tokenizer)
+        ids += render_message(message, tokenizer)
     if for_completion:
         ids += [tokenizer.special["<|start|>"], *tokenizer.encode("assistant")]
     return ids
@@ -115,7 +116,7 @@ def _without_old_analysis(messages: Sequence[Message]) -> Sequence[Message]:
     return [m for place, m in enumerate(messages) if place > first_final or m.channel != "analysis"]
 
 
-def _message(message: Message, tokenizer: Tokenizer) -> list[int]:
+def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
     """<|start|>{author} to={recipient}<|channel|>{channel} {type}<|message|>{content}<|end|>.
 
     Each piece is encoded by itself, as openai-harmony does: the cuts decide which tokens come out.

@@ -199,18 +199,25 @@ def load_settings(kind: type[SettingsT], config: str | None, flags: dict[str, An
     return kind(**{name: value for name, value in (from_file | given).items() if name in names})
 
 
-def preset_names() -> tuple[str, ...]:
-    folder = importlib.resources.files("gptoss_launch.configs") / PRESETS
+def preset_names(presets: str = PRESETS) -> tuple[str, ...]:
+    folder = importlib.resources.files("gptoss_launch.configs") / presets
     return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 
 
 def read_settings_file(config: str) -> dict[str, Any]:
-    """Field name -> value for every key in a YAML file, or in the preset of that name."""
+    """Field name -> value for every key in a YAML file of serve, or in the preset of that name."""
+    where, keys = read_yaml(config, PRESETS)
+    known = {one.metadata["flag"].replace("-", "_"): one for one in dataclasses.fields(ServeSettings)}
+    return read_keys(keys, known, where)
+
+
+def read_yaml(config: str, presets: str) -> tuple[str, dict[Any, Any]]:
+    """(its name for messages, its keys) of a YAML file, or of the preset of that name in configs/`presets`."""
     import yaml
 
-    if config in preset_names():
-        where = f"configs/{PRESETS}/{config}.yaml"
-        text = (importlib.resources.files("gptoss_launch.configs") / PRESETS / f"{config}.yaml").read_text(
+    if config in preset_names(presets):
+        where = f"configs/{presets}/{config}.yaml"
+        text = (importlib.resources.files("gptoss_launch.configs") / presets / f"{config}.yaml").read_text(
             encoding="utf-8"
         )
     else:
@@ -218,14 +225,19 @@ def read_settings_file(config: str) -> dict[str, Any]:
         try:
             text = Path(config).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {config}: not readable: {error}", did_you_mean(config, preset_names())) from None
+            hint = did_you_mean(config, preset_names(presets))
+            raise UserError(f"--config {config}: not readable: {error}", hint) from None
     try:
         keys = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{where}: no YAML: {' '.join(str(error).split())}", "one `key: value` a line") from None
     if not isinstance(keys, dict):
         raise UserError(f"{where}: a {type(keys).__name__}, not a mapping", "one `key: value` a line")
-    known = {one.metadata["flag"].replace("-", "_"): one for one in dataclasses.fields(ServeSettings)}
+    return where, keys
+
+
+def read_keys(keys: dict[Any, Any], known: "dict[str, dataclasses.Field[Any]]", where: str) -> dict[str, Any]:
+    """Field name -> value, each read by its own reader. Raises UserError that names `where` and the key."""
     values = {}
     for key, value in keys.items():
         if key not in known:
@@ -233,5 +245,5 @@ def read_settings_file(config: str) -> dict[str, Any]:
         try:
             values[known[key].name] = known[key].metadata["read"](value)
         except UserError as error:
-            raise UserError(f"{where}: {key}: {error.message}", known[key].metadata["help"]) from None
+            raise UserError(f"{where}: {key}: {error.message}", error.hint or known[key].metadata["help"]) from None
     return values

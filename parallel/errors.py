@@ -2,6 +2,7 @@
 
     UserError            what was asked cannot be done: one line with numbers, then a hint     exit 2
     +-- NoPlanError      no layout fits this machine (raised by `planning.planner`)            exit 6
+    +-- CheckError       a check of the work itself failed, such as a loss that is no number   exit 4
     +-- RankDiedError    a rank ended or hung while it was needed                              exit 7
 
 Anything else that is raised is our own mistake and keeps its traceback.
@@ -40,6 +41,12 @@ class NoPlanError(UserError):
 
     def __str__(self) -> str:
         return "\n".join((self.message, *(f"tried: {line}" for line in self.tried), f"hint: {self.hint}"))
+
+
+class CheckError(UserError):
+    """A check of the work itself failed; the message gives the numbers."""
+
+    exit_code = 4
 
 
 class RankDiedError(UserError):

@@ -7,7 +7,7 @@ were checked before (`planning.headers`), so a mismatch here is our own mistake.
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -16,14 +16,28 @@ from torch import Tensor
 from ..kernels.experts import Packed
 from ..planning.headers import Entry
 from ..planning.memory import stored_dtype
-from ..planning.plan import Plan
-from ..planning.shards import Row, is_zero_here, local_bytes, local_shape, local_slices, table
+from ..planning.plan import DType
+from ..planning.shards import Mesh, Row, is_zero_here, local_bytes, local_shape, local_slices, table
+from ..planning.spec import Spec
 from .dtypes import TORCH_DTYPE
 from .weights import Layer, Weights
 
 
+class Placed(Protocol):
+    """What loading needs to know of a Plan, or of a training run."""
+
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def expert_order(self) -> tuple[tuple[int, ...], ...]: ...
+
+
 def load(
-    plan: Plan,
+    plan: Placed,
     rank: int,
     inventory: Mapping[str, Entry],
     device: torch.device,
@@ -79,7 +93,7 @@ def load(
         )
 
 
-def _place(file: Any, row: Row, plan: Plan, rank: int, device: torch.device) -> Tensor:
+def _place(file: Any, row: Row, plan: Placed, rank: int, device: torch.device) -> Tensor:
     """This rank's slice of one tensor, on the device, in the dtype that the forward pass reads."""
     kept = stored_dtype(row, plan.dtype)
     dtype = torch.uint8 if kept is None else TORCH_DTYPE[kept]
@@ -90,7 +104,7 @@ def _place(file: Any, row: Row, plan: Plan, rank: int, device: torch.device) -> 
     return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
 
 
-def _read(file: Any, row: Row, plan: Plan, rank: int) -> Tensor:
+def _read(file: Any, row: Row, plan: Placed, rank: int) -> Tensor:
     """This rank's slice as it is in the file; experts in the plan's order, one by one, where it has one."""
     stored, slices = file.get_slice(row.published), local_slices(row, plan.mesh, rank)
     if not (plan.expert_order and row.by_expert):
@@ -99,6 +113,6 @@ def _read(file: Any, row: Row, plan: Plan, rank: int) -> Tensor:
     return torch.cat([stored[(slice(expert, expert + 1), *slices[1:])] for expert in order[slices[0]]])
 
 
-def _read_bytes(row: Row, plan: Plan, rank: int) -> int:
+def _read_bytes(row: Row, plan: Placed, rank: int) -> int:
     """What this rank asks the file for."""
     return 0 if is_zero_here(row, plan.mesh, rank) else local_bytes(row, plan.mesh, rank)

@@ -1,0 +1,223 @@
+"""Attention over packed documents, with sinks, and its gradient: in tiles of queries, scores never kept.
+
+The plain version is exact and runs anywhere. On CUDA torch's flex_attention may take its place, once it has shown
+on a small case that it computes the same, gradients included. Nothing here knows layers or pages.
+
+T tokens of all documents, N query heads, K KV heads, G = N / K, D head_dim, J keys.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.precision import wide
+from ..planning.memory import SCORES_LIMIT_BYTES
+from ..planning.spec import Spec
+
+Bounds = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A way to compute attention.
+
+    prepare: (bounds, window tokens or None, device) -> whatever `attend` wants to know of a pack, once for all layers
+    of a kind. attend: (q_TND, k_TKD, v_TKD, sinks_N, prepared) -> [T, N * D], differentiable in the first four.
+    """
+
+    name: str
+    prepare: Callable[[Bounds, int | None, torch.device], Any]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Any], Tensor]
+
+
+# --- plain
+
+
+@dataclass(frozen=True)
+class _Tile:
+    queries: slice
+    keys: slice
+    hidden: Tensor  # [queries, keys]
+
+
+def _tiles(bounds: Bounds, window_tokens: int | None, heads: int, device: torch.device) -> Iterator[_Tile]:
+    """Queries of one document that go together, and the keys that some of them see; scores stay under the limit."""
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        columns = end - begin if window_tokens is None else min(end - begin, 2 * window_tokens)
+        most = max(1, SCORES_LIMIT_BYTES // (heads * columns * 4))
+        step = most if window_tokens is None else min(most, window_tokens)
+        for low in range(begin, end, step):
+            high = min(low + step, end)
+            first = begin if window_tokens is None else max(begin, low - window_tokens + 1)
+            query = torch.arange(low, high, device=device)[:, None]
+            key = torch.arange(first, high, device=device)
+            hidden = key > query
+            if window_tokens is not None:
+                hidden |= key <= query - window_tokens
+            yield _Tile(slice(low, high), slice(first, high), hidden)
+
+
+def _by_group(x_TND: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[T, N, D] -> [K, G, T, D]."""
+    return x_TND.to(dtype).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+
+
+class _Plain(torch.autograd.Function):
+    """With p the weights of the keys, o the output, g its gradient: ds = p (g v - g o), and a sink, whose value is
+    zero, gets -p_sink (g o). (FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1.2.)"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_N: Tensor, bounds: Bounds, window: int | None
+    ) -> Tensor:
+        heads, kv_heads, precision = q_TND.shape[1], k_TKD.shape[1], wide(q_TND.dtype)
+        out_TND = torch.empty_like(q_TND)
+        lse_KGT = torch.empty(kv_heads, heads // kv_heads, len(q_TND), dtype=precision, device=q_TND.device)
+        sinks_KG1 = sinks_N.to(precision).view(kv_heads, -1, 1)
+        for tile in _tiles(bounds, window, heads, q_TND.device):
+            scores = _scores(q_TND, k_TKD, tile, precision)
+            top = torch.maximum(scores.amax(-1), sinks_KG1)
+            lse = top + torch.log((scores - top[..., None]).exp_().sum(-1) + torch.exp(sinks_KG1 - top))
+            weights = scores.sub_(lse[..., None]).exp_()
+            mixed = torch.einsum("kgtj,jkd->tkgd", weights, v_TKD[tile.keys].to(precision))
+            out_TND[tile.queries] = mixed.flatten(1, 2).to(out_TND.dtype)
+            lse_KGT[..., tile.queries] = lse
+        ctx.save_for_backward(q_TND, k_TKD, v_TKD, sinks_N, out_TND, lse_KGT)
+        ctx.bounds, ctx.window = bounds, window
+        return out_TND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_TND, k_TKD, v_TKD, sinks_N, out_TND, lse_KGT = ctx.saved_tensors
+        grad_TND, heads, kv_heads = grads[0], q_TND.shape[1], k_TKD.shape[1]
+        precision = lse_KGT.dtype
+        scale = q_TND.shape[2] ** -0.5
+        dq_TND = torch.empty_like(q_TND)
+        dk_TKD, dv_TKD = (torch.zeros(x.shape, dtype=precision, device=x.device) for x in (k_TKD, v_TKD))
+        # g o for every query and head
+        inner_KGT = _by_group(grad_TND, kv_heads, precision).mul(_by_group(out_TND, kv_heads, precision)).sum(-1)
+        for tile in _tiles(ctx.bounds, ctx.window, heads, q_TND.device):
+            keys, values = k_TKD[tile.keys].to(precision), v_TKD[tile.keys].to(precision)
+            query = _by_group(q_TND[tile.queries], kv_heads, precision)
+            grad = _by_group(grad_TND[tile.queries], kv_heads, precision)
+            weights = _scores(q_TND, k_TKD, tile, precision).sub_(lse_KGT[..., tile.queries, None]).exp_()
+            dv_TKD[tile.keys] += torch.einsum("kgtj,kgtd->jkd", weights, grad)
+            slopes = torch.einsum("kgtd,jkd->kgtj", grad, values).sub_(inner_KGT[..., tile.queries, None])
+            slopes = slopes.mul_(weights).mul_(scale)
+            dk_TKD[tile.keys] += torch.einsum("kgtj,kgtd->jkd", slopes, query)
+            dq = torch.einsum("kgtj,jkd->tkgd", slopes, keys)
+            dq_TND[tile.queries] = dq.flatten(1, 2).to(dq_TND.dtype)
+        weights_KGT = torch.exp(sinks_N.to(precision).view(kv_heads, -1, 1) - lse_KGT)
+        dsinks_N = -(weights_KGT * inner_KGT).sum(-1).flatten().to(sinks_N.dtype)
+        return dq_TND, dk_TKD.to(k_TKD.dtype), dv_TKD.to(v_TKD.dtype), dsinks_N, None, None
+
+
+def _scores(q_TND: Tensor, k_TKD: Tensor, tile: _Tile, precision: torch.dtype) -> Tensor:
+    query = _by_group(q_TND[tile.queries], k_TKD.shape[1], precision) * q_TND.shape[2] ** -0.5
+    scores = torch.einsum("kgtd,jkd->kgtj", query, k_TKD[tile.keys].to(precision))
+    return scores.masked_fill_(tile.hidden, float("-inf"))
+
+
+def _attend_plain(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_N: Tensor, prepared: tuple[Bounds, int | None]
+) -> Tensor:
+    out: Any = _Plain.apply(q_TND, k_TKD, v_TKD, sinks_N, *prepared)
+    return out.flatten(1)
+
+
+PLAIN = Attention("plain", lambda bounds, window_tokens, device: (bounds, window_tokens), _attend_plain)
+
+
+# --- flex_attention (https://arxiv.org/abs/2412.05496)
+
+
+def flex(capacity_tokens: int) -> Attention:
+    """Compiled once for packs of up to `capacity_tokens`, which are filled up to that."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    size = -(-capacity_tokens // 128) * 128  # whole blocks
+
+    def prepare(bounds: Bounds, window_tokens: int | None, device: torch.device) -> Any:
+        lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+        lengths.append(size - bounds[-1])  # what fills up is a document of its own
+        document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            near = (key <= query) & (document[query] == document[key])
+            return near if window_tokens is None else near & (key > query - window_tokens)
+
+        return create_block_mask(sees, None, None, size, size, device=str(device))
+
+    def attend(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_N: Tensor, mask: Any) -> Tensor:
+        tokens = len(q_TND)
+        q, k, v = (
+            torch.nn.functional.pad(x, (0, 0, 0, 0, 0, size - tokens)).transpose(0, 1)[None]
+            for x in (q_TND, k_TKD, v_TKD)
+        )
+        out, aux = compiled(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+        # a sink takes its share of the weight and brings no value: what is left is a sigmoid
+        left = torch.sigmoid(aux.lse - sinks_N.to(aux.lse.dtype)[None, :, None])
+        return (out * left[..., None].to(out.dtype))[0, :, :tokens].transpose(0, 1).flatten(1)
+
+    return Attention("flex", prepare, attend)
+
+
+# --- the choice
+
+ERROR_LIMIT = 2e-2  # of the largest value, in bf16, whose steps are 2 ** -8 of a value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """attention: what will be used. why: a line for the log."""
+
+    attention: Attention
+    why: str
+
+
+def choose(spec: Spec, device: torch.device, dtype: torch.dtype, capacity_tokens: int) -> Choice:
+    """flex_attention where it proves right on a small case with the model's heads, else the plain version."""
+    if device.type != "cuda":
+        return Choice(PLAIN, f"attention: plain; flex_attention has no gradient on {device.type}")
+    try:
+        candidate = flex(capacity_tokens)
+        error = largest_error(candidate, spec, device, dtype, min(capacity_tokens, 300))
+    except Exception as error:  # whatever a compiler raises
+        reason = " ".join(str(error).split())[:200]
+        return Choice(PLAIN, f"attention: plain; flex_attention fails here: {type(error).__name__}: {reason}")
+    if not error <= ERROR_LIMIT:
+        return Choice(PLAIN, f"attention: plain; flex_attention is off by {error:.1e} (limit {ERROR_LIMIT:.0e})")
+    return Choice(candidate, f"attention: flex_attention; within {error:.1e} of plain, gradients included")
+
+
+def largest_error(candidate: Attention, spec: Spec, device: torch.device, dtype: torch.dtype, tokens: int) -> float:
+    """Of output and gradients of q, k, v and sinks, relative to the largest value of each, against plain in fp32.
+
+    Three documents, of which one is longer than the window; with a window and without.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(tokens, count, spec.head_dim, generator=generator).to(dtype)
+        for count in (spec.heads, spec.kv_heads, spec.kv_heads, spec.heads)
+    )
+    sinks = torch.randn(spec.heads, generator=generator)
+    bounds = (0, tokens // 5, tokens // 5 + 1, tokens)
+    worst = 0.0
+    for window_tokens in (None, max(1, min(spec.window_tokens, tokens // 2))):
+
+        def run(attention: Attention, wanted: torch.dtype, window: int | None = window_tokens) -> list[Tensor]:
+            leaves = [x.to(device=device, dtype=wanted, copy=True).requires_grad_() for x in (q, k, v)]
+            leaves.append(sinks.to(device, copy=True).requires_grad_())
+            out = attention.attend(
+                leaves[0], leaves[1], leaves[2], leaves[3], attention.prepare(bounds, window, device)
+            )
+            out.backward(grad.flatten(1).to(device=device, dtype=wanted))
+            return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+        for ours, exact in zip(run(candidate, dtype), run(PLAIN, torch.float32), strict=True):
+            worst = max(worst, ((ours.float() - exact).abs().max() / exact.abs().max()).item())
+    return worst

@@ -1,0 +1,99 @@
+"""The forward pass for training: a pack of documents in, last hidden states out. The mathematics of a layer are the
+functions that serving calls; a test holds the two passes equal.
+
+T tokens, H hidden, N query heads, K KV heads, D head_dim, X experts a token, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels.experts import route, swiglu
+from ..kernels.norm import add_norm
+from ..kernels.precision import wide
+from ..kernels.rope import concentration, inverse_frequencies, rotate, rotation
+from ..planning.spec import Spec
+from .attention import Attention
+from .batch import Pack
+from .model import Layer, Model
+
+
+@dataclass(frozen=True)
+class Precision:
+    """compute: of products and what they read. residual: of the hidden state between half-layers."""
+
+    compute: torch.dtype
+    residual: torch.dtype
+
+
+def forward(
+    spec: Spec, model: Model, pack: Pack, attention: Attention, precision: Precision, recompute: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(normalised last hidden state [T, H] in the compute dtype, how many tokens each expert got [layers, E] int64).
+
+    recompute: keep only what enters each layer and compute the layer again for its gradient.
+    """
+    device = pack.tokens_T.device
+    turn = rotation(pack.positions_T, inverse_frequencies(spec).to(device), concentration(spec))
+    windows = {"window": spec.window_tokens, "full": None}
+    masks = {kind: attention.prepare(pack.bounds, windows[kind], device) for kind in set(spec.layer_kinds)}
+    residual_TH = torch.nn.functional.embedding(pack.tokens_T, model.embed_VH).to(precision.residual)
+    loads: list[Tensor] = []
+    for kind, layer in zip(spec.layer_kinds, model.layers, strict=True):
+
+        def run(x_TH: Tensor, layer: Layer = layer, mask: Any = masks[kind]) -> tuple[Tensor, Tensor]:
+            return _layer(spec, layer, x_TH, turn, attention, mask, precision)
+
+        # nothing in a layer draws random numbers, so there is no state to keep for the second time
+        result: Any = (
+            checkpoint(run, residual_TH, use_reentrant=False, preserve_rng_state=False)
+            if recompute
+            else run(residual_TH)
+        )
+        residual_TH, load_E = result
+        loads.append(load_E)
+    _, x_TH = add_norm(residual_TH, None, model.norm_H, spec.norm_eps, precision.compute)
+    return x_TH, torch.stack(loads)
+
+
+def _layer(
+    spec: Spec,
+    layer: Layer,
+    residual_TH: Tensor,
+    turn: tuple[Tensor, Tensor],
+    attention: Attention,
+    mask: Any,
+    precision: Precision,
+) -> tuple[Tensor, Tensor]:
+    _, x_TH = add_norm(residual_TH, None, layer.attn_norm_H, spec.norm_eps, precision.compute)
+    q_TND, k_TKD, v_TKD = (part(x_TH).unflatten(-1, (-1, spec.head_dim)) for part in (layer.q, layer.k, layer.v))
+    attended_TQ = attention.attend(rotate(q_TND, *turn), rotate(k_TKD, *turn), v_TKD, layer.sinks_N, mask)
+    residual_TH, x_TH = add_norm(residual_TH, layer.o(attended_TQ), layer.mlp_norm_H, spec.norm_eps, precision.compute)
+    weights_TX, experts_TX = route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
+    delta_TH, load_E = _experts(spec, layer, x_TH, weights_TX, experts_TX)
+    return residual_TH + delta_TH.to(residual_TH.dtype), load_E
+
+
+def _experts(spec: Spec, layer: Layer, x_TH: Tensor, weights_TX: Tensor, experts_TX: Tensor) -> tuple[Tensor, Tensor]:
+    """(weighted sum over a token's experts [T, H], tokens of each expert [E]).
+
+    Rows are brought into the order of their experts and back by permutations, and a token's rows are added in one sum:
+    no step adds in an order that changes from run to run, on a GPU either.
+    """
+    order = experts_TX.flatten().argsort(stable=True)
+    load_E = torch.bincount(experts_TX.flatten(), minlength=spec.experts)
+    rows = x_TH.unsqueeze(1).expand(-1, spec.experts_per_token, -1).flatten(0, 1)[order]
+    gate_up, down = layer.gate_up.in_dtype(x_TH.dtype), layer.down.in_dtype(x_TH.dtype)
+    outputs = [
+        down(expert, swiglu(gate_up(expert, part), spec.swiglu_limit))
+        for expert, part in enumerate(rows.split(load_E.tolist()))
+        if len(part)
+    ]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    y_TXH = torch.cat(outputs)[back].unflatten(0, (-1, spec.experts_per_token))
+    y_TH = (y_TXH.to(wide(x_TH.dtype)) * weights_TX[..., None]).sum(1)
+    return y_TH.to(x_TH.dtype), load_E

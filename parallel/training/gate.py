@@ -1,0 +1,90 @@
+"""The first loss, before anything has been trained: is it what the model that is served would lose?
+
+Weights that did not load, or a forward pass that computes something else, show here, at the price of one short pass.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckError
+from ..kernels import PLAIN
+from ..kernels.batch import Batch, Chunk, PageView, tiles
+from ..kernels.rope import inverse_frequencies
+from ..model.comm import Alone
+from ..model.forward import forward
+from ..model.weights import Weights
+from ..planning.pages import layers_per_page
+from ..planning.spec import LayerKind, Spec
+from .batch import Pack
+
+TOKENS = 512  # of the first document are looked at
+NEAR_CHANCE = 0.9  # of ln(vocabulary), what a model that knows nothing loses
+MOST_TIMES = 2.0
+
+
+@torch.no_grad()
+def serving_logits(spec: Spec, weights: Weights, tokens_T: Tensor, residual_dtype: torch.dtype) -> Tensor:
+    """Logits [T, V] after each token, by the pass that serves: one sequence, one page for each kind of layer."""
+    device, tokens = tokens_T.device, len(tokens_T)
+    slots_T = torch.arange(tokens, device=device)
+    kinds: tuple[LayerKind, ...] = ("window", "full")
+    chunks = (Chunk(0, tokens, 0, tokens),)
+    batch = Batch(
+        tokens_T=tokens_T,
+        positions_T=slots_T,
+        rows_T=torch.zeros_like(slots_T),
+        decodes=0,
+        chunks=chunks,
+        tiles_X4=torch.tensor(tiles(chunks), dtype=torch.int32, device=device),
+        pages={
+            kind: PageView(
+                torch.tensor([[page]], dtype=torch.int32, device=device),
+                slots_T + page * tokens,
+                spec.window_tokens if kind == "window" else None,
+            )
+            for page, kind in enumerate(kinds)
+        },
+        wanted_S=slots_T,
+    )
+    kv_LPCSKD = torch.zeros(
+        (layers_per_page(spec), len(kinds), 2, tokens, spec.kv_heads, spec.head_dim),
+        dtype=weights.embed_VH.dtype,
+        device=device,
+    )
+    frequencies = inverse_frequencies(spec).to(device)
+    return forward(spec, weights, PLAIN, Alone(), frequencies, kv_LPCSKD, batch, residual_dtype)
+
+
+def first_document(pack: Pack) -> Pack:
+    """Up to TOKENS of the first document that anything is learnt from."""
+    bounds = list(zip(pack.bounds, pack.bounds[1:], strict=False))
+    begin, end = next((b for b in bounds if bool(pack.weights_T[slice(*b)][:TOKENS].any())), bounds[0])
+    rows = slice(begin, min(end, begin + TOKENS))
+    return Pack(
+        pack.tokens_T[rows], pack.positions_T[rows], pack.targets_T[rows], pack.weights_T[rows], (0, rows.stop - begin)
+    )
+
+
+def serving_loss(spec: Spec, weights: Weights, document: Pack, residual_dtype: torch.dtype) -> float:
+    """Mean loss of a single document, by the pass that serves."""
+    rows = document.weights_T.nonzero()[:, 0]
+    logits = serving_logits(spec, weights, document.tokens_T, residual_dtype)[rows].float()
+    nll = torch.nn.functional.cross_entropy(logits, document.targets_T[rows], reduction="none")
+    return ((nll * document.weights_T[rows]).sum() / document.weights_T.sum()).item()
+
+
+def check_first_loss(loss: float, serving: float | None, vocab: int) -> None:
+    """Raises CheckError where the weights look random, or training computes something else than serving.
+
+    loss: of training, on the document of `serving`; None where nothing is loaded that could serve.
+    """
+    chance = math.log(vocab)
+    hint = "look at the data (--preview 1) and the checkpoint; first_loss=ignore starts all the same"
+    if loss > NEAR_CHANCE * chance:
+        raise CheckError(f"first loss {loss:.2f}, near ln(vocabulary) {chance:.2f}: the model knows nothing", hint)
+    if serving is not None and loss > MOST_TIMES * serving:
+        raise CheckError(
+            f"first loss {loss:.2f}, over {MOST_TIMES:g} x the {serving:.2f} of the pass that serves", hint
+        )

@@ -1,0 +1,95 @@
+"""The model as training sees it: the tensors of one device, each with what is trained of it.
+
+Knows two ways to train: low-rank additions to frozen weights (`lora_model`), and all weights (`full_model`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..model.weights import Weights
+from ..planning.spec import Spec
+from .products import Dense, Experts, Linear, LowRank
+
+ATTENTION, EXPERTS = ("q", "k", "v", "o"), ("gate_up", "down")
+
+
+@dataclass(frozen=True)
+class Layer:
+    attn_norm_H: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    sinks_N: Tensor
+    mlp_norm_H: Tensor
+    router_EH: Tensor
+    router_bias_E: Tensor
+    gate_up: Experts
+    down: Experts
+
+
+@dataclass(frozen=True)
+class Model:
+    embed_VH: Tensor
+    layers: tuple[Layer, ...]
+    norm_H: Tensor
+    head_VH: Tensor
+
+
+def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Model:
+    """Frozen `weights` of a single rank, and what is added to them, by name: "layers.3.q", "layers.3.down"."""
+    widths = (spec.heads * spec.head_dim, *[spec.kv_heads * spec.head_dim] * 2)
+    layers = []
+    for number, layer in enumerate(weights.layers):
+        pairs = {name: added.get(f"layers.{number}.{name}") for name in (*ATTENTION, *EXPERTS)}
+        rows, biases = layer.qkv_QH.split(widths), layer.qkv_bias_Q.split(widths)
+        q, k, v = (Linear(rows[place], biases[place], pairs[name]) for place, name in enumerate("qkv"))
+        layers.append(
+            Layer(
+                attn_norm_H=layer.attn_norm_H,
+                q=q,
+                k=k,
+                v=v,
+                o=Linear(layer.out_HQ, layer.out_bias_H, pairs["o"]),
+                sinks_N=layer.sinks_N,
+                mlp_norm_H=layer.mlp_norm_H,
+                router_EH=layer.router_EH,
+                router_bias_E=layer.router_bias_E,
+                gate_up=Experts(layer.gate_up, pairs["gate_up"]),
+                down=Experts(layer.down, pairs["down"]),
+            )
+        )
+    return Model(weights.embed_VH, tuple(layers), weights.norm_H, weights.head_VH)
+
+
+def full_model(spec: Spec, parameters: Mapping[str, Tensor]) -> Model:
+    """All of it trained. parameters: fp32, by the names of the shard table, where the packed pair NAME.blocks and
+    NAME.scales is one tensor NAME.weight [E, O, I]."""
+    layers = []
+    for number in range(spec.layers):
+        here = {
+            name.removeprefix(prefix): tensor
+            for prefix in (f"layers.{number}.",)
+            for name, tensor in parameters.items()
+            if name.startswith(prefix)
+        }
+        q, k, v, o = (Linear(here[f"{name}.weight"], here[f"{name}.bias"]) for name in ATTENTION)
+        gate_up, down = (Experts(Dense(here[f"{name}.weight"], here[f"{name}.bias"], True)) for name in EXPERTS)
+        layers.append(
+            Layer(
+                attn_norm_H=here["attn_norm"],
+                q=q,
+                k=k,
+                v=v,
+                o=o,
+                sinks_N=here["sinks"],
+                mlp_norm_H=here["mlp_norm"],
+                router_EH=here["router.weight"],
+                router_bias_E=here["router.bias"],
+                gate_up=gate_up,
+                down=down,
+            )
+        )
+    return Model(parameters["embed"], tuple(layers), parameters["norm"], parameters["head"])

@@ -1,0 +1,58 @@
+"""Checkpoints of a run: folders that are there whole or not at all, the last few of them.
+
+Knows nothing of what is in them.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import UserError
+from ..planning.machine import format_size
+
+_NAME = re.compile(r"checkpoint-(\d{8})")
+
+
+def saves(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint of `run`, the oldest first."""
+    found = [(match, path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found)
+
+
+def save(run: Path, step: int, write: Callable[[Path], None], needed_bytes: int, keep_last: int) -> Path:
+    """The folder of `step`, filled by `write`, then moved into place; older ones beyond `keep_last` go.
+
+    Raises UserError, with nothing changed, where the disk has no room.
+    """
+    free_bytes = shutil.disk_usage(run).free
+    if free_bytes < needed_bytes:
+        raise UserError(
+            f"{run}: a checkpoint takes {format_size(needed_bytes)}, {format_size(free_bytes)} are free",
+            "make room and resume; the last checkpoint is kept",
+        )
+    final, half = run / f"checkpoint-{step:08d}", run / f".half-{step:08d}"
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir()
+    write(half)
+    for path in half.iterdir():
+        _sync(path)
+    _sync(half)
+    shutil.rmtree(final, ignore_errors=True)  # of a run that began anew
+    half.rename(final)
+    _sync(run)
+    for _, old in saves(run)[:-keep_last]:
+        shutil.rmtree(old)
+    for left in run.glob(".half-*"):  # of a process that was killed while it wrote
+        shutil.rmtree(left)
+    return final
+
+
+def _sync(path: Path) -> None:
+    """Bytes on the disk, not only in the page cache: a rename must not outlive what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

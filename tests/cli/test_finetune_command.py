@@ -1,0 +1,159 @@
+"""`finetune`: settings, plan, preview, and a whole run that a signal stops and the same command finishes."""
+
+import json
+import os
+import signal
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from gptoss_launch.launch.cli import run
+from gptoss_launch.launch.finetune_settings import PRESETS, FinetuneSettings, load_finetune_settings
+from gptoss_launch.launch.records import Source
+from gptoss_launch.launch.settings import preset_names
+from gptoss_launch.parallel.errors import UserError
+from gptoss_launch.parallel.planning.spec import PUBLISHED
+from gptoss_launch.parallel.planning.training import all_values, lora_values
+from small_models import checkpoint
+
+
+def test_words_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    (tmp_path / "beside.jsonl").write_text("")
+    path.write_text("model: tiny\ndata: [beside.jsonl, {source: hub/name, weight: 2}]\nlearning_rate: 1e-3\nsteps: 5\n")
+    settings = load_finetune_settings(str(path), ["steps=7", "loss={analysis: 0}", "targets=attention", "date=none"])
+    assert settings.data == (Source(str(tmp_path / "beside.jsonl")), Source("hub/name", weight=2.0))
+    assert (settings.learning_rate, settings.steps, settings.targets) == (1e-3, 7, ("attention",))
+    assert settings.loss == {"analysis": 0, "commentary": 1, "final": 1} and settings.date is None
+    assert load_finetune_settings(None, []) == FinetuneSettings()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["lerning_rate=1"], "unknown key 'lerning_rate'; did you mean learning_rate?"),
+        (["steps"], "'steps' is no setting; write key=value"),
+        (["steps=0"], "steps: 0 is no whole number from 1"),
+        (["steps=1.5"], "steps: 1.5 is no whole number"),
+        (["learning_rate=fast"], "learning_rate: 'fast' is no number"),
+        (["learning_rate=.nan"], "learning_rate: nan is no number"),
+        (["loss={anlysis: 1}"], "loss: unknown channel 'anlysis'; did you mean analysis?"),
+        (["loss={analysis: 0, commentary: 0, final: 0}"], "loss: no channel counts"),
+        (["targets=[router]"], "targets: 'router' is none of attention, experts"),
+        (["skip_bad_records=1"], "skip_bad_records: 1 is neither true nor false"),
+        (["data={sorce: x}"], "data: {'sorce': 'x'} names no data"),
+        (["date=tomorrow"], "date: 'tomorrow' is no date"),
+        (["steps=["], "no YAML"),
+    ],
+)
+def test_wrong_words_name_the_key_and_the_near_match(words: list[str], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_finetune_settings(None, words)
+    assert all(part in str(caught.value) for part in named.split("; "))
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("preset", "machine"),
+    [
+        ("tiny", "laptop-8gb"),
+        ("tiny-full", "h100"),
+        ("20b-24gb", "rtx3090"),
+        ("20b-80gb", "h100"),
+        ("120b-80gb", "h100"),
+    ],
+)
+def test_every_preset_fits_its_machine(preset: str, machine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["finetune", "--config", preset, "--dry-run", f"machine={machine}"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and f"finetune --config {preset}" in " ".join(out.split())
+    for part in ("weights", "trained, gradients, AdamW", "host memory", "a checkpoint", "a step"):
+        assert part in out
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["finetune", "--help"]) == 0
+    lines = capsys.readouterr().out.split("Settings:")[1].splitlines()
+    assert {line.split()[0] for line in lines if line.strip()} >= {one.name for one in fields(FinetuneSettings)}
+    assert any("learning_rate" in line and "[0.0001]" in line for line in lines)
+
+
+def test_presets_are_those_that_are_tested() -> None:
+    assert set(preset_names(PRESETS)) == {"tiny", "tiny-full", "20b-24gb", "20b-80gb", "120b-80gb"}
+
+
+def test_what_does_not_fit_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["finetune", "--config", "20b-80gb", "--dry-run", "machine=h100", "mode=full"]) == 6
+    assert "does not fit cuda of h100: short by " in capsys.readouterr().err
+
+
+def test_values_are_those_of_the_published_models() -> None:
+    """facts of the architecture: parameters in all, and trained per unit of rank."""
+    small, large = (PUBLISHED[f"openai/gpt-oss-{size}"] for size in ("20b", "120b"))
+    assert (all_values(small), all_values(large)) == (20_914_757_184, 116_829_156_672)
+    assert lora_values(small, 64, 64) == 739_639_296  # as printed by others for rank 64
+    assert (lora_values(large, 1, 0), lora_values(large, 0, 1)) == (36 * 20_736, 36 * 128 * 14_400)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no model"),
+        (["model=tiny"], "no data"),
+        (["model=tiny", "data=nowhere.jsonl"], "no run"),
+        (["model=tiny", "data=nowhere.jsonl", "run=RUN", "device=cpu"], "nowhere.jsonl: not readable"),
+        (["--config", "tiny", "run=RUN", "machine=h100"], "machine=h100 is for --dry-run"),
+        (["--config", "tinny"], "--config tinny: not readable"),
+    ],
+)
+def test_what_is_missing_is_said(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["finetune", *(word.replace("RUN", str(tmp_path / "run")) for word in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_preview_prints_samples_with_their_mask(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["finetune", "--config", "tiny", "--preview", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("tokens,") == 3 and "assistant⟦<|channel|>analysis<|message|>" in out and "<|return|>⟧" in out
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    model = checkpoint("three_blocks", tmp_path)
+    words = [f"model={model}", f"run={folder}", "steps=8", "packs_per_step=1"]
+    command = ["finetune", "--config", "tiny", *words]
+    metrics = folder / "metrics.jsonl"
+
+    over = threading.Event()
+
+    def interrupt() -> None:
+        while not over.wait(0.01):
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                return
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        assert run(command) == 75
+    finally:
+        over.set()
+        thread.join()
+    assert "the same command goes on" in capsys.readouterr().err
+    stopped = len(metrics.read_text().splitlines())
+    assert 2 <= stopped < 8
+    metrics.write_text(metrics.read_text() + json.dumps({"step": stopped + 1}) + "\n")  # of a step that was not saved
+    assert run(command) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == str(folder / "checkpoint-00000008") and f"going on after step {stopped} of 8" in err
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(1, 9))
+    assert steps[-1]["eval_loss"] < steps[0]["loss"]
+    assert run([*command, "steps=9"]) == 2
+    assert "was begun with steps=8, not 9" in capsys.readouterr().err
+    assert run([*command, "loss={final: 2}"]) == 2
+    assert "was begun with data=" in capsys.readouterr().err
+    assert run([*command, "resume=never"]) == 2
