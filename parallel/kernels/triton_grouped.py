@@ -11,6 +11,7 @@ T tokens, X experts a token, P = T X pairs (token, expert); pair = token * X + p
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,11 +93,13 @@ def _where(starts, block, held, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _weights(half, scale, TILES: tl.constexpr, PLAIN: tl.constexpr):
-    """halves [tiles, 32 (g t), 8 (kh rh h)] and scale words [tiles, 32] -> [tiles * 16 (rh g), 64 (b q kh t h)]."""
-    odd = (tl.arange(0, 8) // 2 % 2)[None, None, :] == 1  # rh of each half
-    word = scale[:, :, None]  # bytes rh 0 b 0, rh 0 b 1, rh 1 b 0, rh 1 b 1
-    pair = tl.where(odd, word >> 16, word)
+def _weights(half, word, TILES: tl.constexpr, PLAIN: tl.constexpr):
+    """halves [(tiles, g, t), 8 (kh rh h)], scale words [(tiles, g, t)] -> [tiles * 16 (rh g), 64 (b q kh t h)].
+
+    Two dims in, as a third would let Triton lay lanes along the tiles, and weights would pass through shared memory.
+    """
+    odd = (tl.arange(0, 8) // 2 % 2)[None, :] == 1  # rh of each half
+    pair = tl.where(odd, (word >> 16)[:, None], word[:, None])  # bytes rh 0 b 0, rh 0 b 1, rh 1 b 0, rh 1 b 1
     v_0, v_1, v_2, v_3 = scaled_planes(half, (pair & 255).to(tl.int16), ((pair >> 8) & 255).to(tl.int16), PLAIN)
     value = tl.join(tl.join(v_0, v_2), tl.join(v_1, v_3))  # ... b q
     value = value.reshape(TILES, 8, 4, 2, 2, 2, 2, 2).permute(0, 4, 1, 6, 7, 3, 2, 5)
@@ -138,16 +141,20 @@ def _grouped(
     source = pair // EXPERTS_PER_TOKEN if GATE_UP else tl.where(live, place, 0)
     column = tl.arange(0, _CODES)
     x_MK = x + source.to(tl.int64)[:, None] * (steps * _CODES) + column[None, :]
-    tile = tl.minimum(column_block * TILES + tl.arange(0, TILES), tiles - 1)  # past the last: again it, not stored
+    lane = tl.arange(0, TILES * 32)
+    tile = tl.minimum(column_block * TILES + lane // 32, tiles - 1)  # past the last: again it, not stored
     tile = (expert.to(tl.int64) * tiles + tile) * steps
-    lane = tl.arange(0, 32)
-    half = blocks + tile[:, None, None] * _HALVES + (lane * 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
-    scale = scales + tile[:, None] * 8 + (lane // 4)[None, :]
+    half = blocks + (tile * _HALVES + lane % 32 * 8)[:, None] + tl.arange(0, 8)[None, :]
+    scale = scales + tile * 8 + lane % 32 // 4
     acc = tl.zeros((TILES * 16, ROWS), tl.float32)
     for step in range(0, steps):
         weight = _weights(tl.load(half + step * _HALVES), tl.load(scale + step * 8), TILES, PLAIN)
         value = tl.load(x_MK + step * _CODES)
         acc = tl.dot(weight, tl.trans(value.to(weight.dtype)), acc)
+        if not PLAIN:
+            # Weights are in registers, and Triton (3.6) would leave the products of a step pending while the weights of
+            # the next are written into those registers. What reads the sum in between makes it wait for them.
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], tl.float32, is_pure=True, pack=1)
     acc *= _BACK
     bias += expert.to(tl.int64) * rows
     if GATE_UP:
@@ -265,9 +272,12 @@ def _blocks(pairs: int, held: int, rows: int) -> int:
 
 def _shape(pairs: int, held: int) -> Shape:
     """By how many pairs an expert has on average."""
-    average = pairs / held
-    if average <= 24:
-        return Shape(rows=16, tiles=8, warps=4, stages=4)
-    if average <= 96:
-        return Shape(rows=64, tiles=8, warps=4, stages=4)
-    return Shape(rows=128, tiles=8, warps=4, stages=3)
+    return next(shape for most, shape in _SHAPES if pairs <= most * held)
+
+
+_SHAPES = (  # rows as tests/benchmarks/kernels_experts.py found them on an H200; warps: see Shape
+    (16, Shape(rows=16, tiles=8, warps=4, stages=4)),
+    (48, Shape(rows=64, tiles=8, warps=8, stages=4)),
+    (512, Shape(rows=128, tiles=8, warps=8, stages=4)),
+    (math.inf, Shape(rows=256, tiles=8, warps=8, stages=3)),
+)

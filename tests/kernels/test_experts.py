@@ -3,7 +3,11 @@
 Under the interpreter all arithmetic is fp32, so results agree to fp32; the bf16 kernels run on GPUs alone.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from gptoss_launch.parallel.kernels import experts as plain
 from gptoss_launch.parallel.kernels.mxfp4 import dequantize
 from gptoss_launch.parallel.kernels.triton_decode import MAX_PAIRS, Cut, decode
 from gptoss_launch.parallel.kernels.triton_experts import experts
-from gptoss_launch.parallel.kernels.triton_grouped import Shape, grouped
+from gptoss_launch.parallel.kernels.triton_grouped import _SHAPES, Shape, grouped
 from gptoss_launch.parallel.kernels.triton_mxfp4 import pack
 from gptoss_launch.parallel.kernels.triton_route import route
 from small_models import GPU
@@ -243,3 +247,43 @@ def test_route_true_sizes(tokens: int, count: int) -> None:
     assert torch.allclose(logits_TE.gather(1, experts_TX), best_TX, rtol=1e-4, atol=1e-3)
     assert torch.allclose(weights_TX.double(), best_TX.softmax(-1), rtol=1e-3, atol=1e-4)
     assert torch.equal(route(*given, 4)[0], weights_TX)
+
+
+COMPILE = """
+import triton
+from gptoss_launch.parallel.kernels.triton_grouped import _SHAPES, _grouped
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {"x": "*bf16", "blocks": "*i16", "scales": "*i32", "bias": "*bf16", "order": "*i32", "starts": "*i32"}
+WORDS = {name: "i32" for name in ("held", "tiles", "steps", "rows", "out_width")} | {"limit": "fp32"}
+types = POINTERS | {"out": "*bf16"} | WORDS
+names = _grouped.arg_names
+aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*POINTERS, "out", "out_width")}
+for gate_up in (True, False):
+    for _, shape in _SHAPES:
+        fixed = dict(ALPHA=1.702, GATE_UP=gate_up, EXPERTS_PER_TOKEN=4, EXPERTS=128, ROWS=shape.rows, TILES=shape.tiles)
+        constants = {(names.index(name),): value for name, value in (fixed | {"PLAIN": False}).items()}
+        source = ASTSource(_grouped, {name: types.get(name, "constexpr") for name in names}, constants, aligned)
+        how = {"num_warps": shape.warps, "num_stages": shape.stages}
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how).asm["ptx"]
+        waits = {line.split()[-1] for line in ptx.splitlines() if "wgmma.wait" in line}
+        print(ptx.count("wgmma.mma_async"), *sorted(waits))
+"""
+
+
+@pytest.mark.slow
+def test_no_product_is_pending_when_its_weights_registers_are_written(tmp_path: Path) -> None:
+    """PTX: registers of a wgmma must not be written before it has been waited for. Seen as nan on an H200, where
+    ptxas wrote the weights of the next step into the registers of three products that were still under way."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = tmp_path / "compile.py"  # Triton reads the source of what it compiles, here that of the project
+    script.write_text(COMPILE)
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2 * len(_SHAPES)
+    for line in lines:
+        products, waits = line.split(maxsplit=1)
+        assert int(products) >= 4 and waits == "0;", line
