@@ -314,9 +314,9 @@ def _serve_reader(setting: "dataclasses.Field[Any]") -> Callable[[str], str]:
 _SERVE = {one.metadata["flag"].replace("-", "_"): _serve_reader(one) for one in dataclasses.fields(ServeSettings)}
 _SERVE |= {"host": _word}
 _BENCH = {
-    **dict.fromkeys(("batch", "prompt", "new", "ranks", "compare"), _text),
+    **dict.fromkeys(("batch", "prompt", "new", "repeats", "rate", "requests", "seed", "ranks", "compare"), _text),
     "profile": _switch,
-    "out": absolute_path,
+    **dict.fromkeys(("out", "plot"), absolute_path),
 }
 
 # kind: the keys that its command takes under run:, and their readers
