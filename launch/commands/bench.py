@@ -90,9 +90,9 @@ def command() -> None:
 
 
 _HELP: dict[Kind, str] = {
-    "decode": "Time of a decode step by batch size.\n\nAll streams are sent at once and every token is waited for; a step "
-    "is (t(1 + n) - t(1)) / n, with medians of several runs, at temperature 1. `roofline` is the share of what the memory "
-    "bandwidth allows for the weights and KV cache that a step must read.",
+    "decode": "Time of a decode step by batch size.\n\nAll streams are sent at once and every token is waited for; a "
+    "step is (t(1 + n) - t(1)) / n, with medians of several runs, at temperature 1. `roofline` is the share of what "
+    "the memory bandwidth allows for the weights and KV cache that a step must read.",
     "prefill": "Prompt tokens a second by batch size: prompts sent at once, up to the first token of the last.",
     "serve": "Throughput and latency over HTTP, with requests that arrive at random (--rate) or with so many streams "
     "at a time (--batch).\n\nA checkpoint is served first as `serve` does.",
