@@ -44,6 +44,7 @@ COLUMNS: dict[str, Cell] = {
     "% roofline": lambda row: _number(None if row.roofline is None else row.roofline * 100, 1),
     "failed": lambda row: _number(sum(row.failed.values()) or None),
 }
+WIDEST = 1000  # characters
 ALWAYS = ("engine", "prompt", "new")
 
 
@@ -79,8 +80,8 @@ def report(rows: Sequence[Row], ratios: Sequence[Mapping[str, Any]]) -> Renderab
 
 def print_report(rows: Sequence[Row], ratios: Sequence[Mapping[str, Any]]) -> None:
     """To stderr: stdout is for the lines that programs read. Wider than the terminal rather than cut off."""
-    console = Console(stderr=True, highlight=False, markup=False)
-    width = max(console.width, console.measure(table(rows)).maximum)
+    wanted = Console(width=WIDEST).measure(table(rows)).maximum
+    width = max(Console(stderr=True).width, wanted)
     Console(stderr=True, highlight=False, markup=False, width=width).print(report(rows, ratios))
 
 
