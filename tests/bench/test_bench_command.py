@@ -175,7 +175,7 @@ def bench(*arguments: str, folder: Path) -> tuple[list[dict], str]:
 
 
 @pytest.mark.slow
-def test_tiny_is_decoded_profiled_and_served(tmp_path: Path) -> None:
+def test_tiny_is_decoded_and_profiled(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     sizes = ("--prompt", "16", "--new", "8", "--context", "256")
     (one, two, last), said = bench(
@@ -194,6 +194,10 @@ def test_tiny_is_decoded_profiled_and_served(tmp_path: Path) -> None:
     assert one["roofline"] is None and "no roofline: the bandwidth of cpu is unknown" in one["notes"]
     assert one["kernels"]["products"] > 0 and two["kernels"]["products"] > 0
     assert "us of kernels a step" in said and "note: gptoss-launch: no roofline" in said
+
+
+@pytest.mark.slow
+def test_tiny_is_served_under_load(tmp_path: Path) -> None:
     (row, _), _ = bench(
         *("serve", "tiny", "--rate", "4", "--requests", "4", "--prompt", "100", "--new", "4", "--context", "512"),
         folder=tmp_path,
