@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("finetune", "Fine-tune a model on conversations."),
     "export": ("export", "Write what a run has trained as an adapter or a whole model."),
     "eval": ("eval", "Count right answers to a file of conversations."),
+    "bench": ("bench", "Measure how fast a model decodes, prefills and serves."),
+    "top": ("top", "Watch a running server in the terminal."),
     "doctor": ("doctor", "Check whether this machine is fit to run a model."),
     "submit": ("submit", "Submit a job to Slurm: serve, finetune, bench or preflight."),
     "jobs": ("jobs", "Follow, stop and enter the jobs that were submitted."),

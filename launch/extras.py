@@ -30,3 +30,8 @@ def _need(command: str, modules: tuple[str, ...], extra: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UserError(f"{command} needs {', '.join(missing)}", f"pip install 'gptoss-launch[{extra}]'")
+
+
+def need_plot_extra(command: str) -> None:
+    """The same for what draws."""
+    _need(command, ("matplotlib",), "plot")

@@ -313,10 +313,36 @@ def _serve_reader(setting: "dataclasses.Field[Any]") -> Callable[[str], str]:
 
 _SERVE = {one.metadata["flag"].replace("-", "_"): _serve_reader(one) for one in dataclasses.fields(ServeSettings)}
 _SERVE |= {"host": _word}
-_BENCH = {
-    **dict.fromkeys(("batch", "prompt", "new", "ranks", "compare"), _text),
+
+
+def _numbers(low: float) -> Callable[[str], str]:
+    """Text that is numbers with commas between them, each at least `low`; whole ones where `low` is."""
+
+    def read(value: str) -> str:
+        try:
+            numbers = [type(low)(word) for word in _text(value).split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(low <= number < 10**6 for number in numbers):
+            raise UserError(f"{value!r} is no list of numbers from {low:g} on, such as 1,8,32")
+        return value
+
+    return read
+
+
+def _whole(low: int) -> Callable[[str], str]:
+    """Text that is one whole number."""
+    return lambda value: str(_count(low)(value))
+
+
+_BENCH: dict[str, Callable[[str], Any]] = {
+    "batch": _numbers(1),
+    "rate": _numbers(0.001),
+    **dict.fromkeys(("prompt", "new", "repeats", "requests", "ranks"), _whole(1)),
+    "seed": _whole(0),
+    "compare": _text,
     "profile": _switch,
-    "out": absolute_path,
+    **dict.fromkeys(("out", "plot"), absolute_path),
 }
 
 # kind: the keys that its command takes under run:, and their readers
@@ -362,8 +388,18 @@ def _finetune_command(payload: Mapping[str, Any]) -> _Command:
     return ("finetune", "--config", _config(payload["config"]), *_assignments(payload.get("set", []))), None, None
 
 
+# What not every bench takes, and those that do.
+_BENCH_ONLY = {
+    **{"repeats": ("decode", "prefill"), "rate": ("serve",), "requests": ("serve",)},
+    **{"new": ("decode", "serve"), "profile": ("decode",)},
+}
+
+
 def _bench_command(payload: Mapping[str, Any]) -> _Command:
     _need(payload, "bench", "what", "target")
+    for key, kinds in _BENCH_ONLY.items():
+        if key in payload and payload["what"] not in kinds:
+            raise UserError(f"run.{key} is not for bench {payload['what']}", f"it is for bench {' and '.join(kinds)}")
     return ("bench", payload["what"], _argument(_model(payload["target"])), *_flags(payload, _BENCH)), None, None
 
 

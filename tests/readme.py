@@ -1,4 +1,4 @@
-"""The parts of README.md that are made from the code: a command's output, what ranks hold, and the file tree.
+"""The parts of README.md that are made: a command's output, what ranks hold, measured speed, and the file tree.
 
 Each lies between two comments, `<!-- NAME -->` or `<!-- NAME: COMMAND -->`, and `<!-- /NAME -->`. After a change write
 them anew:
@@ -19,6 +19,7 @@ from gptoss_launch.parallel.planning.machine import read_machine
 from gptoss_launch.parallel.planning.picture import picture, rank_table
 from gptoss_launch.parallel.planning.planner import plan
 from gptoss_launch.parallel.planning.spec import PUBLISHED
+from results_table import markdown, read_results
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -37,6 +38,12 @@ def current(text: str) -> str:
     text = re.sub(
         r"(<!-- ranks: (\S+) on (\S+) -->\n).*?(<!-- /ranks -->)",
         lambda found: f"{found[1]}{ranks_of(found[2], found[3])}{found[4]}",
+        text,
+        flags=re.DOTALL,
+    )
+    text = re.sub(
+        r"(<!-- results -->\n).*?(<!-- /results -->)",
+        lambda found: f"{found[1]}{markdown(read_results())}{found[2]}",
         text,
         flags=re.DOTALL,
     )

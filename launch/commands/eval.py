@@ -4,14 +4,10 @@ Each record is one as finetune reads it; its last assistant message is what is w
 """
 
 import json as json_text
-import subprocess
-import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from typing import Any
 import click
 
 from ...parallel.errors import UserError
+from ..served import served
 
 AT_ONCE = 8  # requests
 ANSWER_S = 600.0
@@ -113,32 +110,6 @@ def count(model: str, task: Path, requests: list[tuple[dict[str, Any], Any]], ch
         stopped=sum(choice["finish_reason"] in ("stop", "tool_calls") for choice in choices),
         wrong=tuple(wrong[:WRONG_SHOWN]),
     )
-
-
-@contextmanager
-def served(model: str) -> Iterator[str]:
-    """The URL of a server of `model`: its own, or one that is started here and ended after."""
-    if model.startswith(("http://", "https://")):
-        yield model.rstrip("/")
-        return
-    command = [sys.executable, "-m", "gptoss_launch.launch", "serve", model, "--port", "0"]
-    with (
-        tempfile.TemporaryFile("w+") as stderr,  # a pipe that nobody reads would fill up and hold the server
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as server,
-    ):
-        assert server.stdout is not None
-        try:
-            url = server.stdout.readline().strip()
-            if not url:
-                code = server.wait()
-                stderr.seek(0)
-                complaints = [line for line in stderr.read().splitlines() if line.startswith("error: ")]
-                reason = complaints[-1].removeprefix("error: ") if complaints else f"exit code {code}"
-                raise UserError(f"{model} is not served: {reason}", f"gptoss-launch serve {model}")
-            yield url
-        finally:
-            server.terminate()
-            server.wait()
 
 
 def ask(url: str, body: dict[str, Any] | None) -> Any:

@@ -24,6 +24,7 @@ from .wire import Failed, Progress, Ready, encode
 if TYPE_CHECKING:
     from .engine import Engine
     from .lockstep import Ring
+    from .profile import Profiler
     from .routes import Recorder
 
 PROGRESS_EVERY_S = 0.1
@@ -36,6 +37,7 @@ def main() -> None:
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--check-ranks", action="store_true", help="compare sums and router choices across ranks")
     parser.add_argument("--record-routing", type=Path, help="where rank 0 writes how often each expert is used")
+    parser.add_argument("--profile", type=Path, help="where rank 0 writes which kernels decode steps spend time in")
     arguments = parser.parse_args()
     rank = int(os.environ["RANK"])  # set by torchrun
     control = hold(arguments.control, "rank", rank)  # before torch is loaded: from here on nothing outlives the command
@@ -77,7 +79,12 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
     if rank == 0:
         front_ends = FrontEnds(arguments.listen)
         control.sendall(encode(ready))
-        lead(engine, front_ends, ring, trace, recorder, ready)
+        profiler = None
+        if arguments.profile is not None:
+            from .profile import Profiler
+
+            profiler = Profiler(arguments.profile, engine.device)
+        lead(engine, front_ends, ring, trace, recorder, ready, profiler)
     ring = Ring(steps, words, create=False)
     control.sendall(encode(ready))
     follow(engine, ring, trace)
@@ -90,6 +97,7 @@ def lead(
     trace: Trace,
     recorder: "Recorder | None",
     ready: Ready,
+    profiler: "Profiler | None" = None,
 ) -> None:
     """Steps, as long as there is anything to do, for as long as the process lives."""
     from .engine import refusal, scheduler_for
@@ -98,6 +106,8 @@ def lead(
 
     def launch(record: Record) -> Launched:
         trace.step()
+        if profiler is not None:
+            profiler.step(record.head)
         if ring is not None:
             ring.publish(record)
         return engine.launch(record)
@@ -117,6 +127,8 @@ def lead(
         leader.turn()
         if leader.idle:
             trace.idle()
+            if profiler is not None:
+                profiler.idle()
         if recorder is not None:
             recorder.write(at_once=leader.idle)
 

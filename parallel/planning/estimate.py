@@ -127,7 +127,16 @@ def all_reduce_s(link: Link, ranks: int, message_bytes: int) -> float:
 
 
 def read_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, context_tokens: int) -> float:
-    """Bytes of weights and KV cache that the busiest rank reads in one step of batch_tokens sequences.
+    """Bytes of weights and KV cache that the busiest rank reads in one step of batch_tokens sequences, judged at no
+    more than DECODE_CONTEXT_TOKENS each."""
+    seen = min(context_tokens, DECODE_CONTEXT_TOKENS)
+    kv = kv_bytes(spec, mesh, DTYPE_BYTES[dtype], seen)
+    return weight_bytes(spec, mesh, dtype, batch_tokens) + batch_tokens * kv
+
+
+def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int) -> float:
+    """Bytes of weights that the busiest rank reads in one step of batch_tokens tokens: all but the embedding, and of
+    the experts the expected number of different ones.
 
     Rank 0 is the busiest of those that hold equally much, as larger parts come first. Of the embedding only the rows
     of the batch are read, which count for nothing here.
@@ -141,10 +150,15 @@ def read_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, context_
             dense += size
     held = _held(spec.experts, mesh.ep)[0]
     active = busiest_experts(spec.experts, spec.experts_per_token, batch_tokens, mesh.ep)
-    seen = min(context_tokens, DECODE_CONTEXT_TOKENS)
-    tokens = spec.layers_of("full") * seen + spec.layers_of("window") * min(seen, spec.window_tokens)
-    kv = tokens * 2 * local_kv_heads(spec, mesh, 0) * spec.head_dim * DTYPE_BYTES[dtype]
-    return dense + experts * active / held + batch_tokens * kv
+    return dense + experts * active / held
+
+
+def kv_bytes(spec: Spec, mesh: Mesh, element_bytes: int, context_tokens: int) -> int:
+    """Bytes of KV cache that rank 0 reads to decode one token of a sequence that is context_tokens long: full layers
+    see all of it, window layers their window."""
+    window = min(context_tokens, spec.window_tokens)
+    tokens = spec.layers_of("full") * context_tokens + spec.layers_of("window") * window
+    return tokens * 2 * local_kv_heads(spec, mesh, 0) * spec.head_dim * element_bytes
 
 
 def expert_load(spec: Spec, mesh: Mesh, batch_tokens: int) -> float:

@@ -5,10 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from gptoss_launch.launch.commands.bench import command as bench_command
 from gptoss_launch.launch.slurm_lint import lint
 from gptoss_launch.launch.slurm_options import read_option, sbatch_line
 from gptoss_launch.launch.slurm_script import render_script
-from gptoss_launch.launch.slurm_settings import KINDS, Job, Kind, check_sections, make_job
+from gptoss_launch.launch.slurm_settings import KINDS, PAYLOAD_KEYS, Job, Kind, check_sections, make_job
 from gptoss_launch.parallel.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +70,51 @@ def test_every_place_is_filled(kind: Kind) -> None:
     assert not re.search(r"@[A-Z0-9_]+@", text)
     assert text.count("#SBATCH --signal=B:USR1@180\n") == 1 and "#SBATCH --open-mode=append\n" in text
     assert "--kill-on-bad-exit=1 --wait=60 --label" in text
+
+
+# every key of run: that each bench takes
+BENCHES = {
+    "decode": {"batch": "1,8", "prompt": "16", "new": "8", "repeats": "2", "profile": "true"},
+    "prefill": {"batch": "1,8", "prompt": "16", "repeats": "2"},
+    "serve": {"rate": "0.5,4", "prompt": "16", "new": "8", "requests": "10"},
+}
+EVERY_BENCH = {"seed": "0", "ranks": "2", "compare": "http://127.0.0.1:1", "out": "/x.jsonl", "plot": "/x.png"}
+
+
+@pytest.mark.parametrize("what", BENCHES)
+def test_the_command_line_of_a_bench_is_what_bench_takes(what: str) -> None:
+    """Parsed by the command itself; and no key is left out above."""
+    payload = {"what": what, "target": "tiny"} | BENCHES[what] | EVERY_BENCH
+    name, *words = make_job("bench", [{"run": payload}]).command
+    assert name == "bench"
+    context = bench_command.make_context("bench", words)
+    sub = bench_command.get_command(context, what)
+    assert sub is not None
+    given = sub.make_context(what, words[1:]).params
+    assert given["target"] == "tiny" and given["ranks"] == 2 and given["out"] == Path("/x.jsonl")
+    assert given.get("profile", True) and (
+        given["rates"] == (0.5, 4.0) if what == "serve" else given["batches"] == (1, 8)
+    )
+    taken = {"what", "target"} | set(EVERY_BENCH).union(*BENCHES.values())
+    assert taken == set(PAYLOAD_KEYS["bench"])
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"what": "serve", "repeats": "2"}, "run.repeats is not for bench serve"),
+        ({"what": "prefill", "profile": "true"}, "run.profile is not for bench prefill"),
+        ({"what": "decode", "rate": "2"}, "run.rate is not for bench decode"),
+        ({"what": "decode", "batch": "1,x"}, "'1,x' is no list of numbers from 1 on"),
+        ({"what": "serve", "rate": "0"}, "'0' is no list of numbers from 0.001 on"),
+        ({"what": "decode", "new": "0"}, "'0' is no whole number from 1 on"),
+    ],
+)
+def test_what_no_bench_takes_is_said_before_the_job_waits(run: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        sections = {"run": run | {"target": "tiny"}}
+        check_sections(sections, "bench", "test")
+        make_job("bench", [sections])
 
 
 TEXTS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), min_size=1, max_size=30)

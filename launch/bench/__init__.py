@@ -1,0 +1,1 @@
+"""Measures how fast a model is decoded, prefilled and served: on a checkpoint, or on any OpenAI-compatible server."""
