@@ -34,7 +34,7 @@ class Vocabulary:
 
         path = folder / "tokenizer.json"
         try:
-            self.tokenizer: Any = llguidance.LLTokenizer(str(path), n_vocab=vocab, eos_token=vocab - 1)
+            self.tokenizer: Any = llguidance.LLTokenizer(str(path), n_vocab=vocab)
         except Exception as error:
             said = str(error).partition("\n")[0]
             raise UserError(f"{path} cannot be read for grammars: {said}", "copy or download the file again") from None
