@@ -8,9 +8,10 @@ The format: https://github.com/openai/harmony/blob/main/docs/format.md; token fo
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ..parallel.errors import UserError
 from .harmony_header import CONSTRAIN, Role, Segment, is_cut_word, is_hopeless, read_header
@@ -23,6 +24,7 @@ __all__ = [
     "Developer",
     "FunctionTool",
     "Message",
+    "ResponseFormat",
     "StreamParser",
     "System",
     "render",
@@ -47,11 +49,21 @@ class System:
 
 
 @dataclass(frozen=True)
+class ResponseFormat:
+    """What the final answer has to look like, for the model to read. schema: JSON schema."""
+
+    name: str
+    schema: Mapping[str, Any]
+    description: str = ""
+
+
+@dataclass(frozen=True)
 class Developer:
-    """The developer message: instructions, and the functions that the model may call."""
+    """The developer message: instructions, the functions that the model may call, and the form of its answer."""
 
     instructions: str | None = None
     tools: tuple[FunctionTool, ...] = ()
+    response_format: ResponseFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,10 @@ def _developer_text(developer: Developer) -> str:
     parts = [] if developer.instructions is None else ["# Instructions", developer.instructions]
     if developer.tools:
         parts += ["# Tools", tools_section("functions", "", developer.tools)]
+    if (form := developer.response_format) is not None:  # format guide, "Structured output"
+        described = [f"// {line}" for line in form.description.splitlines()]
+        schema = json.dumps(form.schema, ensure_ascii=False, separators=(",", ":"))
+        parts += ["# Response Formats", f"## {form.name}", "\n".join([*described, schema])]
     return "\n\n".join(parts)
 
 

@@ -5,10 +5,13 @@ Where a replica has several ranks every rank asks the same: leaders that get the
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from pathlib import Path
 
 import torch
 from gptoss_launch.parallel.engine import inputs
 from gptoss_launch.parallel.engine.engine import Engine, refusal, scheduler_for
+from gptoss_launch.parallel.engine.grammars import Grammars, Vocabulary
 from gptoss_launch.parallel.engine.leader import Device, Leader
 from gptoss_launch.parallel.engine.record import encode
 from gptoss_launch.parallel.engine.request import Request, Token
@@ -57,6 +60,18 @@ def prefill(engine: Engine, tokens: list[int], chunk: int) -> Tensor:
     return forced.step(tokens[(len(tokens) - 1) // chunk * chunk :])
 
 
+class AtOnce(Executor):
+    """Work is done when it is submitted."""
+
+    def submit(self, work, /, *arguments):
+        future = Future()
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 def answers(engine: Engine, requests: Sequence[Request], *, ahead: bool = False) -> dict[str, list[Token]]:
     """The tokens of each request, all of them asked for at once."""
     given: dict[str, list[Token]] = {request.id: [] for request in requests}
@@ -68,7 +83,10 @@ def answers(engine: Engine, requests: Sequence[Request], *, ahead: bool = False)
                 given[token.request_id].append(token)
 
     device = Device(engine.launch, engine.graphs.size_for, engine.sizes, ahead)
-    leader = Leader(scheduler_for(engine.plan), device, send, lambda request: refusal(engine.plan, request))
+    # At once and not beside the steps: leaders of several ranks must make the same ones.
+    at_once = AtOnce()
+    grammars = Grammars(lambda: Vocabulary(Path(engine.plan.checkpoint), engine.plan.spec.vocab), at_once, at_once)
+    leader = Leader(scheduler_for(engine.plan), device, send, lambda request: refusal(engine.plan, request), grammars)
     for request in requests:
         leader.take("test", Generate(request))
     while not leader.idle:

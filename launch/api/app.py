@@ -33,7 +33,8 @@ from ..engine_client import EngineDiedError
 from ..harmony import StreamParser, render, stop_tokens
 from ..tokenizer import Tokenizer
 from .answer import Piece, read_answer
-from .chat import conversation
+from .chat import conversation, demands
+from .constraint import constraint_for
 from .errors import ApiError, replica_died
 from .replicas import Replicas
 from .respond import Begun, ClientGoneError, EventStream, chunks, new_completion, read_body, unless_gone, whole
@@ -127,9 +128,13 @@ def create_app(served: Served) -> FastAPI:
 
 
 def engine_request(chat: ChatRequest, served: Served) -> Request:
-    """Raises ApiError 400 if prompt and answer cannot fit into the context."""
+    """Raises ApiError 400 if prompt and answer cannot fit into the context, or a schema cannot be held to."""
+    wanted = demands(chat)
+    constraint = constraint_for(
+        served.tokenizer, wanted.tools, wanted.tool_choice, wanted.response_format, chat.max_reasoning_tokens
+    )
     tools = [] if chat.tool_choice == "none" else chat.tools or []
-    talk = conversation(chat.messages, tools, chat.reasoning_effort, date.today())
+    talk = conversation(chat.messages, tools, chat.reasoning_effort, date.today(), wanted.shown)
     prompt = tuple(render(talk, served.tokenizer))
     left = served.context_tokens - len(prompt)
     asked = chat.max_completion_tokens or chat.max_tokens
@@ -146,7 +151,15 @@ def engine_request(chat: ChatRequest, served: Served) -> Request:
         seed=secrets.randbits(63) if chat.seed is None else chat.seed,
     )
     stops = stop_tokens(served.tokenizer)
-    return Request(secrets.token_hex(12), prompt, asked or left, sampling, stops, deadline_s=chat.deadline_s)
+    return Request(
+        secrets.token_hex(12),
+        prompt,
+        asked or left,
+        sampling,
+        stops,
+        deadline_s=chat.deadline_s,
+        constraint=constraint,
+    )
 
 
 def explain(error: Exception) -> ApiError:

@@ -1,21 +1,38 @@
-"""Messages as OpenAI's API has them -> a harmony Conversation.
+"""Messages as OpenAI's API has them -> a harmony Conversation, and what is demanded of the answer.
 
 The one place where the two meet; `serve` and `generate` both use it. Does not know tokens.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import Literal
 
-from ..harmony import Conversation, Developer, FunctionTool, Message, System
+from ..harmony import Conversation, Developer, FunctionTool, Message, ResponseFormat, System
+from .constraint import Format, Named, Offered, ToolChoice
 from .errors import ApiError
-from .schema import AssistantMessage, ChatMessage, SystemMessage, Text, Tool, ToolMessage
+from .schema import (
+    AssistantMessage,
+    ChatMessage,
+    ChatRequest,
+    JsonObject,
+    JsonSchema,
+    NamedChoice,
+    SystemMessage,
+    Text,
+    Tool,
+    ToolMessage,
+)
 
 Effort = Literal["low", "medium", "high"]
 
 
 def conversation(
-    messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), effort: Effort | None = None, today: date | None = None
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool] = (),
+    effort: Effort | None = None,
+    today: date | None = None,
+    response_format: ResponseFormat | None = None,
 ) -> Conversation:
     """System and developer messages that come first are the developer's instructions (harmony guide, "System message":
     the system message proper belongs to the model); a later one stands where it came.
@@ -28,9 +45,38 @@ def conversation(
     functions = tuple(
         FunctionTool(tool.function.name, tool.function.description or "", tool.function.parameters) for tool in tools
     )
-    developer = Developer(instructions or None, functions) if instructions or functions else None
+    developer = None
+    if instructions or functions or response_format:
+        developer = Developer(instructions or None, functions, response_format)
     system = System(reasoning_effort=effort or "medium", current_date=today.isoformat() if today else None)
     return Conversation(tuple(_messages(messages, first)), system, developer)
+
+
+@dataclass(frozen=True)
+class Demands:
+    """Of an answer, for `constraint_for`; shown: the format as the model reads it in the prompt."""
+
+    tools: tuple[Offered, ...]
+    tool_choice: ToolChoice
+    response_format: Format | None
+    shown: ResponseFormat | None
+
+
+def demands(chat: ChatRequest) -> Demands:
+    tools = tuple(
+        Offered(one.name, one.parameters, bool(one.strict), f"tools.{place}.function.parameters")
+        for place, one in enumerate(tool.function for tool in chat.tools or ())
+    )
+    choice = chat.tool_choice
+    named: ToolChoice = Named(choice.function.name) if isinstance(choice, NamedChoice) else choice or "auto"
+    form, shown = chat.response_format, None
+    wanted = Format(None, True, "response_format") if isinstance(form, JsonObject) else None
+    if isinstance(form, JsonSchema):
+        asked = form.json_schema
+        wanted = Format(asked.schema_, bool(asked.strict), "response_format.json_schema.schema")
+        if asked.schema_ is not None:
+            shown = ResponseFormat(asked.name, asked.schema_, asked.description or "")
+    return Demands(tools, named, wanted, shown)
 
 
 def _messages(messages: Sequence[ChatMessage], first: int) -> Iterable[Message]:

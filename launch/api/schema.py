@@ -73,12 +73,41 @@ class Function(_Strict):
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(_Strict):
     type: Literal["function"]
     function: Function
+
+
+class ChosenFunction(_Strict):
+    name: str
+
+
+class NamedChoice(_Strict):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class PlainText(_Strict):
+    type: Literal["text"]
+
+
+class JsonObject(_Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Strict):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchema(_Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
 
 
 class StreamOptions(_Strict):
@@ -98,7 +127,9 @@ class ChatRequest(_Strict):
     seed: int | None = Field(None, ge=0, lt=2**63)
     reasoning_effort: Literal["low", "medium", "high"] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    response_format: Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
+    max_reasoning_tokens: int | None = Field(None, ge=0)  # ours: then the engine closes the analysis
     deadline_s: float | None = Field(None, gt=0, allow_inf_nan=False)  # ours: no longer than this, then "length"
     parallel_tool_calls: bool | None = None  # gpt-oss calls one function a turn, which either value allows
     # Only at the value that changes nothing:

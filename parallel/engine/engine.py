@@ -24,6 +24,7 @@ from ..model.weights import Weights
 from ..planning.pages import layers_per_page, local_kv_heads, pool_pages
 from ..planning.plan import Plan
 from . import inputs
+from .constraint import flaw
 from .graphs import Graphs
 from .pages import Cache, Pool
 from .record import Head, Record, Sizes, encode
@@ -68,6 +69,8 @@ def refusal(plan: Plan, request: Request) -> str | None:
         return f"a logit_bias of {len(sampling.logit_bias)} tokens, and {MOST_BIASES} is the most"
     if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LOGPROBS:
         return f"logprobs {request.logprobs} is not between 0 and {MOST_LOGPROBS}"
+    if request.constraint is not None:
+        return flaw(request.constraint, request.stop_tokens, vocab)
     return None
 
 

@@ -15,6 +15,7 @@ from .schedule import Matcher, Result, Running, Scheduler, Step
 from .wire import Cancel, Done, Generate, Message, Refused, Stats, Tokens
 
 STATS_EVERY_S = 0.25
+PAUSE_S = 0.001  # while there is nothing to do but wait for masks; what front ends say is looked at in between
 
 
 class Launched(Protocol):
@@ -42,8 +43,15 @@ class Facts:
     slow_paths: tuple[str, ...] = ()
 
 
+class Matchers(Protocol):
+    """Makes matchers (`grammars.Grammars`). wait: until one has become ready, at most so long."""
+
+    def matcher_of(self, request: Request) -> Matcher | None: ...
+    def wait(self, limit_s: float) -> None: ...
+
+
 class Leader:
-    """send: (front end, message). refusal: why a request can never run. matcher_of: of a request with a grammar."""
+    """send: (front end, message). refusal: why a request can never run. matchers: of requests with a constraint."""
 
     def __init__(
         self,
@@ -51,7 +59,7 @@ class Leader:
         device: Device,
         send: Callable[[Any, Message], None],
         refusal: Callable[[Request], str | None],
-        matcher_of: Callable[[Request], Matcher | None] = lambda request: None,
+        matchers: Matchers,
         facts: Facts = Facts(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -59,10 +67,11 @@ class Leader:
         self._device = device
         self._send = send
         self._refusal = refusal
-        self._matcher_of = matcher_of
+        self._matchers = matchers
         self._facts = facts
         self._clock = clock
         self._requests: dict[tuple[Hashable, str], Running] = {}
+        self._compiling: dict[tuple[Hashable, str], Running] = {}  # of these, those whose matcher is not made yet
         self._front_ends: dict[Hashable, None] = {}
         self._under_way: tuple[Step, Launched] | None = None
         self._number = 0
@@ -71,7 +80,7 @@ class Leader:
 
     @property
     def idle(self) -> bool:
-        return self._scheduler.idle and self._under_way is None
+        return self._scheduler.idle and self._under_way is None and not self._compiling
 
     def take(self, front_end: Hashable, message: Message | None) -> None:
         """One message from `front_end`; None: it is gone, and so is all that it asked for."""
@@ -89,6 +98,13 @@ class Leader:
 
     def turn(self) -> None:
         """One step, if there is anything to do, and the tokens that have come."""
+        for key, running in list(self._compiling.items()):
+            if running.masked or (running.matcher is not None and running.matcher.failure):
+                self._scheduler.add(self._compiling.pop(key))
+        for running, reason in self._scheduler.failed():
+            self._scheduler.end(running)
+            del self._requests[running.owner, running.request.id]
+            self._send(running.owner, Refused(running.request.id, reason))
         for running in self._scheduler.expired(self._clock()):
             self._scheduler.end(running)
             self._send(running.owner, Tokens((Token(running.request.id, -1, "deadline"),)))
@@ -99,6 +115,8 @@ class Leader:
             graph = self._device.graph_size(step.decodes) if step.decodes == len(step.items) else 0
             self._number += 1
             launched = self._device.launch(encode(step, self._number, self._device.sizes, graph))
+        if step is None and self._under_way is None and not self.idle:
+            self._matchers.wait(PAUSE_S)
         if self._under_way is not None:
             self._accept(*self._under_way)
             self._under_way = None
@@ -115,12 +133,16 @@ class Leader:
         if reason is not None:
             self._send(front_end, Refused(request.id, reason))
             return
-        self._requests[key] = Running(request, self._clock(), front_end, self._matcher_of(request))
-        self._scheduler.add(self._requests[key])
+        running = Running(request, self._clock(), front_end, self._matchers.matcher_of(request))
+        self._requests[key] = running
+        if running.masked:
+            self._scheduler.add(running)
+        else:
+            self._compiling[key] = running
 
     def _cancel(self, key: tuple[Hashable, str]) -> None:
         running = self._requests.pop(key, None)
-        if running is not None:
+        if running is not None and self._compiling.pop(key, None) is None:
             self._scheduler.end(running)
 
     def _accept(self, step: Step, launched: Launched) -> None:

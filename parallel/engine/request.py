@@ -6,6 +6,8 @@ Token ids only. Text, channels, tools and stop strings are the front end's busin
 from dataclasses import dataclass
 from typing import Literal
 
+from .constraint import Constraint
+
 FinishReason = Literal["stop", "length", "deadline"]
 
 MOST_TOP_K = 1024  # of a request; 0 asks for all tokens
@@ -38,7 +40,8 @@ class Request:
     """One generation. max_tokens counts answer tokens; prompt and answer together stay within the plan's context.
 
     logprobs: how many of the most likely tokens each Token carries besides its own probability; None: neither.
-    deadline_s: the request ends so long after it came in, wherever it is then.
+    deadline_s: the request ends so long after it came in, wherever it is then. constraint: what the answer must look
+    like; None: anything goes.
     """
 
     id: str
@@ -48,6 +51,7 @@ class Request:
     stop_tokens: tuple[int, ...] = ()  # generation ends with any of these; it is delivered as the last Token
     logprobs: int | None = None
     deadline_s: float | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Token:
     """One generated token; the last of a request carries why it ended.
 
     id: -1 for an end that no token came with (a deadline). logprob: of this token under the model's own distribution,
-    before any of Sampling; top: (token id, logprob) of the most likely ones, most likely first.
+    before any of Sampling and before the request's constraint; top: (token id, logprob) of the most likely ones, most
+    likely first, which a constraint may have ruled out.
     """
 
     request_id: str

@@ -19,10 +19,20 @@ from .request import FinishReason, Request, Token
 
 
 class Matcher(Protocol):
-    """Which tokens may come next, by a grammar, for one request."""
+    """Which tokens may come next, by a grammar, for one request. No call waits; what is not ready is later."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether `allowed` and `accept` may be called; never again once there is a `failure`."""
+        ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why no token may come next; the request ends with it."""
+        ...
 
     def allowed(self) -> bytes:
-        """A bit a token, lowest bit first, padded to whole 32-bit words."""
+        """A bit a token, lowest bit first, padded to whole 32-bit words; one at least."""
         ...
 
     def accept(self, token: int) -> None: ...
@@ -72,6 +82,11 @@ class Running:
     def wants_more(self) -> bool:
         """Whether its answer is not complete with what is under way."""
         return self.answered + self.pending < self.request.max_tokens
+
+    @property
+    def masked(self) -> bool:
+        """Whether it can be told which tokens may come next, if that is restricted at all."""
+        return self.matcher is None or self.matcher.ready
 
     @property
     def counts(self) -> bool:
@@ -176,6 +191,11 @@ class Scheduler:
         """Those whose deadline is over; the caller ends them."""
         return [one for one in (*self.running, *self.waiting) if one.deadline_s <= now_s]
 
+    def failed(self) -> list[tuple[Running, str]]:
+        """Those whose grammar has no way on, and why; the caller ends them."""
+        everyone = (*self.running, *self.waiting)
+        return [(one, one.matcher.failure) for one in everyone if one.matcher is not None and one.matcher.failure]
+
     @property
     def idle(self) -> bool:
         return not self.running and not self.waiting
@@ -207,6 +227,8 @@ class Scheduler:
         biased = self.limits.biased
         while budget and self.waiting and self._rows:
             running = self.waiting[0]
+            if not running.masked:  # given up just after it drew: its mask is a moment away
+                break
             prefix = self._prefix(running)
             count = min(budget, len(running.tokens) - prefix * self.cache.page_tokens)
             needed = len(self.cache.prefix_pages(running.table, prefix)) + 2 * (count // self.cache.page_tokens + 2)
@@ -223,7 +245,7 @@ class Scheduler:
     def _can_draw(self, running: Running) -> bool:
         """A grammar has to see the last token first, and a repeated draw has to be right first."""
         waits = running.pending and (running.matcher is not None or running.exact)
-        return running.wants_more and not waits
+        return running.wants_more and not waits and running.masked
 
     def _item(self, running: Running, count: int) -> Item:
         start = running.table.length

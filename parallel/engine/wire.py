@@ -14,6 +14,7 @@ from typing import Any
 
 import msgpack
 
+from .constraint import Constraint, Section
 from .request import Request, Sampling, Token
 
 MESSAGE_LIMIT_BYTES = 64 << 20  # a 131,072-token prompt is under 1 MB
@@ -42,7 +43,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Refused:
-    """Leader -> front end: this request cannot run; the message has the numbers."""
+    """Leader -> front end: this request cannot run, or cannot go on; the message says why, with the numbers."""
 
     request_id: str
     message: str
@@ -184,6 +185,7 @@ def _decode(value: Any) -> Message:
                         "prompt_tokens": tuple(fields["prompt_tokens"]),
                         "stop_tokens": tuple(fields["stop_tokens"]),
                         "sampling": _sampling(fields["sampling"]),
+                        "constraint": _constraint(fields["constraint"]),
                     }
                 )
             )
@@ -197,3 +199,13 @@ def _decode(value: Any) -> Message:
 def _sampling(fields: dict[str, Any]) -> Sampling:
     bias = tuple((id, value) for id, value in fields.pop("logit_bias"))
     return Sampling(**fields, logit_bias=bias)
+
+
+def _constraint(fields: dict[str, Any] | None) -> Constraint | None:
+    if fields is None:
+        return None
+    sections = tuple(
+        Section(**one | {"headers": tuple(map(tuple, one["headers"])), "ends": tuple(one["ends"])})
+        for one in fields["sections"]
+    )
+    return Constraint(**fields | {"sections": sections, "opening": tuple(fields["opening"])})

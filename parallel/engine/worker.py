@@ -23,6 +23,7 @@ from .wire import Failed, Progress, Ready, encode
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .grammars import Grammars
     from .lockstep import Ring
     from .profile import Profiler
     from .routes import Recorder
@@ -60,6 +61,7 @@ def fail(control: socket.socket, message: Failed) -> None:
 def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.socket, trace: Trace) -> None:
     """Load, report, serve; returns never."""
     from .engine import sizes_of
+    from .grammars import grammars_of
     from .lockstep import Ring, steps_file
     from .start import Options, join, start
 
@@ -74,9 +76,12 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
     options = Options(arguments.check_ranks, arguments.record_routing)
     steps, words = steps_file(arguments.control), sizes_of(plan).words
     ring = Ring(steps, words, create=True) if plan.ranks > 1 and rank == 0 else None
+    grammars = grammars_of(plan.checkpoint, plan.spec.vocab) if rank == 0 else None
+    if grammars is not None:
+        grammars.load()  # while the weights are read
     join(plan)  # nobody comes out of it before the leader has come in
     engine, recorder, ready = start(plan, rank, options, trace, progress)
-    if rank == 0:
+    if grammars is not None:
         front_ends = FrontEnds(arguments.listen)
         control.sendall(encode(ready))
         profiler = None
@@ -84,7 +89,7 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
             from .profile import Profiler
 
             profiler = Profiler(arguments.profile, engine.device)
-        lead(engine, front_ends, ring, trace, recorder, ready, profiler)
+        lead(engine, front_ends, ring, grammars, trace, recorder, ready, profiler)
     ring = Ring(steps, words, create=False)
     control.sendall(encode(ready))
     follow(engine, ring, trace)
@@ -94,6 +99,7 @@ def lead(
     engine: "Engine",
     front_ends: FrontEnds,
     ring: "Ring | None",
+    grammars: "Grammars",
     trace: Trace,
     recorder: "Recorder | None",
     ready: Ready,
@@ -118,6 +124,7 @@ def lead(
         Device(launch, engine.graphs.size_for, engine.sizes, ahead=engine.device.type == "cuda"),
         front_ends.send,
         lambda request: refusal(engine.plan, request),
+        grammars,
         facts=Facts(times["decode_step_s"], times.get("communication_s", 0.0), ready.slow_paths),
     )
     trace.idle()

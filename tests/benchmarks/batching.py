@@ -21,6 +21,7 @@ import torch
 from gptoss_launch.launch.resolve import make_plan
 from gptoss_launch.launch.settings import Settings
 from gptoss_launch.parallel.engine.engine import Engine, refusal, scheduler_for
+from gptoss_launch.parallel.engine.grammars import grammars_of
 from gptoss_launch.parallel.engine.leader import Device, Leader
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.start import Options, start
@@ -36,7 +37,9 @@ class Run:
     def __init__(self, engine: Engine) -> None:
         self.came_s: dict[str, list[float]] = {}
         device = Device(engine.launch, engine.graphs.size_for, engine.sizes, ahead=True)
-        self.leader = Leader(scheduler_for(engine.plan), device, self._take, lambda one: refusal(engine.plan, one))
+        plan = engine.plan
+        grammars = grammars_of(plan.checkpoint, plan.spec.vocab)
+        self.leader = Leader(scheduler_for(plan), device, self._take, lambda one: refusal(plan, one), grammars)
 
     def _take(self, front_end: str, message: Message) -> None:
         assert not isinstance(message, Refused), message

@@ -6,15 +6,16 @@ shared by mistake.
 import dataclasses
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from fake_device import FakeDevice, alone, matcher_of
+from fake_device import EveryThird, FakeDevice, alone, matcher_of
 from gptoss_launch.parallel.engine.leader import Device, Leader
 from gptoss_launch.parallel.engine.pages import DROPPED, Cache, Pool
 from gptoss_launch.parallel.engine.record import Sizes
 from gptoss_launch.parallel.engine.request import Request, Sampling
-from gptoss_launch.parallel.engine.schedule import Limits, Scheduler
+from gptoss_launch.parallel.engine.schedule import Limits, Matcher, Scheduler
 from gptoss_launch.parallel.engine.wire import Cancel, Done, Generate, Message, Refused, Stats, Tokens
 from gptoss_launch.parallel.planning.pages import full_pages, window_pages
 from gptoss_launch.parallel.planning.spec import PUBLISHED, Spec, alternating_kinds
@@ -79,10 +80,38 @@ class Story:
     arrived_s: float = 0.0
 
 
+@dataclass
+class Slow:
+    """A matcher that is ready some time after each token, if it does not fail. luck: between 0 and 1."""
+
+    matcher: EveryThird
+    luck: Callable[[], float]
+    waits: bool = False
+    failure: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        if self.waits and self.failure is None:
+            luck = self.luck()
+            self.failure = "a dead end" if luck < 0.002 else None
+            self.waits = luck < 0.5
+        return not self.waits
+
+    def allowed(self) -> bytes:
+        assert not self.waits
+        return self.matcher.allowed()
+
+    def accept(self, token: int) -> None:
+        assert not self.waits
+        self.matcher.accept(token)
+        self.waits = True
+
+
 class Simulation:
     def __init__(self, world: World) -> None:
         self.world = world
         self.random = random.Random(world.seed)
+        self.luck = random.Random(world.seed)  # apart: what arrives does not hang on how often it is asked
         self.now_s = 0.0
         self.step = 0
         sizes = Sizes(
@@ -104,13 +133,20 @@ class Simulation:
             ),
             self._send,
             self._refusal,
-            lambda request: matcher_of(request, VOCAB),
+            self,
             clock=lambda: self.now_s,
         )
         self.stories: dict[str, Story] = {}
         self.families = [self._tokens(world.context_tokens) for _ in range(3)]
         self.stats: Stats | None = None
-        self.refused = 0
+        self.waits = 0
+
+    def matcher_of(self, request: Request) -> Matcher | None:
+        matcher = matcher_of(request, VOCAB)
+        return None if matcher is None else Slow(matcher, self.luck.random)
+
+    def wait(self, limit_s: float) -> None:
+        self.waits += 1
 
     def _tokens(self, count: int) -> list[int]:
         return [self.random.randrange(VOCAB) for _ in range(count)]
@@ -134,8 +170,10 @@ class Simulation:
                 assert story.finish_reason is not None and story.done is None
                 assert message.tokens == len(story.given) and min(message.queue_s, message.prefill_s) >= 0
                 story.done = message
-            case Refused():
-                self.refused += 1
+            case Refused(request_id, reason):
+                assert reason == "a dead end"
+                assert self.stories[request_id].finish_reason is None and not self.stories[request_id].cancelled
+                self.stories[request_id].finish_reason = "refused"
             case Stats():
                 self.stats = message
 
@@ -242,9 +280,11 @@ def test_twenty_thousand_steps(world: World) -> None:
 def test_the_simulation_meets_what_it_is_for() -> None:
     """Otherwise the tests above would prove less than they say."""
     world = World(1, 5, 4, 8, 64, 20, 16, True, 0.05, 0.4)
-    simulation = run(world, 2000)
+    simulation = run(world, 2500)
     counts = simulation.scheduler.counts
     assert counts.preemptions > 10 and counts.exact_draws > 20 and counts.prefix_hit_tokens > 500
     reasons = Counter(story.finish_reason for story in simulation.stories.values())
+    assert simulation.waits > 10
     assert min(reasons[reason] for reason in ("stop", "length", "deadline", None)) > 5
+    assert reasons["refused"] > 0
     assert simulation.stats is not None and simulation.stats.preemptions_total == counts.preemptions

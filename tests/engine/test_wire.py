@@ -5,6 +5,7 @@ from typing import get_args
 
 import msgpack
 import pytest
+from gptoss_launch.parallel.engine.constraint import Constraint, Section
 from gptoss_launch.parallel.engine.request import Request, Sampling, Token
 from gptoss_launch.parallel.engine.wire import (
     MESSAGE_LIMIT_BYTES,
@@ -39,6 +40,9 @@ EXAMPLES: tuple[Message, ...] = (
         )
     ),
     Generate(Request("b", (), 1)),
+    Generate(
+        Request("c", (1,), 1, constraint=Constraint((Section(((1, 2), (3,)), (4,), "{}", True),), (5, 6), 7)),
+    ),
     Cancel("a"),
     Tokens(()),
     Tokens((Token("a", 5), Token("b", 201087, "stop"), Token("c", 0, "length"))),
@@ -59,8 +63,17 @@ small = st.integers(-(2**31), 2**31)
 reals = st.floats(allow_nan=False)
 biases = st.lists(st.tuples(small, reals), max_size=3).map(tuple)
 samplings = st.builds(Sampling, reals, reals, small, reals, reals, reals, biases, counts)
+token_ids = st.lists(small, max_size=3).map(tuple)
+sections = st.builds(Section, st.lists(token_ids, max_size=2).map(tuple), token_ids, ids, st.booleans())
+constraints = st.builds(Constraint, st.lists(sections, max_size=2).map(tuple), token_ids, st.none() | counts)
 requests = st.builds(
-    Request, ids, st.lists(small, max_size=30).map(tuple), small, samplings, st.lists(small, max_size=3).map(tuple)
+    Request,
+    ids,
+    st.lists(small, max_size=30).map(tuple),
+    small,
+    samplings,
+    token_ids,
+    constraint=st.none() | constraints,
 )
 ends = st.sampled_from([None, "stop", "length", "deadline"])
 tokens = st.builds(Token, ids, small, ends, st.none() | reals, biases)
@@ -110,7 +123,7 @@ def test_a_stream_survives_any_cuts(sent: list[Message], data: st.DataObject) ->
 
 
 def test_values_that_are_rebuilt_are_the_same_types() -> None:
-    for message in decoded([encode(EXAMPLES[0]), encode(EXAMPLES[4])]):
+    for message in decoded(map(encode, EXAMPLES[:6])):
         assert hash(message) is not None  # tuples all the way down, as frozen values must be
 
 

@@ -1,0 +1,198 @@
+"""Constrained requests on a real model: each as alone, whoever shares its steps; nobody else is changed by them; and an
+end that says why where there is no way on.
+"""
+
+import dataclasses
+import time
+from functools import partial
+
+import pytest
+import torch
+from bounded_schemas import BOUNDED
+from forced import Forced, answers
+from gptoss_launch.launch.api.constraint import Format, Offered, constraint_for
+from gptoss_launch.launch.harmony import stop_tokens
+from gptoss_launch.launch.tokenizer import load_tokenizer
+from gptoss_launch.parallel.engine.constraint import Constraint, Section
+from gptoss_launch.parallel.engine.engine import Engine, refusal, scheduler_for
+from gptoss_launch.parallel.engine.grammars import Grammars, Vocabulary, grammars_of
+from gptoss_launch.parallel.engine.leader import Device, Leader
+from gptoss_launch.parallel.engine.matcher import Alphabet
+from gptoss_launch.parallel.engine.pages import Cache, Pool
+from gptoss_launch.parallel.engine.request import Request, Sampling, Token
+from gptoss_launch.parallel.engine.schedule import Running
+from gptoss_launch.parallel.engine.wire import Cancel, Done, Generate, Message, Refused, Tokens
+from gptoss_launch.parallel.planning.plan import Plan
+from small_models import SPECS, TINY, plain_engine, plain_plan, prompt
+from thread_ranks import run_ranks, with_ranks
+
+TOKENIZER = load_tokenizer(TINY)
+STOPS = stop_tokens(TOKENIZER)
+SPEC = SPECS["tiny"]
+TOOLS = (Offered("pick", BOUNDED["enums"], True, ""), Offered("say", BOUNDED["const"], True, ""))
+
+
+def constrained() -> list[Request]:
+    """Prompts that begin alike and are longer than a page, each with another demand and another way to draw."""
+    shared = prompt(SPEC, 40)
+    demands = (
+        constraint_for(TOKENIZER, response_format=Format(BOUNDED["arrays"], True, ""), max_reasoning_tokens=9),
+        constraint_for(TOKENIZER, TOOLS, "required", max_reasoning_tokens=3),
+        constraint_for(TOKENIZER, response_format=Format(None, True, ""), max_reasoning_tokens=0),
+    )
+    samplings = (Sampling(seed=3, top_p=0.9), Sampling(temperature=0.0), Sampling(seed=5, presence=1.0))
+    return [
+        Request(f"g{number}", (*shared, number), 20, sampling, STOPS, constraint=demand)
+        for number, (demand, sampling) in enumerate(zip(demands, samplings, strict=True))
+    ]
+
+
+def free() -> list[Request]:
+    return [
+        Request(f"f{number}", tuple(prompt(SPEC, 30 + 20 * number, seed=number)), 16, Sampling(seed=number))
+        for number in range(3)
+    ]
+
+
+def ids(engine: Engine, asked: list[Request], *, ahead: bool) -> dict[str, list[int]]:
+    return {name: [token.id for token in given] for name, given in answers(engine, asked, ahead=ahead).items()}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[int]]:
+    engine = plain_engine(plain_plan(TINY, "fp64"))
+    everyone = [*constrained(), *free()]
+    return {name: given for one in everyone for name, given in ids(engine, [one], ahead=False).items()}
+
+
+@pytest.mark.slow
+def test_together_as_alone_over_ranks(alone) -> None:
+    plan = with_ranks(plain_plan(TINY, "fp64", sequences=6, step_tokens=48), 2, 1)
+    for given in run_ranks(plan, lambda engine: ids(engine, [*constrained(), *free()], ahead=True)):
+        assert given == alone
+
+
+def test_logprobs_are_the_models_own_before_any_mask(alone) -> None:
+    request = dataclasses.replace(constrained()[1], logprobs=3)
+    given = answers(plain_engine(plain_plan(TINY, "fp64")), [request])[request.id]
+    assert [token.id for token in given] == alone[request.id]
+    forced = Forced(plain_engine(plain_plan(TINY, "fp64")))
+    logits = forced.step([*request.prompt_tokens, *(token.id for token in given[:-1])], wanted=slice(-len(given), None))
+    expected = torch.log_softmax(logits, dim=-1)
+    for token, row in zip(given, expected, strict=True):
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-6)
+        assert [one for one, _ in token.top] == row.topk(3).indices.tolist()
+    ruled_out = [token for token in given if token.id not in [one for one, _ in token.top]]
+    assert ruled_out, "greedily drawn, but for the mask"
+
+
+# --- the leader's loop, with real threads
+
+
+class Loop:
+    """A leader in this process, and what it says of each request. sent: by request, tokens, Refused and Done."""
+
+    def __init__(
+        self, grammars: Grammars, plan: Plan | None = None, pages: int | None = None, *, ahead: bool = True
+    ) -> None:
+        self.began: list[Running] = []
+        self.engine = plain_engine(plan or plain_plan(TINY, "fp32", sequences=4))
+        self.sent: dict[str, list[Token | Refused | Done]] = {}
+        device = Device(self.engine.launch, self.engine.graphs.size_for, self.engine.sizes, ahead)
+        self.scheduler = scheduler_for(self.engine.plan)
+        if pages is not None:
+            self.scheduler.cache = Cache(Pool(pages), SPEC, self.engine.plan.page_tokens)
+        self.leader = Leader(self.scheduler, device, self._send, partial(refusal, self.engine.plan), grammars)
+
+    def _send(self, front_end: str, message: Message) -> None:
+        for one in message.tokens if isinstance(message, Tokens) else [message]:
+            if isinstance(one, Token | Refused | Done):
+                self.sent.setdefault(one.request_id, []).append(one)
+
+    def run(self, *requests: Request) -> None:
+        for request in requests:
+            self.leader.take("test", Generate(request))
+        self.began += self.leader._requests.values()
+        limit_s = time.monotonic() + 60
+        while not self.leader.idle:
+            assert time.monotonic() < limit_s, "it never ends"
+            self.leader.turn()
+        assert self.scheduler.cache.pool.available == self.scheduler.cache.pool.pages
+
+
+@pytest.mark.parametrize(
+    ("pages", "step_tokens", "ahead"),
+    [
+        (16, 16, True),
+        pytest.param(16, 16, False, marks=pytest.mark.slow),
+        pytest.param(None, 512, True, marks=pytest.mark.slow),
+    ],
+)
+def test_together_as_alone(alone, pages: int | None, step_tokens: int, ahead: bool) -> None:
+    """Also where pages run out, so that some are given up in mid-answer and found again in part."""
+    plan = plain_plan(TINY, "fp64", context_tokens=112, step_tokens=step_tokens, sequences=6)
+    loop = Loop(grammars_of(str(TINY), SPEC.vocab), plan, pages, ahead=ahead)
+    loop.run(*free(), *constrained())
+    for name, expected in alone.items():
+        *tokens, done = loop.sent[name]
+        assert [token.id for token in tokens] == expected and isinstance(done, Done)
+    preempted = [running for running in loop.began if running.preempted]
+    assert pages is None or any(running.matcher is not None for running in preempted)
+    assert pages is None or any(running.matcher is not None and running.cached_tokens for running in loop.began)
+
+
+def test_no_way_on_ends_the_request_and_no_other() -> None:
+    """A vocabulary without the letters that the grammar asks for, and a grammar that does not compile."""
+
+    def lame() -> Vocabulary:
+        vocabulary = Vocabulary(TINY, SPEC.vocab)
+        few = [token for token in range(1000) if b"t" not in vocabulary.tokenizer.decode_bytes([token])]
+        vocabulary.alphabet = Alphabet(vocabulary.alphabet.only(few))
+        return vocabulary
+
+    header = (TOKENIZER.special["<|message|>"],)
+
+    def asks(name: str, grammar: str) -> Request:
+        demand = Constraint((Section((header,), (STOPS[0],), grammar),), ())
+        return Request(name, tuple(prompt(SPEC, 20)), 30, stop_tokens=STOPS, constraint=demand)
+
+    word = '{"grammars": [{"json_schema": {"enum": ["bitter"], "x-guidance": {"whitespace_flexible": false}}}]}'
+    loop = Loop(Grammars(lame))
+    loop.run(asks("stuck", word), free()[0], asks("no grammar", '{"grammars": [{"json_schema": {"type": "x"}}]}'))
+    *tokens, last = loop.sent["stuck"]
+    assert tokens and isinstance(last, Refused) and "no token of the vocabulary" in last.message
+    assert [type(one) for one in loop.sent["no grammar"]] == [Refused] and "x" in loop.sent["no grammar"][0].message
+    assert isinstance(loop.sent["f0"][-1], Done) and len(loop.sent["f0"]) == 17
+    loop.run(dataclasses.replace(free()[0], id="later"))  # the leader lives on
+    assert isinstance(loop.sent["later"][-1], Done)
+
+
+def test_a_request_that_leaves_while_its_grammar_compiles() -> None:
+    class Never(Grammars):
+        """Compiles, but nobody ever hears of it."""
+
+        def matcher_of(self, request: Request):
+            matcher = super().matcher_of(request)
+            if matcher is not None:
+                matcher._work = type(matcher._work)()
+            return matcher
+
+    loop = Loop(Never(lambda: Vocabulary(TINY, SPEC.vocab)))
+    first, second, _ = constrained()
+    for front_end, request in (("a", first), ("b", second)):
+        loop.leader.take(front_end, Generate(request))
+    assert not loop.leader.idle
+    for _ in range(3):
+        loop.leader.turn()
+    loop.leader.take("a", Cancel(first.id))
+    assert not loop.leader.idle
+    loop.leader.take("b", None)
+    loop.run(free()[0])
+    assert isinstance(loop.sent["f0"][-1], Done) and loop.sent.keys() == {"f0"}
+
+
+def test_a_flaw_is_refused_at_the_door() -> None:
+    loop = Loop(grammars_of(str(TINY), SPEC.vocab))
+    bad = dataclasses.replace(constrained()[0], constraint=Constraint((), ()))
+    loop.leader.take("test", Generate(bad))
+    assert [type(one) for one in loop.sent[bad.id]] == [Refused] and loop.leader.idle
