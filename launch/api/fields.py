@@ -67,7 +67,7 @@ class GenerationFields(Strict):
     metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)] | None = None
     # Only at the value that changes nothing:
     repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
-    store: Literal[False] | None = None
+    store: bool | None = None  # nothing is stored
     service_tier: Literal["auto", "default"] | None = None
 
     @property
@@ -87,6 +87,8 @@ def check_together(fields: GenerationFields) -> None:
     """What no field tells alone. Raises ApiError 400."""
     if fields.stream_options is not None and not fields.stream:
         raise ApiError(400, "stream_options: only with stream=true", "stream_options")
+    if fields.store:
+        raise ApiError(400, "store: true is not supported, as nothing is stored", "store", "unsupported_field")
 
 
 def check_ids(fields: GenerationFields, vocab: int) -> None:
