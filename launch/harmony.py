@@ -243,6 +243,16 @@ class StreamParser:
         self._texts: list[str] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._done: list[Message] = []
+        self._opening = b""
+
+    @property
+    def opening(self) -> bytes:
+        """Of the open message: the text that was held back as a possible header until it began."""
+        return self._opening
+
+    def text_bytes(self, token_id: int) -> bytes:
+        """What a token says where it is text; b"" for markup and for ids in no vocabulary."""
+        return b"" if token_id in self._spelling else self._tokenizer.token_bytes(token_id)
 
     @property
     def messages(self) -> list[Message]:
@@ -348,6 +358,7 @@ class StreamParser:
         lacks = header.role is None or (role == "assistant" and header.channel is None)
         self.repairs += header.repaired or lacks or not complete
         self._header = None
+        self._opening = header.text
         self._open = Delta(
             "start",
             header.channel,

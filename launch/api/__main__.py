@@ -24,9 +24,10 @@ from ..dispatch import Dispatch
 from ..engine_client import EngineClient
 from ..listen import read_api_key
 from ..tokenizer import load_tokenizer
-from .app import Served, create_app
+from .app import create_app
 from .metrics import Metrics
 from .replicas import Replicas
+from .served import Served
 
 
 class _Server(uvicorn.Server):

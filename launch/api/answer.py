@@ -5,7 +5,7 @@
     to functions.NAME, if offered       a tool call
     to anyone else                      reasoning: nobody waits for it, and it is no answer
 
-Stop strings are looked for in content alone. Knows neither HTTP nor the engine.
+Stop strings are looked for in content alone. Knows neither HTTP nor how the engine draws.
 """
 
 import secrets
@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 from ...parallel.engine.request import Token
 from ..harmony import Delta
+from .content_tokens import ContentToken, ContentTokens, Telling
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Content:
+    """tokens: those that begin in `text`, if they were asked for."""
+
     text: str
+    tokens: tuple[ContentToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,59 +93,80 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-class Parser(Protocol):
-    """Token ids -> Deltas (`harmony.StreamParser`)."""
+class Parser(Telling, Protocol):
+    """Token ids -> Deltas (`harmony.StreamParser`, `plain_text.PlainText`)."""
 
     def feed(self, token_id: int) -> list[Delta]: ...
     def finish(self) -> list[Delta]: ...
 
 
 class Answer:
-    """What has been said so far, one token at a time; `read_answer` drives it."""
+    """What has been said so far, one token at a time; `read_answer` drives it. keep_tokens: Content carries them."""
 
-    def __init__(self, parser: Parser, stops: Sequence[str], functions: Collection[str]) -> None:
+    def __init__(
+        self, parser: Parser, stops: Sequence[str], functions: Collection[str], keep_tokens: bool = False
+    ) -> None:
         self._parser = parser
         self._stops = StopStrings(stops)
         self._functions = functions
-        self._reasons = False  # is the open message reasoning?
+        self._place: Literal["reasoning", "content", "call"] | None = None  # of the open message
         self._calls = 0
+        self._tokens = ContentTokens(parser) if keep_tokens else None
+        self.stopped = False  # by a stop string, or by a token that stops unseen
         self.completion_tokens = 0
         self.reasoning_tokens = 0
 
-    @property
-    def stopped(self) -> bool:
-        """A stop string has come."""
-        return self._stops.hit
-
-    def feed(self, token_id: int) -> list[Piece]:
-        self.completion_tokens += 1
-        self.reasoning_tokens += self._reasons
+    def feed(self, token_id: int, logprob: float = 0.0, top: tuple[tuple[int, float], ...] = ()) -> list[Piece]:
+        """logprob, top: as in `request.Token`."""
+        self._count()
+        if self._tokens is not None:
+            self._tokens.token(ContentToken(token_id, logprob, top), self._place)
         return self._pieces(self._parser.feed(token_id))
+
+    def stop_unseen(self) -> None:
+        """A token ends it that is no part of it."""
+        self._count()
+        self.stopped = True
 
     def finish(self, finish_reason: Literal["stop", "length"]) -> list[Piece]:
         pieces = self._pieces(self._parser.finish())
-        if held := self._stops.flush():
-            pieces.append(Content(held))
-        reason = "tool_calls" if self._calls and finish_reason == "stop" and not self.stopped else finish_reason
+        pieces += self._content(self._stops.flush())
+        reason = "stop" if self.stopped else finish_reason
+        if self._calls and reason == "stop" and not self.stopped:
+            reason = "tool_calls"
         return [*pieces, End(reason, self.completion_tokens, self.reasoning_tokens)]
+
+    def _count(self) -> None:
+        self.completion_tokens += 1
+        self.reasoning_tokens += self._place == "reasoning"
 
     def _pieces(self, deltas: Sequence[Delta]) -> list[Piece]:
         pieces: list[Piece] = []
         for delta in deltas:
             function = self._function(delta)
-            self._reasons = function is None and (delta.channel == "analysis" or delta.recipient is not None)
+            reasons = delta.channel == "analysis" or delta.recipient is not None
+            self._place = "call" if function is not None else "reasoning" if reasons else "content"
+            if delta.kind == "start" and self._tokens is not None:
+                self._tokens.begin(self._place)
             if delta.kind == "start" and function is not None:
                 pieces.append(Call(self._calls, f"call_{secrets.token_hex(12)}", function))
                 self._calls += 1
             elif delta.kind == "text" and function is not None:
                 pieces.append(Arguments(self._calls - 1, delta.text))
-            elif delta.kind == "text" and self._reasons:
+            elif delta.kind == "text" and reasons:
                 pieces.append(Reasoning(delta.text))
-            elif delta.kind == "text" and (shown := self._stops.feed(delta.text)):
-                pieces.append(Content(shown))
+            elif delta.kind == "text":
+                if self._tokens is not None:
+                    self._tokens.say(delta.text)
+                pieces += self._content(self._stops.feed(delta.text))
+                self.stopped = self.stopped or self._stops.hit
             elif delta.kind == "end":
-                self._reasons = False
+                self._place = None
         return pieces
+
+    def _content(self, shown: str) -> list[Piece]:
+        tokens = () if self._tokens is None else self._tokens.show(shown)
+        return [Content(shown, tokens)] if shown else []
 
     def _function(self, delta: Delta) -> str | None:
         name = (delta.recipient or "").removeprefix("functions.")
@@ -154,18 +179,24 @@ async def read_answer(
     stops: Sequence[str] = (),
     functions: Collection[str] = (),
     on_stop: Callable[[], None] = lambda: None,
+    unseen: Collection[int] = (),
+    keep_tokens: bool = False,
 ) -> AsyncGenerator[Piece]:
     """The pieces of an answer as its tokens come; closes `tokens` when it ends, also early. The last piece is an End.
 
     functions: the names that the model was offered. on_stop: called when a stop string ends it, before `tokens` is
-    closed. A deadline that passed ends it like a length: OpenAI's clients know no other word for "cut short".
+    closed. unseen: ids of stop tokens that are no part of the answer. keep_tokens: Content carries its tokens. A
+    deadline that passed ends it like a length: OpenAI's clients know no other word for "cut short".
     """
-    answer = Answer(parser, stops, functions)
+    answer = Answer(parser, stops, functions, keep_tokens)
     reason: Literal["stop", "length"] = "stop"
     async with aclosing(tokens):
         async for token in tokens:
+            if token.finish_reason == "stop" and token.id in unseen:
+                answer.stop_unseen()
+                break
             if token.id >= 0:  # an end may come without a token
-                for piece in answer.feed(token.id):
+                for piece in answer.feed(token.id, token.logprob or 0.0, token.top):
                     yield piece
             if token.finish_reason in ("length", "deadline"):
                 reason = "length"

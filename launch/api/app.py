@@ -1,22 +1,21 @@
-"""The routes. A request becomes tokens, goes to a replica, and comes back as an OpenAI chat completion.
+"""The routes.
 
-    /health                 200 while every replica that came up is alive, 503 while one is dead
-    /ready                  503 until every replica answers
-    /metrics                figures for Prometheus
-    /v1/models              the one model
-    /v1/chat/completions    chat, whole or streamed
+    /health                    200 while every replica that came up is alive, 503 while one is dead
+    /ready                     503 until every replica answers
+    /metrics                   figures for Prometheus
+    /version                   ours
+    /tokenize, /detokenize     text and conversations to token ids, and back
+    /v1/models                 the one model
+    /v1/chat/completions       chat, whole or streamed
+    /v1/completions            text or token ids that go on, whole or streamed
 
 Sees the engine only as `generate(Request) -> stream of Token`.
 """
 
 import asyncio
 import hmac
-import secrets
-import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from datetime import date
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -26,36 +25,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ...parallel.engine.request import Request, Sampling, Token
-from ...parallel.errors import UserError
-from ..dispatch import prompt_blocks
-from ..engine_client import EngineDiedError
-from ..harmony import StreamParser, render, stop_tokens
-from ..tokenizer import Tokenizer
-from .answer import Piece, read_answer
-from .chat import conversation, demands
-from .constraint import constraint_for
-from .errors import ApiError, replica_died
-from .replicas import Replicas
-from .respond import Begun, ClientGoneError, EventStream, chunks, new_completion, read_body, unless_gone, whole
-from .schema import ChatRequest, parse_chat_request
-
-BODY_LIMIT_BYTES = 32 << 20
-QUIET_S = 10.0  # a stream with nothing to say for so long says that it waits: proxies cut what is silent
-
-
-@dataclass(frozen=True)
-class Served:
-    """What is served, and how. api_key: None lets everyone in."""
-
-    name: str
-    context_tokens: int
-    tokenizer: Tokenizer
-    replicas: Replicas
-    api_key: bytes | None = None
-    body_limit_bytes: int = BODY_LIMIT_BYTES
-    quiet_s: float = QUIET_S
-    started: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
+from .chat_completions import chat_job
+from .completions import completion_job, parse_completion_request
+from .errors import ApiError, explain
+from .generation import answer
+from .respond import ClientGoneError, read_body
+from .schema import parse_chat_request
+from .served import Served
+from .tokens import detokenize, tokenize
 
 
 def create_app(served: Served) -> FastAPI:
@@ -70,7 +47,7 @@ def create_app(served: Served) -> FastAPI:
             message = "wrong or missing API key: send it as Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key")
 
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+    keyed = APIRouter(dependencies=[Depends(check_key)])
 
     @app.get("/health")
     async def health() -> Response:
@@ -86,91 +63,46 @@ def create_app(served: Served) -> FastAPI:
     async def metrics() -> Response:
         return Response(served.replicas.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
-    @v1.get("/models")
+    @app.get("/version")
+    async def version_route() -> dict[str, Any]:
+        return {"version": _version()}
+
+    @keyed.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(served)]}
 
-    @v1.get("/models/{name:path}")
+    @keyed.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        _check_model(served, name)
+        served.check_model(name)
         return _model(served)
 
-    @v1.post("/chat/completions")
+    @keyed.post("/v1/chat/completions")
     async def chat_completions(http: HttpRequest) -> Response:
-        try:
-            body = await read_body(http, served.body_limit_bytes)
-            # In a thread, like the tokens below: a long prompt would hold up the streams of everyone else.
-            chat = await asyncio.to_thread(parse_chat_request, body)
-            _check_model(served, chat.model)
-            served.replicas.choose(())  # what nobody could take is refused before anything is made of it
-            request, blocks = await asyncio.to_thread(_rendered, chat, served)
-            completion = new_completion(request.id, served.name, len(request.prompt_tokens))
-            watch = served.replicas.watch(request)
-            begun = Begun(served.replicas.generate(request, blocks, watch), lambda: watch.end("abort"))
-            async with AsyncExitStack() as stack:
-                stack.push_async_callback(begun.aclose)
-                # The status line waits for the first token, so that a request which the engine refuses is no 200; that
-                # of a stream no longer than a proxy would wait.
-                await unless_gone(http.receive, begun.wait(served.quiet_s if chat.stream else None))
-                pieces = _pieces(begun.tokens(), chat, served.tokenizer, lambda: watch.end("stop"))
-                if not chat.stream:
-                    return JSONResponse(await unless_gone(http.receive, whole(completion, pieces)))
-                stack.pop_all()  # the stream closes it
-                include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-                return EventStream(chunks(completion, pieces, include_usage), explain, begun.aclose, served.quiet_s)
-        except ClientGoneError:
-            return Response(status_code=499)  # nobody reads it
-        except (EngineDiedError, UserError) as error:
-            raise explain(error) from None
+        return await answer(http, served, parse_chat_request, chat_job)
 
-    app.include_router(v1)
+    @keyed.post("/v1/completions")
+    async def completions(http: HttpRequest) -> Response:
+        return await answer(http, served, parse_completion_request, completion_job)
+
+    @keyed.post("/tokenize")
+    async def tokenize_route(http: HttpRequest) -> Response:
+        return await _told(http, served, tokenize)
+
+    @keyed.post("/detokenize")
+    async def detokenize_route(http: HttpRequest) -> Response:
+        return await _told(http, served, detokenize)
+
+    app.include_router(keyed)
     return app
 
 
-def engine_request(chat: ChatRequest, served: Served) -> Request:
-    """Raises ApiError 400 if prompt and answer cannot fit into the context, or a schema cannot be held to."""
-    wanted = demands(chat)
-    constraint = constraint_for(
-        served.tokenizer, wanted.tools, wanted.tool_choice, wanted.response_format, chat.max_reasoning_tokens
-    )
-    tools = [] if chat.tool_choice == "none" else chat.tools or []
-    talk = conversation(chat.messages, tools, chat.reasoning_effort, date.today(), wanted.shown)
-    prompt = tuple(render(talk, served.tokenizer))
-    left = served.context_tokens - len(prompt)
-    asked = chat.max_completion_tokens or chat.max_tokens
-    if left < 1:
-        message = f"the prompt is {len(prompt)} tokens; the context of {served.context_tokens} leaves no room to answer"
-        raise ApiError(400, message, "messages", "context_length_exceeded")
-    if asked is not None and asked > left:
-        param = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
-        numbers = f"{len(prompt)} prompt tokens + {asked} is more than the context of {served.context_tokens}"
-        raise ApiError(400, f"{param}: {numbers}", param, "context_length_exceeded")
-    sampling = Sampling(
-        temperature=1.0 if chat.temperature is None else chat.temperature,
-        top_p=1.0 if chat.top_p is None else chat.top_p,
-        seed=secrets.randbits(63) if chat.seed is None else chat.seed,
-    )
-    stops = stop_tokens(served.tokenizer)
-    return Request(
-        secrets.token_hex(12),
-        prompt,
-        asked or left,
-        sampling,
-        stops,
-        deadline_s=chat.deadline_s,
-        constraint=constraint,
-    )
-
-
-def explain(error: Exception) -> ApiError:
-    """What a client is told of an error in the engine or on the way to it."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, EngineDiedError):
-        return replica_died(f"{error}; this request is lost")
-    if isinstance(error, UserError):
-        return ApiError(400, error.message, code="refused_by_engine")
-    return ApiError(500, "internal error; the server's log has more")
+async def _told(http: HttpRequest, served: Served, tell: Callable[[bytes, Served], dict[str, Any]]) -> Response:
+    """What is known without an engine; in a thread, as a body may be long."""
+    try:
+        body = await read_body(http, served.body_limit_bytes)
+    except ClientGoneError:
+        return Response(status_code=499)  # nobody reads it
+    return JSONResponse(await asyncio.to_thread(tell, body, served))
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -190,21 +122,11 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse(explain(error).body(), 500)
 
 
-def _rendered(chat: ChatRequest, served: Served) -> tuple[Request, tuple[int, ...]]:
-    request = engine_request(chat, served)
-    return request, prompt_blocks(request.prompt_tokens)
-
-
-def _pieces(
-    tokens: AsyncGenerator[Token], chat: ChatRequest, tokenizer: Tokenizer, on_stop: Callable[[], None]
-) -> AsyncGenerator[Piece]:
-    functions = [] if chat.tool_choice == "none" else [tool.function.name for tool in chat.tools or []]
-    return read_answer(tokens, StreamParser(tokenizer), chat.stops, functions, on_stop)
-
-
-def _check_model(served: Served, name: str) -> None:
-    if name != served.name:
-        raise ApiError(404, f"no model {name!r} here, only {served.name!r}", "model", "model_not_found")
+def _version() -> str:
+    try:
+        return version("gptoss-launch")
+    except PackageNotFoundError:
+        return "not installed, run from its source"
 
 
 def _model(served: Served) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """What goes wrong over HTTP, in OpenAI's error shape: {"error": {"message", "type", "param", "code"}}.
 
 Where the same request may well succeed a little later, {"retryable": true} is added and the answer, if it is not under
-way, has a Retry-After header. Does not know where errors come from.
+way, has a Retry-After header. Knows no route.
 """
 
 from typing import Any
+
+from ...parallel.errors import UserError
+from ..engine_client import EngineDiedError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error"}
 
@@ -39,3 +42,14 @@ class ApiError(Exception):
 
 def replica_died(reason: str) -> ApiError:
     return ApiError(503, f"{reason}: send the request again", code="replica_died", retry_after_s=1)
+
+
+def explain(error: Exception) -> ApiError:
+    """What a client is told of an error in the engine or on the way to it."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineDiedError):
+        return replica_died(f"{error}; this request is lost")
+    if isinstance(error, UserError):
+        return ApiError(400, error.message, code="refused_by_engine")
+    return ApiError(500, "internal error; the server's log has more")

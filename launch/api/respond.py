@@ -1,15 +1,14 @@
-"""Pieces of an answer -> the JSON of a chat completion, whole or as server-sent events.
+"""Between the engine's tokens and the client: an answer that has begun, its events on the wire, the body that came.
 
-Also watches the client: when it goes away, the work for it is cancelled. Does not know how pieces come about.
+Watches the client: when it goes away, the work for it is cancelled. Does not know what an answer looks like.
 """
 
 import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,7 +16,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...parallel.engine.request import Token
-from .answer import Arguments, Call, Content, End, Piece, Reasoning
 from .errors import ApiError
 
 T = TypeVar("T")
@@ -28,101 +26,39 @@ class ClientGoneError(Exception):
     """Nobody reads the answer any more."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What all parts of one answer share."""
-
-    id: str
-    model: str
-    created: int  # Unix time, s
-    prompt_tokens: int
-
-    def usage(self, end: End) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": end.completion_tokens,
-            "total_tokens": self.prompt_tokens + end.completion_tokens,
-            "completion_tokens_details": {"reasoning_tokens": end.reasoning_tokens},
-        }
-
-    def head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-
-def new_completion(request_id: str, model: str, prompt_tokens: int) -> Completion:
-    return Completion(f"chatcmpl-{request_id}", model, int(time.time()), prompt_tokens)
-
-
-async def whole(completion: Completion, pieces: AsyncGenerator[Piece]) -> dict[str, Any]:
-    """The answer as one object."""
-    said: dict[type, str] = {Reasoning: "", Content: ""}
-    calls: list[dict[str, Any]] = []
-    async with aclosing(pieces):
-        async for piece in pieces:
-            match piece:
-                case Call():
-                    calls.append(_call(piece) | {"function": {"name": piece.name, "arguments": ""}})
-                case Arguments():
-                    calls[piece.index]["function"]["arguments"] += piece.text
-                case End():
-                    message: dict[str, Any] = {"role": "assistant", "content": said[Content] or (None if calls else "")}
-                    message |= _reasoning(said[Reasoning] or None) | ({"tool_calls": calls} if calls else {})
-                    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": piece.finish_reason}
-                    return completion.head("chat.completion") | {"choices": [choice], "usage": completion.usage(piece)}
-                case _:
-                    said[type(piece)] += piece.text
-    raise AssertionError("an answer ends with an End")
-
-
-async def chunks(
-    completion: Completion, pieces: AsyncGenerator[Piece], include_usage: bool
-) -> AsyncGenerator[dict[str, Any]]:
-    """The answer as chunk objects, each as soon as its piece is there."""
-
-    def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        body = completion.head("chat.completion.chunk") | {"choices": [choice]}
-        return body | ({"usage": None} if include_usage else {})
-
-    async with aclosing(pieces):
-        yield chunk({"role": "assistant", "content": ""})
-        async for piece in pieces:
-            if not isinstance(piece, End):
-                yield chunk(_delta(piece))
-                continue
-            yield chunk({}, piece.finish_reason)
-            if include_usage:
-                usage = {"choices": [], "usage": completion.usage(piece)}
-                yield completion.head("chat.completion.chunk") | usage
-
-
 class Begun:
     """A stream of tokens that is under way before anybody reads it. on_close: called once it is closed.
 
-    Closing it closes the stream below in any case; a generator that never began would not.
+    Closing it closes the stream below in any case; a generator that never began would not. first: its first token, or
+    what it raises in its place.
     """
 
     def __init__(self, tokens: AsyncGenerator[Token], on_close: Callable[[], None]) -> None:
         self._tokens = tokens
         self._on_close = on_close
-        self._first = asyncio.ensure_future(_next(tokens))
+        self.first = asyncio.ensure_future(_next(tokens))
 
     async def wait(self, limit_s: float | None) -> None:
         """For the first token, at most limit_s. Raises what the stream raises in its place."""
-        await asyncio.wait({self._first}, timeout=limit_s)
-        if self._first.done():
-            self._first.result()
+        await first_of([self], limit_s)
 
     async def tokens(self) -> AsyncGenerator[Token]:
-        yield await self._first
+        yield await self.first
         async for token in self._tokens:
             yield token
 
     async def aclose(self) -> None:
-        self._first.cancel()
-        await asyncio.gather(self._first, return_exceptions=True)
+        self.first.cancel()
+        await asyncio.gather(self.first, return_exceptions=True)
         await self._tokens.aclose()
         self._on_close()
+
+
+async def first_of(several: Sequence[Begun], limit_s: float | None) -> None:
+    """Waits for the first token of any of them, at most limit_s. Raises what one raises in its place."""
+    done, _ = await asyncio.wait({one.first for one in several}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+    for first in done:
+        first.result()
 
 
 class EventStream(Response):
@@ -234,25 +170,3 @@ async def _disconnect(receive: Receive) -> None:
 
 def _event(data: str) -> dict[str, Any]:
     return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
-
-
-def _delta(piece: Reasoning | Content | Call | Arguments) -> dict[str, Any]:
-    match piece:
-        case Reasoning():
-            return _reasoning(piece.text)
-        case Content():
-            return {"content": piece.text}
-        case Call():
-            function = {"name": piece.name, "arguments": ""}
-            return {"tool_calls": [{"index": piece.index} | _call(piece) | {"function": function}]}
-        case Arguments():
-            return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
-
-
-def _reasoning(text: str | None) -> dict[str, Any]:
-    """Clients know it under one name or the other (vLLM: reasoning; SGLang, llama.cpp: reasoning_content)."""
-    return {"reasoning_content": text, "reasoning": text}
-
-
-def _call(call: Call) -> dict[str, Any]:
-    return {"id": call.id, "type": "function"}

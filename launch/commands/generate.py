@@ -4,7 +4,6 @@ The answer goes to stdout as it comes; reasoning, dimmed, and everything else to
 """
 
 import asyncio
-import codecs
 import json as json_text
 import secrets
 import sys
@@ -20,7 +19,6 @@ import click
 from ...parallel.engine.request import Request, Sampling, Token
 from ...parallel.errors import RankDiedError, UserError
 from ...parallel.planning.plan import Plan
-from ..harmony import Delta
 from ..settings import Settings, load_settings, settings_options
 from ..tokenizer import Tokenizer
 
@@ -210,6 +208,7 @@ async def _answer(
 ) -> Answer:
     from ..api.answer import Content, End, Reasoning, read_answer
     from ..harmony import StreamParser
+    from ..plain_text import PlainText
 
     asked_s = time.monotonic()
     ids: list[int] = []
@@ -251,20 +250,3 @@ async def _answer(
     return Answer(
         request.prompt_tokens, tuple(ids), said[Reasoning], said[Content], (), end.finish_reason, usage, timings
     )
-
-
-class PlainText:
-    """Reads a stream that is no harmony conversation: all of it is content, special tokens by their spelling."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token_id: int) -> list[Delta]:
-        return self._text(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
-
-    def finish(self) -> list[Delta]:
-        return self._text(self._utf8.decode(b"", True))
-
-    def _text(self, text: str) -> list[Delta]:
-        return [Delta("text", "final", None, None, text)] if text else []

@@ -2,21 +2,15 @@
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
 
-import httpx
 import openai
 import pytest
-from gptoss_launch.launch.api.app import Served, create_app
-from gptoss_launch.launch.api.metrics import Metrics
-from gptoss_launch.launch.api.replicas import REQUEST_LIMIT, Replicas
-from gptoss_launch.launch.dispatch import Dispatch
+from gptoss_launch.launch.api.replicas import REQUEST_LIMIT
 from gptoss_launch.launch.engine_client import EngineDiedError
-from gptoss_launch.parallel.engine.request import Request, Token
+from gptoss_launch.parallel.engine.request import Token
 from gptoss_launch.parallel.errors import UserError
-from prometheus_client import CollectorRegistry
+from in_process import HELLO, Call, ScriptedEngine, served
 
-HELLO = [{"role": "user", "content": "Hello"}]
 BODY = {"model": "tiny", "messages": HELLO}
 WEATHER = {
     "type": "function",
@@ -28,68 +22,13 @@ WEATHER = {
 }
 
 
-class ScriptedEngine:
-    """Gives the script's tokens; an exception in it is raised. Notes what it was asked and what was closed early."""
-
-    def __init__(self, script, ready=True, dead=False):
-        self.script, self.ready, self.dead, self.running, self.restarts = script, ready, dead, 0, 0
-        self.asked: list[Request] = []
-        self.cancelled: list[str] = []
-
-    async def generate(self, request):
-        self.asked.append(request)
-        ended = False
-        try:
-            for place, token in enumerate(self.script[: request.max_tokens]):
-                if isinstance(token, Exception):
-                    ended = True
-                    raise token
-                reason = "stop" if token in request.stop_tokens else None
-                reason = reason or ("length" if place + 1 == request.max_tokens else None)
-                ended = reason is not None
-                yield Token(request.id, token, reason)
-        finally:
-            if not ended:
-                self.cancelled.append(request.id)
-
-
 @pytest.fixture
 def serving(tokenizer):
-    """serving(script, **Served's fields) -> (engine, call); call(method, path, ...) sends one HTTP request."""
+    """serving(script, **Served's fields) -> (engine, call)."""
 
     def make(script=(), engine=None, others=(), **fields):
         engine = engine or ScriptedEngine(list(script))
-        everyone = [engine, *others]
-        replicas = Replicas(everyone, Dispatch(len(everyone)), Metrics(CollectorRegistry(), "tiny", len(everyone)))
-        served = Served("tiny", 2048, tokenizer, replicas, **fields)
-
-        @asynccontextmanager
-        async def http():
-            # Our own mistakes are answered (500) and raised again for the log.
-            transport = httpx.ASGITransport(create_app(served), raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                yield client
-
-        def call(method, path, **arguments):
-            async def send():
-                async with http() as client:
-                    return await client.request(method, path, **arguments)
-
-            return asyncio.run(send())
-
-        def chat(**arguments):
-            async def send():
-                async with http() as client:
-                    official = openai.AsyncOpenAI(
-                        base_url="http://test/v1", api_key="secret", http_client=client, max_retries=0
-                    )
-                    answer = await official.chat.completions.create(**{"model": "tiny", "messages": HELLO} | arguments)
-                    return [chunk async for chunk in answer] if arguments.get("stream") else answer
-
-            return asyncio.run(send())
-
-        call.chat = chat
-        return engine, call
+        return engine, Call(served(tokenizer, engine, *others, **fields))
 
     return make
 
@@ -235,8 +174,7 @@ BAD = {
         "messages.0.content.0.image_url",
     ),
     "unknown field": (BODY | {"temperatur": 1}, "temperatur"),
-    "unsupported field": (BODY | {"logit_bias": {}}, "logit_bias"),
-    "two answers": (BODY | {"n": 2}, "n"),
+    "unsupported field": (BODY | {"prediction": {}}, "prediction"),
     "temperature is text": (BODY | {"temperature": "1"}, "temperature"),
     "temperature is negative": (BODY | {"temperature": -1}, "temperature"),
     "temperature is no number": (json.dumps(BODY | {"temperature": float("nan")}).encode(), "temperature"),
@@ -247,7 +185,7 @@ BAD = {
     "maximum over the context": (BODY | {"max_completion_tokens": 2048}, "max_completion_tokens"),
     "seed is too large": (BODY | {"seed": 2**63}, "seed"),
     "stop is a number": (BODY | {"stop": 3}, "stop"),
-    "stop is empty": (BODY | {"stop": [""]}, "stop"),
+    "stop is empty": (BODY | {"stop": [""]}, "stop.0"),
     "stop holds a number": (BODY | {"stop": ["a", 1]}, "stop.1"),
     "stream is text": (BODY | {"stream": "yes"}, "stream"),
     "stream_options without stream": (BODY | {"stream_options": {"include_usage": True}}, "stream_options"),

@@ -1,0 +1,152 @@
+"""/v1/chat/completions: a checked body -> tokens to answer, and pieces of answers -> its JSON, whole or as chunks."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from typing import Any
+
+from ..harmony import StreamParser, render
+from ..tokenizer import Tokenizer
+from .answer import Arguments, Call, Content, End, Piece, Reasoning
+from .chat import conversation, demands
+from .constraint import constraint_for
+from .content_tokens import ContentToken
+from .generation import Head, Job, Pieces, Reading, make_choices, new_head
+from .logprobs import chat_logprobs
+from .schema import ChatRequest
+from .served import Served
+
+
+def chat_job(chat: ChatRequest, served: Served) -> Job:
+    """Raises ApiError 400."""
+    tokenizer = served.tokenizer
+    tools = [] if chat.tool_choice == "none" else chat.tools or []
+    wanted = demands(chat)
+    talk = conversation(chat.messages, tools, chat.reasoning_effort, date.today(), wanted.shown)
+    prompt = tuple(render(talk, tokenizer))
+    logprobs = chat.top_logprobs or 0 if chat.logprobs else None
+    choices = make_choices(
+        chat,
+        [prompt],
+        served,
+        prompt_param="messages",
+        max_tokens=chat.max_completion_tokens or chat.max_tokens,
+        max_param="max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens",
+        logprobs=logprobs,
+        constraint=constraint_for(
+            tokenizer, wanted.tools, wanted.tool_choice, wanted.response_format, chat.max_reasoning_tokens
+        ),
+    )
+    reading = Reading(
+        parser=partial(StreamParser, tokenizer),
+        stops=chat.stops,
+        functions=[tool.function.name for tool in tools],
+        # Markup that ends an answer is for the parser, which knows what it means.
+        unseen=set(chat.stop_token_ids or ()) - set(tokenizer.special.values()),
+        keep_tokens=logprobs is not None,
+    )
+    head = new_head("chatcmpl", served, len(prompt))
+    return Job(choices, reading, ChatShape(head, len(choices), tokenizer, logprobs))
+
+
+@dataclass
+class _Said:
+    """What one choice has said."""
+
+    text: dict[type, str] = field(default_factory=lambda: {Reasoning: "", Content: ""})
+    tokens: list[ContentToken] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    end: End | None = None
+
+
+@dataclass(frozen=True)
+class ChatShape:
+    """logprobs: how many alternatives each token of content is given; None: content has no tokens."""
+
+    head: Head
+    choices: int
+    tokenizer: Tokenizer
+    logprobs: int | None
+
+    async def whole(self, pieces: Pieces) -> dict[str, Any]:
+        everyone = [_Said() for _ in range(self.choices)]
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                said = everyone[index]
+                match piece:
+                    case Call():
+                        said.calls.append(_call(piece) | {"function": {"name": piece.name, "arguments": ""}})
+                    case Arguments():
+                        said.calls[piece.index]["function"]["arguments"] += piece.text
+                    case End():
+                        said.end = piece
+                    case _:
+                        said.text[type(piece)] += piece.text
+                        said.tokens += piece.tokens if isinstance(piece, Content) else ()
+        choices = [self._choice(index, said) for index, said in enumerate(everyone)]
+        ends = [said.end for said in everyone if said.end is not None]
+        return self.head.of("chat.completion") | {"choices": choices, "usage": self.head.usage(ends)}
+
+    async def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
+        def chunk(index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> Any:
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+            body = self.head.of("chat.completion.chunk") | {"choices": [choice]}
+            return body | ({"usage": None} if include_usage else {})
+
+        ends = []
+        async with aclosing(pieces):
+            for index in range(self.choices):
+                yield chunk(index, {"role": "assistant", "content": ""})
+            async for index, piece in pieces:
+                if isinstance(piece, End):
+                    ends.append(piece)
+                    yield chunk(index, {}, piece.finish_reason)
+                else:
+                    told = self._logprobs(piece.tokens) if isinstance(piece, Content) else None
+                    yield chunk(index, _delta(piece), logprobs=told)
+            if include_usage:
+                usage = {"choices": [], "usage": self.head.usage(ends)}
+                yield self.head.of("chat.completion.chunk") | usage
+
+    def _choice(self, index: int, said: _Said) -> dict[str, Any]:
+        assert said.end is not None, "an answer ends with an End"
+        content = said.text[Content] or (None if said.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message |= _reasoning(said.text[Reasoning] or None) | ({"tool_calls": said.calls} if said.calls else {})
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(said.tokens),
+            "finish_reason": said.end.finish_reason,
+        }
+
+    def _logprobs(self, tokens: Sequence[ContentToken]) -> dict[str, Any] | None:
+        if self.logprobs is None:
+            return None
+        return {"content": chat_logprobs(tokens, self.tokenizer, self.logprobs), "refusal": None}
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    match piece:
+        case Reasoning():
+            return _reasoning(piece.text)
+        case Content():
+            return {"content": piece.text}
+        case Call():
+            function = {"name": piece.name, "arguments": ""}
+            return {"tool_calls": [{"index": piece.index} | _call(piece) | {"function": function}]}
+        case Arguments():
+            return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
+        case End():
+            return {}
+
+
+def _reasoning(text: str | None) -> dict[str, Any]:
+    """Clients know it under one name or the other (vLLM: reasoning; SGLang, llama.cpp: reasoning_content)."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function"}

@@ -1,0 +1,30 @@
+"""What is served, and how: what every route is given."""
+
+import time
+from dataclasses import dataclass, field
+
+from ..tokenizer import Tokenizer
+from .errors import ApiError
+from .replicas import Replicas
+
+BODY_LIMIT_BYTES = 32 << 20
+QUIET_S = 10.0  # a stream with nothing to say for so long says that it waits: proxies cut what is silent
+
+
+@dataclass(frozen=True)
+class Served:
+    """api_key: None lets everyone in."""
+
+    name: str
+    context_tokens: int
+    tokenizer: Tokenizer
+    replicas: Replicas
+    api_key: bytes | None = None
+    body_limit_bytes: int = BODY_LIMIT_BYTES
+    quiet_s: float = QUIET_S
+    started: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404."""
+        if name != self.name:
+            raise ApiError(404, f"no model {name!r} here, only {self.name!r}", "model", "model_not_found")
