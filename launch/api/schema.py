@@ -113,7 +113,7 @@ class ChatRequest(GenerationFields):
     tools: Items[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     response_format: Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
-    max_reasoning_tokens: int | None = Field(None, ge=0)  # ours: then the engine closes the analysis
+    max_reasoning_tokens: int | None = Field(None, ge=0, lt=2**31)  # ours: then the engine closes the analysis
     parallel_tool_calls: bool | None = None  # gpt-oss calls one function a turn, which either value allows
     # Only at the value that changes nothing:
     modalities: list[Literal["text"]] | None = None

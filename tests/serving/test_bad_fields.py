@@ -59,7 +59,16 @@ WRONG = {
     "top_logprobs": [*NO_INTEGER, -1, 21, 5],  # 5: without logprobs
     "reasoning_effort": [*NO_TEXT, [], "minimal", "none", ""],
     "tools": [1, "x", {}, [1], [{}], [{"type": "web_search"}], [{"type": "function", "function": {"name": "a b"}}]],
-    "tool_choice": [1, True, [], "x"],
+    "tool_choice": [1, True, [], "x", "required", {}, {"type": "function", "function": {"name": "x"}}],
+    "response_format": [
+        *(1, "json", [], {}, {"type": "xml"}, {"type": "json_object", "strict": True}, {"type": "json_schema"}),
+        *(
+            {"type": "json_schema", "json_schema": value}
+            for value in (1, {}, {"name": "a b"}, {"name": "a", "schema": 1})
+        ),
+        {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "robot"}}},
+    ],
+    "max_reasoning_tokens": [*NO_INTEGER, -1],
     "parallel_tool_calls": [*NO_TRUTH],
     "modalities": [1, "text", ["audio"], [1], {}],
     **{
