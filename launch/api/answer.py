@@ -21,15 +21,21 @@ from .content_tokens import ContentToken, ContentTokens, Telling
 
 @dataclass(frozen=True)
 class Reasoning:
+    """message: the place of the message that it is said in; a new one begins where it changes."""
+
     text: str
+    message: int = 0
 
 
 @dataclass(frozen=True)
 class Content:
-    """tokens: those that begin in `text`, if they were asked for."""
+    """tokens: those that begin in `text`, if they were asked for. message: as in Reasoning. preamble: said in the
+    commentary channel, before the answer proper."""
 
     text: str
     tokens: tuple[ContentToken, ...] = ()
+    message: int = 0
+    preamble: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ class Answer:
         self._stops = StopStrings(stops)
         self._functions = functions
         self._place: Literal["reasoning", "content", "call"] | None = None  # of the open message
+        self._message, self._preamble = 0, False  # of the content that came last
         self._calls = 0
         self._tokens = ContentTokens(parser) if keep_tokens else None
         self.stopped = False  # by a stop string, or by a token that stops unseen
@@ -154,10 +161,11 @@ class Answer:
             elif delta.kind == "text" and function is not None:
                 pieces.append(Arguments(self._calls - 1, delta.text))
             elif delta.kind == "text" and reasons:
-                pieces.append(Reasoning(delta.text))
+                pieces.append(Reasoning(delta.text, delta.index))
             elif delta.kind == "text":
                 if self._tokens is not None:
                     self._tokens.say(delta.text)
+                self._message, self._preamble = delta.index, delta.channel == "commentary"
                 pieces += self._content(self._stops.feed(delta.text))
                 self.stopped = self.stopped or self._stops.hit
             elif delta.kind == "end":
@@ -166,7 +174,7 @@ class Answer:
 
     def _content(self, shown: str) -> list[Piece]:
         tokens = () if self._tokens is None else self._tokens.show(shown)
-        return [Content(shown, tokens)] if shown else []
+        return [Content(shown, tokens, self._message, self._preamble)] if shown else []
 
     def _function(self, delta: Delta) -> str | None:
         name = (delta.recipient or "").removeprefix("functions.")

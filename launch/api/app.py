@@ -8,6 +8,7 @@
     /v1/models                 the one model
     /v1/chat/completions       chat, whole or streamed
     /v1/completions            text or token ids that go on, whole or streamed
+    /v1/responses/...          chat in the words of the Responses API (`responses`)
 
 Sees the engine only as `generate(Request) -> stream of Token`.
 """
@@ -30,6 +31,7 @@ from .completions import completion_job, parse_completion_request
 from .errors import ApiError, explain
 from .generation import answer
 from .respond import ClientGoneError, read_body
+from .responses import responses_routes
 from .schema import parse_chat_request
 from .served import Served
 from .tokens import detokenize, tokenize
@@ -92,6 +94,7 @@ def create_app(served: Served) -> FastAPI:
     async def detokenize_route(http: HttpRequest) -> Response:
         return await _told(http, served, detokenize)
 
+    keyed.include_router(responses_routes(served))
     app.include_router(keyed)
     return app
 

@@ -103,7 +103,9 @@ def _assistant(message: AssistantMessage) -> Iterable[Message]:
         yield Message("assistant", reasoning, channel="analysis")
     if message.content:
         # Said before a call it is a preamble, which harmony puts in the commentary channel.
-        yield Message("assistant", _text(message.content), channel="commentary" if calls else "final")
+        phase = message.phase or ("commentary" if calls else "final_answer")
+        channel = "commentary" if phase == "commentary" else "final"
+        yield Message("assistant", _text(message.content), channel=channel)
     for call in calls:
         yield Message(
             "assistant",

@@ -62,8 +62,9 @@ async def first_of(several: Sequence[Begun], limit_s: float | None) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events from chunk objects. What goes wrong while they come is the last event; no [DONE] follows.
+    """Server-sent events from objects. What goes wrong while they come is the last event; no `done` follows.
 
+    An object's "type", if it has one, is the event's name, too. done: what follows the last object, None for nothing.
     explain: an error as the client may see it. close: called at the end, whatever it is. quiet_s: after so long without
     an event comes a comment, which clients skip.
     """
@@ -76,6 +77,7 @@ class EventStream(Response):
         explain: Callable[[Exception], ApiError],
         close: Callable[[], Awaitable[None]],
         quiet_s: float,
+        done: str | None = "[DONE]",
     ) -> None:
         # X-Accel-Buffering: nginx would otherwise collect events before it passes them on.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -84,6 +86,7 @@ class EventStream(Response):
         self._explain = explain
         self._close = close
         self._quiet_s = quiet_s
+        self._done = done
         self._last_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,9 +104,9 @@ class EventStream(Response):
         try:
             async with aclosing(self._events):
                 async for event in self._events:
-                    await send(_event(json.dumps(event, ensure_ascii=False, separators=(",", ":"))))
+                    await send(_event(json.dumps(event, ensure_ascii=False, separators=(",", ":")), event.get("type")))
                     self._last_s = time.monotonic()
-            last = "[DONE]"
+            last = self._done
         except Exception as error:
             if self._explain(error).status == 500:
                 _LOG.exception("an answer was cut short")
@@ -111,7 +114,8 @@ class EventStream(Response):
         finally:
             commenting.cancel()
             await asyncio.gather(commenting, return_exceptions=True)
-        await send(_event(last) | {"more_body": False})
+        end = {"type": "http.response.body", "body": b""} if last is None else _event(last)
+        await send(end | {"more_body": False})
 
     async def _comment(self, send: Send) -> None:
         while True:
@@ -168,5 +172,6 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-def _event(data: str) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+def _event(data: str, name: str | None = None) -> dict[str, Any]:
+    named = "" if name is None else f"event: {name}\n"
+    return {"type": "http.response.body", "body": f"{named}data: {data}\n\n".encode(), "more_body": True}

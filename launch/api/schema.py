@@ -41,13 +41,17 @@ class ToolCall(Strict):
 
 
 class AssistantMessage(Strict):
-    """An answer given earlier. The fields that can only be null are those of the official client's own objects."""
+    """An answer given earlier. The fields that can only be null are those of the official client's own objects.
+
+    phase: of its content, as items of the Responses API tell it; None: a preamble if a call follows in this message.
+    """
 
     role: Literal["assistant"]
     content: Text | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None  # the same under its other name
     tool_calls: Items[ToolCall] | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
     refusal: None = None
     annotations: None = None
     audio: None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from ..tokenizer import Tokenizer
 from .errors import ApiError
 from .replicas import Replicas
+from .responses_store import Store
 
 BODY_LIMIT_BYTES = 32 << 20
 QUIET_S = 10.0  # a stream with nothing to say for so long says that it waits: proxies cut what is silent
@@ -22,6 +23,7 @@ class Served:
     api_key: bytes | None = None
     body_limit_bytes: int = BODY_LIMIT_BYTES
     quiet_s: float = QUIET_S
+    store: Store = field(default_factory=Store)  # of responses
     started: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
 
     def check_model(self, name: str) -> None:

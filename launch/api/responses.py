@@ -1,0 +1,258 @@
+"""/v1/responses: made like chat's answers, kept if asked for, fetched, cancelled and deleted.
+
+    POST    /v1/responses                    a response, whole, streamed, or in the background
+    GET     /v1/responses/{id}               as it is now; ?stream=true&starting_after=N its events from there
+    DELETE  /v1/responses/{id}
+    POST    /v1/responses/{id}/cancel        ends one in the background
+    GET     /v1/responses/{id}/input_items   what it was asked, the conversation before it included
+
+A response ends with its client, unless it is made in the background. What is said of one that fails before its first
+token is an HTTP status, later the event response.failed; one that is not streamed, and not in the background, always
+has its status.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from ...parallel.errors import UserError
+from ..engine_client import EngineDiedError
+from .answer import Piece
+from .chat_completions import chat_job
+from .content_tokens import ContentToken
+from .errors import ApiError, explain
+from .generation import Job
+from .logprobs import chat_logprobs
+from .respond import Begun, ClientGoneError, EventStream, read_body, unless_gone
+from .responses_chat import Item, chat_names, chat_request
+from .responses_events import Draft, Event, place_of_item, response_id
+from .responses_query import Page, page_of, read_page, read_retrieval
+from .responses_schema import ResponsesRequest, echo, input_items, parse_responses_request
+from .responses_store import Kept, Recording, Store
+from .served import Served
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Making:
+    """A response under way."""
+
+    draft: Draft
+    begun: Begun
+    pieces: AsyncGenerator[Piece]
+
+    async def events(self) -> AsyncGenerator[Event]:
+        """All of them, each as soon as it is there; what goes wrong is the last one."""
+        draft = self.draft
+        try:
+            for event in draft.created():
+                yield event
+            if draft.status == "queued":
+                await self.begun.wait(None)
+            for event in draft.started():
+                yield event
+            async with aclosing(self.pieces):
+                async for piece in self.pieces:
+                    for event in draft.feed(piece):
+                        yield event
+        except Exception as error:
+            told = explain(error)
+            if told.status == 500:
+                _LOG.exception("a response was cut short")
+            for event in draft.failed(told):
+                yield event
+
+    async def whole(self) -> dict[str, Any]:
+        """Raises what goes wrong."""
+        try:
+            async with aclosing(self.pieces):
+                async for piece in self.pieces:
+                    self.draft.feed(piece)
+        except Exception as error:
+            self.draft.failed(explain(error))
+            raise
+        return self.draft.response
+
+    async def close(self) -> list[Event]:
+        """Ends it wherever it is: one that has not ended is cancelled. May be called twice."""
+        await self.begun.aclose()
+        return [] if self.draft.ended else self.draft.cancelled()
+
+
+def responses_routes(served: Served) -> APIRouter:
+    routes = APIRouter(prefix="/v1/responses")
+    store = served.store
+
+    @routes.post("")
+    async def create(http: HttpRequest) -> Response:
+        try:
+            body = await read_body(http, served.body_limit_bytes)
+            request = await asyncio.to_thread(parse_responses_request, body)
+            served.check_model(request.model)
+            served.replicas.choose(())  # what nobody could take is refused before anything is made of it
+            before = [item for kept in store.chain(request.previous_response_id) for item in _said(kept)]
+            items = [_followed(item, place, store) for place, item in enumerate(input_items(request))]
+            job = await asyncio.to_thread(_job, request, before, items, served)
+            return await _answer(http, served, request, items, job)
+        except ClientGoneError:
+            return Response(status_code=499)  # nobody reads it
+        except (EngineDiedError, UserError) as error:
+            raise explain(error) from None
+
+    @routes.get("/{id}")
+    async def retrieve(http: HttpRequest, id: str) -> Response:
+        starting_after = read_retrieval(http.query_params)
+        kept = store.find(id)
+        if starting_after is None:
+            return JSONResponse(kept.draft.response)
+        if kept.recording is None:
+            message = "stream: only what was created with background=true and stream=true has kept its events"
+            raise ApiError(400, message, "stream")
+        return EventStream(kept.recording.read(starting_after), explain, _nothing, served.quiet_s, done=None)
+
+    @routes.delete("/{id}")
+    async def delete(id: str) -> Response:
+        kept = store.find(id)
+        if kept.stop is not None:
+            await kept.stop()
+        store.remove(id)
+        return JSONResponse({"id": id, "object": "response", "deleted": True})
+
+    @routes.post("/{id}/cancel")
+    async def cancel(id: str) -> Response:
+        kept = store.find(id)
+        if kept.stop is None:
+            raise ApiError(400, "response_id: it was not created with background=true", "response_id")
+        await kept.stop()
+        return JSONResponse(kept.draft.response)
+
+    @routes.get("/{id}/input_items")
+    async def list_input_items(http: HttpRequest, id: str) -> Response:
+        page: Page = read_page(http.query_params)
+        *earlier, kept = store.chain(id, "response_id")
+        before = [item for one in earlier for item in _said(one)]
+        return JSONResponse(page_of([*before, *kept.input], page))
+
+    return routes
+
+
+async def _answer(
+    http: HttpRequest, served: Served, request: ResponsesRequest, items: Sequence[Item], job: Job
+) -> Response:
+    [choice] = job.choices
+    watch = served.replicas.watch(choice.request)
+    head = {"id": response_id(choice.request.id), "object": "response", "created_at": int(time.time())}
+
+    def logprobs_of(tokens: Sequence[ContentToken]) -> list[dict[str, Any]]:
+        return chat_logprobs(tokens, served.tokenizer, request.top_logprobs or 0)
+
+    draft = Draft(head | echo(request, served.name), len(choice.request.prompt_tokens), logprobs_of)
+    begun = Begun(served.replicas.generate(choice.request, choice.blocks, watch), partial(watch.end, "abort"))
+    making = _Making(draft, begun, job.reading.pieces(begun.tokens(), partial(watch.end, "stop")))
+    kept = Kept(draft, _named(items, choice.request.id), request.previous_response_id)
+    if request.background:
+        return _in_background(kept, making, served, bool(request.stream))
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(_close, making, kept, served.store)
+        # The status line waits for the first token, so that a request which the engine refuses is no 200; that of a
+        # stream no longer than a proxy would wait.
+        await unless_gone(http.receive, begun.wait(served.quiet_s if request.stream else None))
+        if request.kept:
+            served.store.put(kept)
+        if not request.stream:
+            return JSONResponse(await unless_gone(http.receive, making.whole()))
+        close = stack.pop_all().aclose  # the stream closes it
+        return EventStream(making.events(), explain, close, served.quiet_s, done=None)
+
+
+def _in_background(kept: Kept, making: _Making, served: Served, stream: bool) -> Response:
+    recording = Recording() if stream else None
+    kept.recording = recording
+
+    async def make() -> None:
+        try:
+            async with aclosing(making.events()) as events:
+                async for event in events:
+                    if recording is not None:
+                        recording.add([event])
+        finally:
+            await close()
+
+    async def close() -> None:
+        last = await making.close()
+        if recording is not None:
+            recording.add(last)
+            recording.end()
+        served.store.settle(kept)
+
+    task = asyncio.create_task(make())
+
+    async def stop() -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await close()
+
+    kept.stop = stop
+    served.store.put(kept)
+    if recording is None:
+        return JSONResponse(kept.draft.response)
+    return EventStream(recording.read(-1), explain, _nothing, served.quiet_s, done=None)
+
+
+async def _close(making: _Making, kept: Kept, store: Store) -> None:
+    await making.close()
+    store.settle(kept)
+
+
+async def _nothing() -> None:
+    """What is read here goes on without its reader."""
+
+
+def _job(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item], served: Served) -> Job:
+    chat = chat_request(request, before, items)
+    with chat_names(len(chat.messages) - len(items)):
+        return chat_job(chat, served)
+
+
+def _said(kept: Kept) -> list[Item]:
+    """What a kept response adds to its conversation. Raises ApiError 400."""
+    if not _usable(kept):
+        message = f"previous_response_id: response {kept.draft.id} is {kept.draft.status}"
+        raise ApiError(400, message, "previous_response_id", "previous_response_not_usable")
+    return [*kept.input, *kept.draft.response["output"]]
+
+
+def _usable(kept: Kept) -> bool:
+    return kept.draft.status in ("completed", "incomplete")
+
+
+def _followed(item: Item, place: int, store: Store) -> Item:
+    """The item that a reference stands for. Raises ApiError 400."""
+    if item["type"] != "item_reference":
+        return item
+    response, index = place_of_item(item["id"]) or ("", 0)
+    if response in store and _usable(kept := store.find(response)):
+        output = kept.draft.response["output"]
+        if index < len(output) and output[index]["id"] == item["id"]:
+            return output[index]
+    param = f"input.{place}.id"
+    raise ApiError(400, f"{param}: no item {item['id']!r} in the output of a kept response", param, "item_not_found")
+
+
+def _named(items: Sequence[Item], request_id: str) -> list[Item]:
+    """With an id each, and a status, as lists of them have."""
+    prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+    return [
+        {"id": f"{prefix[item['type']]}_{request_id}_in{place}", "status": "completed"} | item
+        for place, item in enumerate(items)
+    ]

@@ -1,0 +1,119 @@
+"""A request for a response -> the chat request that asks the model for the same.
+
+Everything that generates is the chat's, and so are its checks: what works on one route works on the other. An item
+becomes one message. Errors of the chat are told in the words of the Responses API.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .errors import ApiError
+from .responses_schema import SAME_AS_CHAT, NamedFunction, ResponsesRequest
+from .schema import ChatRequest, parse_chat_request
+
+Item = dict[str, Any]
+
+# A field of chat -> what it is called here. Fields that are called alike are not listed.
+_NAMES = (
+    (r"max_completion_tokens$", "max_output_tokens"),
+    (r"reasoning_effort$", "reasoning.effort"),
+    (r"response_format\.json_schema", "text.format"),
+    (r"response_format", "text.format"),
+    (r"(tools\.\d+)\.function", r"\1"),
+    (r"tool_choice\.function", "tool_choice"),
+    (r"logprobs$", "include"),
+    (r"messages$", "input"),
+)
+
+
+def chat_request(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item]) -> ChatRequest:
+    """before: the items of the conversation so far. items: the input, without references. Raises ApiError 400."""
+    first = [] if request.instructions is None else [{"role": "system", "content": request.instructions}]
+    everything = [*before, *items]
+    fields = {name: getattr(request, name) for name in SAME_AS_CHAT} | {
+        "messages": [*first, *(_message(everything, place) for place in range(len(everything)))],
+        "stream": request.stream,
+        "max_completion_tokens": request.max_output_tokens,
+        "reasoning_effort": request.reasoning and request.reasoning.effort,
+        "tools": request.tools and [_tool(tool.model_dump(exclude_none=True)) for tool in request.tools],
+        "tool_choice": _tool_choice(request),
+        "response_format": _response_format(request),
+        "logprobs": request.logprobs or None,
+        "top_logprobs": request.top_logprobs if request.logprobs else None,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    with chat_names(len(first) + len(before)):
+        return parse_chat_request(json.dumps(given).encode())
+
+
+@contextmanager
+def chat_names(messages_before: int) -> Iterator[None]:
+    """Errors about a field of chat become errors about the field here. messages_before: those that no item of this
+    request's input became."""
+    try:
+        yield
+    except ApiError as error:
+        if error.param is None:
+            raise
+        param = _name_here(error.param, messages_before)
+        message = error.message.replace(error.param, param)
+        raise ApiError(error.status, message, param, error.code, error.retry_after_s) from None
+
+
+def _name_here(param: str, messages_before: int) -> str:
+    if found := re.match(r"messages\.(\d+)\.tool_call_id$", param):
+        return f"input.{int(found[1]) - messages_before}.call_id"
+    for pattern, name in _NAMES:
+        if re.match(pattern, param):
+            return re.sub(pattern, name, param, count=1)
+    return param
+
+
+def _message(items: Sequence[Item], place: int) -> dict[str, Any]:
+    item = items[place]
+    match item["type"]:
+        case "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            return {"role": "assistant", "tool_calls": [{"id": item["call_id"], "function": function}]}
+        case "function_call_output":
+            return {"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])}
+        case "reasoning":
+            return {"role": "assistant", "reasoning_content": _text(item.get("content", ()))}
+        case _:
+            said = {"role": item["role"], "content": _text(item["content"])}
+            return said | ({"phase": _phase(items, place)} if item["role"] == "assistant" else {})
+
+
+def _phase(items: Sequence[Item], place: int) -> str:
+    """Of a message that does not say it: what comes before a call is a preamble, as in chat."""
+    later = next((item for item in items[place + 1 :] if item["type"] != "reasoning"), None)
+    calls = later is not None and later["type"] == "function_call"
+    return items[place].get("phase") or ("commentary" if calls else "final_answer")
+
+
+def _text(content: str | Sequence[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _tool_choice(request: ResponsesRequest) -> Any:
+    choice = request.tool_choice
+    if isinstance(choice, NamedFunction):
+        return {"type": "function", "function": {"name": choice.name}}
+    return choice
+
+
+def _response_format(request: ResponsesRequest) -> Any:
+    """Here the fields of a schema stand beside its type, there they are inside of it."""
+    form = request.text.format if request.text is not None else None
+    if form is None or form.get("type") == "text":
+        return None
+    if form.get("type") != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
