@@ -25,7 +25,6 @@ from ..harmony import stop_tokens
 from .answer import End, Parser, Piece, read_answer
 from .errors import ApiError, explain
 from .fields import GenerationFields, check_ids, samplings
-from .metrics import Watch
 from .respond import Begun, ClientGoneError, EventStream, first_of, read_body, unless_gone
 from .served import Served
 
@@ -173,10 +172,10 @@ async def answer(
             begun: list[Begun] = []
             pieces: list[AsyncGenerator[Piece]] = []
             for choice in job.choices:
-                watch = served.replicas.watch(choice.request)
-                begun.append(_begin(choice, served, watch))
-                stack.push_async_callback(begun[-1].aclose)
-                pieces.append(job.reading.pieces(begun[-1].tokens(), partial(watch.end, "stop")))
+                one, its_pieces = begin(choice, job.reading, served)
+                stack.push_async_callback(one.aclose)
+                begun.append(one)
+                pieces.append(its_pieces)
             # The status line waits for a first token, so that a request which the engine refuses is no 200; that of a
             # stream no longer than a proxy would wait.
             await unless_gone(http.receive, first_of(begun, served.quiet_s if fields.stream else None))
@@ -191,8 +190,11 @@ async def answer(
         raise explain(error) from None
 
 
-def _begin(choice: Choice, served: Served, watch: Watch) -> Begun:
-    return Begun(served.replicas.generate(choice.request, choice.blocks, watch), partial(watch.end, "abort"))
+def begin(choice: Choice, reading: Reading, served: Served) -> tuple[Begun, AsyncGenerator[Piece]]:
+    """A choice on its way to a replica, to be closed by the caller, and what comes of it."""
+    watch = served.replicas.watch(choice.request)
+    begun = Begun(served.replicas.generate(choice.request, choice.blocks, watch), partial(watch.end, "abort"))
+    return begun, reading.pieces(begun.tokens(), partial(watch.end, "stop"))
 
 
 async def together(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tuple[int, Item]]:

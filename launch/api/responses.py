@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -30,7 +29,7 @@ from .answer import Piece
 from .chat_completions import chat_job
 from .content_tokens import ContentToken
 from .errors import ApiError, explain
-from .generation import Job
+from .generation import Job, begin
 from .logprobs import chat_logprobs
 from .respond import Begun, ClientGoneError, EventStream, read_body, unless_gone
 from .responses_chat import Item, chat_names, chat_request
@@ -41,6 +40,7 @@ from .responses_store import Kept, Recording, Store
 from .served import Served
 
 _LOG = logging.getLogger(__name__)
+_KEY = "gptoss_launch.key"  # in the scope: the name of the key that let the request in
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,9 @@ def responses_routes(served: Served) -> APIRouter:
     routes = APIRouter(prefix="/v1/responses")
     store = served.store
 
+    def find(http: HttpRequest, id: str) -> Kept:
+        return store.find(id, _owner(http))
+
     @routes.post("")
     async def create(http: HttpRequest) -> Response:
         try:
@@ -100,8 +103,8 @@ def responses_routes(served: Served) -> APIRouter:
             request = await asyncio.to_thread(parse_responses_request, body)
             served.check_model(request.model)
             served.replicas.choose(())  # what nobody could take is refused before anything is made of it
-            before = [item for kept in store.chain(request.previous_response_id) for item in _said(kept)]
-            items = [_followed(item, place, store) for place, item in enumerate(input_items(request))]
+            before = [item for kept in store.chain(request.previous_response_id, _owner(http)) for item in _said(kept)]
+            items = [_followed(item, place, http, store) for place, item in enumerate(input_items(request))]
             job = await asyncio.to_thread(_job, request, before, items, served)
             return await _answer(http, served, request, items, job)
         except ClientGoneError:
@@ -112,7 +115,7 @@ def responses_routes(served: Served) -> APIRouter:
     @routes.get("/{id}")
     async def retrieve(http: HttpRequest, id: str) -> Response:
         starting_after = read_retrieval(http.query_params)
-        kept = store.find(id)
+        kept = find(http, id)
         if starting_after is None:
             return JSONResponse(kept.draft.response)
         if kept.recording is None:
@@ -121,16 +124,16 @@ def responses_routes(served: Served) -> APIRouter:
         return EventStream(kept.recording.read(starting_after), explain, _nothing, served.quiet_s, done=None)
 
     @routes.delete("/{id}")
-    async def delete(id: str) -> Response:
-        kept = store.find(id)
+    async def delete(http: HttpRequest, id: str) -> Response:
+        kept = find(http, id)
         if kept.stop is not None:
             await kept.stop()
         store.remove(id)
         return JSONResponse({"id": id, "object": "response", "deleted": True})
 
     @routes.post("/{id}/cancel")
-    async def cancel(id: str) -> Response:
-        kept = store.find(id)
+    async def cancel(http: HttpRequest, id: str) -> Response:
+        kept = find(http, id)
         if kept.stop is None:
             raise ApiError(400, "response_id: it was not created with background=true", "response_id")
         await kept.stop()
@@ -139,7 +142,8 @@ def responses_routes(served: Served) -> APIRouter:
     @routes.get("/{id}/input_items")
     async def list_input_items(http: HttpRequest, id: str) -> Response:
         page: Page = read_page(http.query_params)
-        *earlier, kept = store.chain(id, "response_id")
+        kept = find(http, id)
+        earlier = store.chain(kept.previous, kept.owner)
         before = [item for one in earlier for item in _said(one)]
         return JSONResponse(page_of([*before, *kept.input], page))
 
@@ -150,16 +154,15 @@ async def _answer(
     http: HttpRequest, served: Served, request: ResponsesRequest, items: Sequence[Item], job: Job
 ) -> Response:
     [choice] = job.choices
-    watch = served.replicas.watch(choice.request)
     head = {"id": response_id(choice.request.id), "object": "response", "created_at": int(time.time())}
 
     def logprobs_of(tokens: Sequence[ContentToken]) -> list[dict[str, Any]]:
         return chat_logprobs(tokens, served.tokenizer, request.top_logprobs or 0)
 
     draft = Draft(head | echo(request, served.name), len(choice.request.prompt_tokens), logprobs_of)
-    begun = Begun(served.replicas.generate(choice.request, choice.blocks, watch), partial(watch.end, "abort"))
-    making = _Making(draft, begun, job.reading.pieces(begun.tokens(), partial(watch.end, "stop")))
-    kept = Kept(draft, _named(items, choice.request.id), request.previous_response_id)
+    begun, pieces = begin(choice, job.reading, served)
+    making = _Making(draft, begun, pieces)
+    kept = Kept(draft, _owner(http), _named(items, choice.request.id), request.previous_response_id)
     if request.background:
         return _in_background(kept, making, served, bool(request.stream))
     async with AsyncExitStack() as stack:
@@ -236,15 +239,20 @@ def _usable(kept: Kept) -> bool:
     return kept.draft.status in ("completed", "incomplete")
 
 
-def _followed(item: Item, place: int, store: Store) -> Item:
+def _owner(http: HttpRequest) -> str:
+    """Whose responses it may see. Where there are no keys, everyone's."""
+    return http.scope.get(_KEY, "")
+
+
+def _followed(item: Item, place: int, http: HttpRequest, store: Store) -> Item:
     """The item that a reference stands for. Raises ApiError 400."""
     if item["type"] != "item_reference":
         return item
     response, index = place_of_item(item["id"]) or ("", 0)
-    if response in store and _usable(kept := store.find(response)):
-        output = kept.draft.response["output"]
-        if index < len(output) and output[index]["id"] == item["id"]:
-            return output[index]
+    kept = store.get(response, _owner(http))
+    output = kept.draft.response["output"] if kept is not None and _usable(kept) else []
+    if index < len(output) and output[index]["id"] == item["id"]:
+        return output[index]
     param = f"input.{place}.id"
     raise ApiError(400, f"{param}: no item {item['id']!r} in the output of a kept response", param, "item_not_found")
 

@@ -45,8 +45,16 @@ def chat_request(request: ResponsesRequest, before: Sequence[Item], items: Seque
         "top_logprobs": request.top_logprobs if request.logprobs else None,
     }
     given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        body = json.dumps(given).encode()
+    except ValueError:
+        raise ApiError(400, "the body: a number of thousands of digits", code="invalid_value") from None
     with chat_names(len(first) + len(before)):
-        return parse_chat_request(json.dumps(given).encode())
+        chat = parse_chat_request(body)
+    for place, tool in enumerate(request.tools or ()):
+        _check_numbers(tool.parameters, f"tools.{place}.parameters")
+    _check_numbers(request.text and request.text.format, "text.format")
+    return chat
 
 
 @contextmanager
@@ -61,6 +69,14 @@ def chat_names(messages_before: int) -> Iterator[None]:
         param = _name_here(error.param, messages_before)
         message = error.message.replace(error.param, param)
         raise ApiError(error.status, message, param, error.code, error.retry_after_s) from None
+
+
+def _check_numbers(value: Any, param: str) -> None:
+    """Of what is said back as it came. Raises ApiError 400."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ApiError(400, f"{param}: NaN and Infinity are no JSON", param, "invalid_value") from None
 
 
 def _name_here(param: str, messages_before: int) -> str:

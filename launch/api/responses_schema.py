@@ -230,10 +230,11 @@ def input_items(request: ResponsesRequest) -> list[dict[str, Any]]:
 
 def _plain(item: Any) -> dict[str, Any]:
     plain = item.model_dump(exclude_none=True)
-    if isinstance(plain.get("content"), str):
-        output = {"annotations": []} if plain["role"] == "assistant" else {}
-        kind = "output_text" if plain["role"] == "assistant" else "input_text"
-        plain["content"] = [{"type": kind, "text": plain["content"]} | output]
+    if plain["type"] == "message":
+        parts = plain["content"]
+        texts = [parts] if isinstance(parts, str) else [part["text"] for part in parts]
+        about = {"type": "output_text", "annotations": []} if plain["role"] == "assistant" else {"type": "input_text"}
+        plain["content"] = [about | {"text": text} for text in texts]
     return plain
 
 

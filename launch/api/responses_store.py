@@ -69,10 +69,12 @@ class Recording:
 
 @dataclass
 class Kept:
-    """input: the items of this request alone. previous: the id of the response that it goes on from. recording: of one
-    that was asked for in the background and as a stream. stop: ends the making of one in the background."""
+    """owner: who may see it. input: the items of this request alone. previous: the id of the response that it goes on
+    from. recording: of one that was asked for in the background and as a stream. stop: ends the making of one in the
+    background."""
 
     draft: Growing
+    owner: str
     input: Sequence[Item]
     previous: str | None = None
     recording: Recording | None = None
@@ -86,9 +88,6 @@ class Store:
         self._most_bytes = most_bytes
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._bytes = 0
-
-    def __contains__(self, response_id: str) -> bool:
-        return response_id in self._kept
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -111,29 +110,35 @@ class Store:
         self._bytes += kept.size_bytes
         self._make_room()
 
-    def find(self, response_id: str) -> Kept:
+    def get(self, response_id: str, owner: str) -> Kept | None:
+        """None, too, of someone else's."""
+        kept = self._kept.get(response_id)
+        if kept is None or kept.owner != owner:
+            return None
+        self._kept.move_to_end(response_id)
+        return kept
+
+    def find(self, response_id: str, owner: str) -> Kept:
         """Raises ApiError 404."""
-        if response_id not in self._kept:
+        kept = self.get(response_id, owner)
+        if kept is None:
             message = f"no response {response_id[:100]!r} is kept here: at most {self._most} are, until a restart"
             raise ApiError(404, message, "response_id", "response_not_found")
-        self._kept.move_to_end(response_id)
-        return self._kept[response_id]
+        return kept
 
     def remove(self, response_id: str) -> None:
         self._bytes -= self._kept.pop(response_id).size_bytes
 
-    def chain(self, response_id: str | None, param: str = "previous_response_id") -> list[Kept]:
+    def chain(self, response_id: str | None, owner: str) -> list[Kept]:
         """The responses of a conversation up to this one, the first one first; of None, none. Raises ApiError 400."""
         found: list[Kept] = []
         while response_id is not None:
-            kept = self._kept.get(response_id)
+            kept = self.get(response_id, owner)
             if kept is None:
-                message = f"{param}: response {response_id[:100]!r} is not, or no longer, kept here"
-                raise ApiError(400, message, param, "previous_response_not_found")
+                message = f"previous_response_id: response {response_id[:100]!r} is not, or no longer, kept here"
+                raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
             found.append(kept)
             response_id = kept.previous
-        for kept in found:
-            self._kept.move_to_end(kept.draft.id)
         return found[::-1]
 
     def _make_room(self) -> None:

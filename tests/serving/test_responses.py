@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import random
 import socket
+import sys
 import threading
 import time
 import typing
@@ -769,3 +771,84 @@ def test_other_refusals(server):
         assert server.http.post("/v1/responses", json=BODY | {"background": True}).status_code == 503
     finally:
         server.engine.ready = True
+
+
+def test_any_body_is_answered(server):
+    """Bodies that are right but for one or two places: never a 5xx, never a request left behind."""
+    draw = random.Random(7)
+    odd = [None, True, -1, 0, 1.5, 1e999, 10**5000, "", "x" * 300, [], [[]], {}, {"type": "message"}, ["a"], "\x00"]
+    full = BODY | {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "x"}]},
+            {
+                "type": "message",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "x", "logprobs": [1]}],
+            },
+            {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "a", "output": "y"},
+        ],
+        "tools": [WEATHER],
+        "tool_choice": "auto",
+        "reasoning": {"effort": "low"},
+        "text": {"format": {"type": "text"}},
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 1,
+        "metadata": {"a": "b"},
+        "store": False,
+    }
+
+    def places(value, path=()):
+        yield from ([path] if path else [])
+        for step, inner in (
+            value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+        ):
+            yield from places(inner, (*path, step))
+
+    everywhere = list(places(full))
+    statuses = set()
+    for _ in range(250):
+        body = json.loads(json.dumps(full))
+        for *path, last in draw.sample(everywhere, draw.randint(1, 2)):
+            inner = body
+            try:
+                for step in path:
+                    inner = inner[step]
+                inner[last] = draw.choice(odd)
+            except (KeyError, IndexError, TypeError):
+                pass  # the first change took away the place of the second
+        sys.set_int_max_str_digits(0)
+        content = json.dumps(body | {"stream": draw.random() < 0.3}).encode()
+        sys.set_int_max_str_digits(4300)
+        answer = server.http.post("/v1/responses", content=content)
+        statuses.add(answer.status_code)
+        assert answer.status_code in (200, 400, 404), (answer.text, content[:2000])
+        if answer.status_code == 200 and answer.text.startswith("{"):
+            Response.model_validate(answer.json())
+    assert statuses >= {200, 400} and server.engine.cancelled == []
+
+
+def test_what_one_key_keeps_no_other_sees(server):
+    """The front names the key in the scope."""
+
+    async def named(scope, receive, send):
+        headers = dict(scope.get("headers", ()))
+        await app(scope | {"gptoss_launch.key": headers.get(b"x-key", b"").decode()}, receive, send)
+
+    app = create_app(server.served)
+
+    async def ask(method, path, key, **fields):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(named), base_url="http://test") as client:
+            return await client.request(method, f"/v1/responses{path}", headers={"x-key": key}, **fields)
+
+    made = asyncio.run(ask("POST", "", "a", json=BODY)).json()
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")):
+        assert asyncio.run(ask(method, f"/{made['id']}{path}", "b")).status_code == 404
+    for fields in (
+        {"previous_response_id": made["id"]},
+        {"input": [{"type": "item_reference", "id": made["output"][1]["id"]}]},
+    ):
+        assert asyncio.run(ask("POST", "", "b", json=BODY | fields)).status_code == 400
+        assert asyncio.run(ask("POST", "", "a", json=BODY | fields)).status_code == 200
+    assert asyncio.run(ask("GET", f"/{made['id']}", "a")).json() == made
