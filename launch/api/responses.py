@@ -26,13 +26,12 @@ from starlette.responses import JSONResponse, Response
 from ...parallel.errors import UserError
 from ..engine_client import EngineDiedError
 from .answer import Piece
-from .chat_completions import chat_job
 from .content_tokens import ContentToken
 from .errors import ApiError, explain
 from .generation import Job, begin
 from .logprobs import chat_logprobs
 from .respond import Begun, ClientGoneError, EventStream, read_body, unless_gone
-from .responses_chat import Item, chat_names, chat_request
+from .responses_chat import Item, response_job
 from .responses_events import Draft, Event, place_of_item, response_id
 from .responses_query import Page, page_of, read_page, read_retrieval
 from .responses_schema import ResponsesRequest, echo, input_items, parse_responses_request
@@ -100,12 +99,13 @@ def responses_routes(served: Served) -> APIRouter:
     async def create(http: HttpRequest) -> Response:
         try:
             body = await read_body(http, served.body_limit_bytes)
-            request = await asyncio.to_thread(parse_responses_request, body)
+            # In a thread, like the tokens below: a long prompt would hold up the streams of everyone else.
+            request, items = await asyncio.to_thread(_read, body)
             served.check_model(request.model)
             served.replicas.choose(())  # what nobody could take is refused before anything is made of it
             before = [item for kept in store.chain(request.previous_response_id, _owner(http)) for item in _said(kept)]
-            items = [_followed(item, place, http, store) for place, item in enumerate(input_items(request))]
-            job = await asyncio.to_thread(_job, request, before, items, served)
+            items = [_followed(item, place, http, store) for place, item in enumerate(items)]
+            job = await asyncio.to_thread(response_job, request, before, items, served)
             return await _answer(http, served, request, items, job)
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
@@ -221,10 +221,9 @@ async def _nothing() -> None:
     """What is read here goes on without its reader."""
 
 
-def _job(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item], served: Served) -> Job:
-    chat = chat_request(request, before, items)
-    with chat_names(len(chat.messages) - len(items)):
-        return chat_job(chat, served)
+def _read(body: bytes) -> tuple[ResponsesRequest, list[Item]]:
+    request = parse_responses_request(body)
+    return request, input_items(request)
 
 
 def _said(kept: Kept) -> list[Item]:

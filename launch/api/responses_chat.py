@@ -1,4 +1,4 @@
-"""A request for a response -> the chat request that asks the model for the same.
+"""A request for a response -> the chat request that asks the model for the same, and its Job.
 
 Everything that generates is the chat's, and so are its checks: what works on one route works on the other. An item
 becomes one message. Errors of the chat are told in the words of the Responses API.
@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .chat_completions import chat_job
 from .errors import ApiError
+from .generation import Job
 from .responses_schema import SAME_AS_CHAT, NamedFunction, ResponsesRequest
 from .schema import ChatRequest, parse_chat_request
+from .served import Served
 
 Item = dict[str, Any]
 
@@ -29,8 +32,60 @@ _NAMES = (
 )
 
 
+LEAST_ROOM = 0.25  # of the context, for an answer of no given length, once items are dropped to make room
+
+
+def response_job(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item], served: Served) -> Job:
+    """before: the items of the conversation so far. items: the input, without references.
+
+    With truncation="auto" as many of the oldest items are left out as it takes, never the last one. Raises ApiError
+    400.
+    """
+    try:
+        return _job(request, before, items, served)
+    except ApiError as error:
+        if request.truncation != "auto" or error.code != "context_length_exceeded":
+            raise
+        job = _shortened(request, [*before, *items], served)
+        if job is None:
+            raise
+        return job
+
+
+def _job(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item], served: Served) -> Job:
+    chat = chat_request(request, before, items)
+    with _chat_names(len(chat.messages) - len(items)):
+        return chat_job(chat, served)
+
+
+def _shortened(request: ResponsesRequest, items: Sequence[Item], served: Served) -> Job | None:
+    """With the fewest items left out that leave room for an answer; None if the last one alone leaves none."""
+    room = request.max_output_tokens or int(LEAST_ROOM * served.context_tokens)
+    found = None
+    low, high = 1, len(items) - 1  # items left out
+    while low <= high:
+        middle = (low + high) // 2
+        job = None
+        try:
+            job = _job(request, (), _without_lost_results(items[middle:]), served)
+        except ApiError as error:
+            if error.code != "context_length_exceeded":
+                raise
+        if job is not None and job.choices[0].request.max_tokens >= room:
+            found, high = job, middle - 1
+        else:
+            low = middle + 1
+    return found
+
+
+def _without_lost_results(items: Sequence[Item]) -> list[Item]:
+    """A result whose call was left out answers nothing."""
+    called = {item["call_id"] for item in items if item["type"] == "function_call"}
+    return [item for item in items if item["type"] != "function_call_output" or item["call_id"] in called]
+
+
 def chat_request(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item]) -> ChatRequest:
-    """before: the items of the conversation so far. items: the input, without references. Raises ApiError 400."""
+    """before, items: as of `response_job`. Raises ApiError 400."""
     first = [] if request.instructions is None else [{"role": "system", "content": request.instructions}]
     everything = [*before, *items]
     fields = {name: getattr(request, name) for name in SAME_AS_CHAT} | {
@@ -49,7 +104,7 @@ def chat_request(request: ResponsesRequest, before: Sequence[Item], items: Seque
         body = json.dumps(given).encode()
     except ValueError:
         raise ApiError(400, "the body: a number of thousands of digits", code="invalid_value") from None
-    with chat_names(len(first) + len(before)):
+    with _chat_names(len(first) + len(before)):
         chat = parse_chat_request(body)
     for place, tool in enumerate(request.tools or ()):
         _check_numbers(tool.parameters, f"tools.{place}.parameters")
@@ -58,7 +113,7 @@ def chat_request(request: ResponsesRequest, before: Sequence[Item], items: Seque
 
 
 @contextmanager
-def chat_names(messages_before: int) -> Iterator[None]:
+def _chat_names(messages_before: int) -> Iterator[None]:
     """Errors about a field of chat become errors about the field here. messages_before: those that no item of this
     request's input became."""
     try:

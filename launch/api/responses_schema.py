@@ -163,7 +163,7 @@ class ResponsesRequest(Strict):
     text: TextOptions | None = None
     tools: Items[FunctionTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedFunction | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["disabled", "auto"] | None = None
     # As in chat, and checked there:
     parallel_tool_calls: Any = None
     temperature: Any = None
@@ -261,7 +261,7 @@ def echo(request: ResponsesRequest, model: str) -> dict[str, Any]:
         "tools": [tool.model_dump() for tool in request.tools or ()],
         "top_logprobs": request.top_logprobs or 0,
         "top_p": 1.0 if request.top_p is None else request.top_p,
-        "truncation": "disabled",
+        "truncation": request.truncation or "disabled",
         "user": request.user,
     }
 

@@ -127,7 +127,9 @@ class Store:
         return kept
 
     def remove(self, response_id: str) -> None:
-        self._bytes -= self._kept.pop(response_id).size_bytes
+        """Also of one that is gone already: two may delete at once."""
+        if (kept := self._kept.pop(response_id, None)) is not None:
+            self._bytes -= kept.size_bytes
 
     def chain(self, response_id: str | None, owner: str) -> list[Kept]:
         """The responses of a conversation up to this one, the first one first; of None, none. Raises ApiError 400."""

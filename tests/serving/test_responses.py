@@ -585,6 +585,35 @@ def test_a_client_that_leaves_cancels_a_response_unless_it_is_in_the_background(
         assert wait_for(lambda id=id: ended(server, id))["status"] == "completed"
 
 
+def test_truncation_drops_the_oldest_items(server, tokenizer):
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "a", "output": "RESULT"}
+    talk = [call, {"role": "user", "content": "old " * 900}, result]
+    questions = [f"QUESTION {n} " + "word " * 160 for n in range(6)]
+    largest_tokens = max(len(tokenizer.encode(question)) for question in questions) + 10  # with its markup
+    talk += [{"role": "user", "content": question} for question in questions]
+    fields = {"model": "tiny", "input": talk, "instructions": "Be brief."}
+    assert server.http.post("/v1/responses", json=fields).json()["error"]["code"] == "context_length_exceeded"
+    for more, least_room in (({}, 512), ({"max_output_tokens": 100}, 100), ({"max_output_tokens": 1200}, 1200)):
+        server.script(ANSWERS)
+        answer = server.http.post("/v1/responses", json=fields | more | {"truncation": "auto"})
+        assert answer.status_code == 200 and answer.json()["truncation"] == "auto", answer.text
+        [asked] = server.engine.asked
+        prompt = tokenizer.decode(asked.prompt_tokens)
+        seen = [n for n in range(6) if f"QUESTION {n} " in prompt]
+        assert seen and seen == list(range(seen[0], 6)) and "RESULT" not in prompt and "Be brief." in prompt
+        left = 2048 - len(asked.prompt_tokens)
+        assert left >= least_room
+        assert seen[0] > 0 and left - least_room < largest_tokens, "one more item would have fitted"
+        listed = server.http.get(f"/v1/responses/{answer.json()['id']}/input_items?limit=100").json()
+        assert len(listed["data"]) == len(talk)
+    # What fits is left alone, also where it leaves little room.
+    server.script(ANSWERS)
+    server.create(input=talk[-5:], truncation="auto")
+    assert 2048 - len(server.engine.asked[0].prompt_tokens) < 512
+    assert "QUESTION 1 " in tokenizer.decode(server.engine.asked[0].prompt_tokens)
+
+
 def test_delete(server):
     answer = server.create()
     assert server.client.responses.delete(answer.id) is None
@@ -731,7 +760,11 @@ BAD = {
     "tool_choice": (BODY | {"tool_choice": "perhaps"}, "tool_choice"),
     "verbosity": (BODY | {"text": {"verbosity": "high"}}, "text.verbosity"),
     "text.format": (BODY | {"text": {"format": {"type": "xml"}}}, "text.format"),
-    "truncation": (BODY | {"truncation": "auto"}, "truncation"),
+    "truncation": (BODY | {"truncation": "middle"}, "truncation"),
+    "the last item alone is too long": (
+        BODY | {"truncation": "auto", "input": [{"role": "user", "content": word} for word in ("a", "word " * 3000)]},
+        "input",
+    ),
     "service tier": (BODY | {"service_tier": "flex"}, "service_tier"),
     "stream is text": (BODY | {"stream": "yes"}, "stream"),
     "stream_options without stream": (BODY | {"stream_options": {}}, "stream_options"),

@@ -1,6 +1,7 @@
 """The command line as a user types it, with the embedded model behind it: nothing fake."""
 
 import json
+import time
 
 import openai
 
@@ -16,6 +17,16 @@ def test_tiny_is_served_and_generates_the_same(start):
     deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**fields, stream=True)]
     content = plain.choices[0].message.content
     assert "".join(delta.content or "" for delta in deltas) == content
+    same = {"model": "tiny", "input": "Hello", "max_output_tokens": 24, "temperature": 0}
+    response = client.responses.create(**same, background=True)
+    deadline = time.monotonic() + 60
+    while response.status in ("queued", "in_progress"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        response = client.responses.retrieve(response.id)
+    assert response.output_text == content and response.usage.output_tokens == plain.usage.completion_tokens
+    events = list(client.responses.create(**same, stream=True))
+    assert events[-1].response.output_text == content and events[-1].response.id != response.id
     assert "random weights" in served.stderr() and "loaded in" in served.stderr()
     served.process.terminate()
     served.gone_within()
