@@ -43,6 +43,7 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
         workload=settings.workload,
         kv_dtype=settings.kv_dtype,
         sequences=settings.sequences,
+        kernels=settings.kernels,
         routing=read_routing(settings.routing, spec.layers, spec.experts) if settings.routing else None,
     )
     plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)

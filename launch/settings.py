@@ -15,10 +15,11 @@ import click
 
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.machine import parse_size
-from ..parallel.planning.plan import DType, KvDType, Workload
+from ..parallel.planning.plan import DType, Kernels, KvDType, Workload
 
 DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
 KV_DTYPES: tuple[KvDType, ...] = (*DTYPES, "fp8")
+KERNELS: tuple[Kernels, ...] = ("triton", "plain", "cpu", "cpu-int8")
 WORKLOADS: tuple[Workload, ...] = ("latency", "throughput")
 
 PRESETS = "serve"  # folder in gptoss_launch.configs
@@ -70,6 +71,12 @@ def _kv_dtype(value: Any) -> KvDType:
     return value
 
 
+def _kernels(value: Any) -> Kernels:
+    if value not in KERNELS:
+        raise UserError(f"{value!r} is none of {', '.join(KERNELS)}")
+    return value
+
+
 def _workload(value: Any) -> Workload:
     if value not in WORKLOADS:
         raise UserError(f"{value!r} is none of {', '.join(WORKLOADS)}")
@@ -94,6 +101,9 @@ class Settings:
     dtype: DType | None = _key(None, "dtype", "|".join(DTYPES), _dtype, "Compute dtype.")
     kv_dtype: KvDType | None = _key(
         None, "kv-dtype", "|".join(KV_DTYPES), _kv_dtype, "KV cache dtype; the compute dtype when left out."
+    )
+    kernels: Kernels | None = _key(
+        None, "kernels", "|".join(KERNELS), _kernels, "Who computes; cpu-int8 is faster on a CPU and not exact."
     )
     gpu_memory_bytes: int | None = _key(
         None, "gpu-memory", "SIZE", _size, "Free memory a GPU, in place of what is found; 0: no GPU."

@@ -63,7 +63,7 @@ def start(
         read_bytes = done_bytes
         progress(done_bytes, total_bytes)
 
-    ops, recorder = operations(plan), None
+    (ops, slow_ways), recorder = operations(plan), None
     weights = load(plan, rank, inventory, device, count, ops.pack)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
@@ -71,7 +71,7 @@ def start(
     if plan.ranks > 1:
         comm = Marked(connect(plan, device), trace)
     communication_bytes = meter.outside_bytes() - outside_bytes
-    slow_paths = []
+    slow_paths = list(slow_ways)
     if plan.device == "cuda" and plan.kernels == "plain":
         slow_paths.append(f"plain torch without CUDA graphs: Triton's kernels are for bf16, not for {plan.dtype}")
     if options.check_ranks:

@@ -20,7 +20,9 @@ KvDType = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: e4m3, as the nu
 DTYPE_BYTES: dict[KvDType, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1}
 
 Workload = Literal["latency", "throughput"]
-Kernels = Literal["triton", "plain"]  # plain: torch's own operations, on any device
+# plain: torch's own operations, on any device. cpu: the same but for the experts, which are C++ of ours; cpu-int8: and
+# those round activations to 8 bits.
+Kernels = Literal["triton", "plain", "cpu", "cpu-int8"]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .machine import Machine, format_size
 from .memory import Room
 from .pages import pool_pages
 from .placement import Order, imbalance
-from .plan import DType, RankMemory
+from .plan import DType, Kernels, RankMemory
 from .shards import Mesh
 from .spec import Spec
 
@@ -32,6 +32,12 @@ DTYPE_WHY: dict[DType, str] = {
     "bf16": "{} multiplies bf16 at full speed, and the checkpoint's own tensors are bf16",
     "fp16": "{} has no bf16 units; hidden states between layers are kept in fp32, as they may outgrow fp16",
     "fp32": "on a CPU the exact one is the default; --dtype bf16 halves the memory of all but the experts",
+}
+KERNELS_WHY: dict[Kernels, str] = {
+    "triton": "Triton's",
+    "plain": "plain torch, which is slow: Triton's are for bf16",
+    "cpu": "experts by our C++, compiled at first use, as exact as plain torch, which does the rest",
+    "cpu-int8": "experts by our C++, with activations rounded to 8 bits before each product; plain torch for the rest",
 }
 PARTS = ("weights", "kv", "workspace", "graphs", "communication", "context")
 PART_NAMES = {"kv": "KV cache", "context": "CUDA context"}
@@ -67,9 +73,7 @@ def why(
             f"context {context} tokens: the longest of the planner's steps that fits, of the model's "
             f"{spec.max_context_tokens}"
         )
-    if place.device == "cuda":
-        slow = "plain torch, which is slow: Triton's are for bf16" if place.kernels == "plain" else "Triton's"
-        lines.append(f"kernels {place.kernels}: {slow}")
+    lines.append(f"kernels {place.kernels}: {'asked for; ' if asked.kernels else ''}{KERNELS_WHY[place.kernels]}")
     lines.append(_sequences(place, asked, room))
     pages = pool_pages(spec, room.kv_tokens, room.sequences, room.step_tokens, PAGE_TOKENS)
     whole = room.kv_tokens // context
