@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..errors import UserError
 from ..kernels.choose import operations
 from ..model.calibrate import connect
 from ..model.checkpoint import load
@@ -52,6 +53,10 @@ def start(
     if plan.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    if plan.offload != "none":
+        raise UserError(
+            f"offload ({plan.offload.taken.name}) can be planned, but not run yet", "a machine that holds all"
+        )
     folder = Path(plan.checkpoint)
     inventory = read_inventory(folder)
     check_inventory(plan.spec, inventory, folder)

@@ -13,7 +13,7 @@ from .layouts import Layout, Place, check_cuts, context_choices, longest, meshes
 from .machine import Gpu, Machine, format_size
 from .memory import Device
 from .placement import Routing
-from .plan import DType, Kernels, KvDType, Workload
+from .plan import DType, Kernels, KvDType, Misses, Workload
 from .shards import Mesh, part
 from .spec import Spec
 
@@ -34,7 +34,8 @@ class Asked:
     gpu_memory_bytes: what each GPU has free, in place of what was found; 0 leaves the GPUs out. dp: replicas.
     ranks: of one replica. ep: how many ways experts are placed; divides ranks. routing: to place experts by.
     kv_dtype: of the KV cache, the compute dtype unless given. sequences: that run at the same time in a replica.
-    kernels: must be for the device and the dtype.
+    kernels: must be for the device and the dtype. longest_context: also where it takes memory from experts.
+    misses: what is done about experts that the device has not; computed is all that the CPU as device can.
     """
 
     dtype: DType | None = None
@@ -49,6 +50,8 @@ class Asked:
     kv_dtype: KvDType | None = None
     sequences: int | None = None
     kernels: Kernels | None = None
+    longest_context: bool = False
+    misses: Misses | None = None
 
 
 FREE = Asked()  # all left to the planner
