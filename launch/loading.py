@@ -65,3 +65,10 @@ def memory_lines(plan: Plan, answers: Sequence[Ready]) -> list[str]:
         replica = f"replica {place // plan.ranks} " if plan.dp > 1 else ""
         lines.append(f"{replica}rank {place % plan.ranks}: " + ", ".join([*parts, f"loaded in {answer.load_s:.1f} s"]))
     return lines
+
+
+def slow_lines(answers: Sequence[Ready]) -> list[str]:
+    """One line for each slower way that some rank takes."""
+    return [
+        f"slower than it could be: {way}" for way in dict.fromkeys(way for one in answers for way in one.slow_paths)
+    ]

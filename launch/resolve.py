@@ -36,13 +36,16 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
         dtype=settings.dtype,
         gpu_memory_bytes=settings.gpu_memory_bytes,
         host_memory_bytes=settings.host_memory_bytes,
-        context_tokens=settings.context_tokens,
+        context_tokens=None if settings.context_tokens == "auto" else settings.context_tokens,
+        longest_context=settings.context_tokens == "auto",
         dp=settings.dp,
         ranks=settings.ranks,
         ep=settings.ep,
         workload=settings.workload,
         kv_dtype=settings.kv_dtype,
         sequences=settings.sequences,
+        kernels=settings.kernels,
+        misses=settings.misses,
         routing=read_routing(settings.routing, spec.layers, spec.experts) if settings.routing else None,
     )
     plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)

@@ -9,16 +9,18 @@ import importlib.resources
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.machine import parse_size
-from ..parallel.planning.plan import DType, KvDType, Workload
+from ..parallel.planning.plan import DType, Kernels, KvDType, Misses, Workload
 
 DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
 KV_DTYPES: tuple[KvDType, ...] = (*DTYPES, "fp8")
+KERNELS: tuple[Kernels, ...] = ("triton", "plain", "cpu", "cpu-int8")
+MISSES: tuple[Misses, ...] = ("copied", "computed")
 WORKLOADS: tuple[Workload, ...] = ("latency", "throughput")
 
 PRESETS = "serve"  # folder in gptoss_launch.configs
@@ -70,6 +72,18 @@ def _kv_dtype(value: Any) -> KvDType:
     return value
 
 
+def _kernels(value: Any) -> Kernels:
+    if value not in KERNELS:
+        raise UserError(f"{value!r} is none of {', '.join(KERNELS)}")
+    return value
+
+
+def _misses(value: Any) -> Misses:
+    if value not in MISSES:
+        raise UserError(f"{value!r} is none of {', '.join(MISSES)}")
+    return value
+
+
 def _workload(value: Any) -> Workload:
     if value not in WORKLOADS:
         raise UserError(f"{value!r} is none of {', '.join(WORKLOADS)}")
@@ -77,6 +91,10 @@ def _workload(value: Any) -> Workload:
 
 
 _MOST = 2**31 - 1
+
+
+def _context(value: Any) -> int | Literal["auto"]:
+    return "auto" if value == "auto" else _number(1, _MOST)(value)
 
 
 def _key(default: Any, flag: str, metavar: str, read: Callable[[Any], Any], help: str) -> Any:
@@ -95,14 +113,20 @@ class Settings:
     kv_dtype: KvDType | None = _key(
         None, "kv-dtype", "|".join(KV_DTYPES), _kv_dtype, "KV cache dtype; the compute dtype when left out."
     )
+    kernels: Kernels | None = _key(
+        None, "kernels", "|".join(KERNELS), _kernels, "Who computes; cpu-int8 is faster on a CPU and not exact."
+    )
+    misses: Misses | None = _key(
+        None, "misses", "|".join(MISSES), _misses, "Experts that a small GPU has not: copied to it, or left to the CPU."
+    )
     gpu_memory_bytes: int | None = _key(
         None, "gpu-memory", "SIZE", _size, "Free memory a GPU, in place of what is found; 0: no GPU."
     )
     host_memory_bytes: int | None = _key(
         None, "host-memory", "SIZE", _size, "Free host memory, in place of what is found."
     )
-    context_tokens: int | None = _key(
-        None, "context", "N", _number(1, _MOST), "Longest prompt and answer together, in tokens."
+    context_tokens: int | Literal["auto"] | None = _key(
+        None, "context", "N|auto", _context, "Longest prompt and answer together, in tokens; auto: the most that fits."
     )
     sequences: int | None = _key(
         None, "sequences", "N", _number(1, 4096), "Requests that run at the same time in a replica; others wait."

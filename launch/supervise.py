@@ -302,9 +302,10 @@ def replica_environment(plan: Plan, replica: int, visible: str | None) -> dict[s
 
     GPUs are numbered by bus, as the plan's machine has them; CUDA alone would put the fastest first. With
     expandable segments torch's allocator holds no freed blocks of sizes that do not come again, which no plan foresees.
+    On a CPU torch's threads must not spin while they wait: those of our experts have the same CPUs.
     """
     if plan.device != "cuda":
-        return {}
+        return {"OMP_WAIT_POLICY": "passive"}
     here = [str(index) for index in range(plan.world_size)] if visible is None else visible.split(",")
     own = here[replica * plan.ranks : (replica + 1) * plan.ranks]
     return {

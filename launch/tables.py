@@ -4,7 +4,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from ..parallel.planning.machine import format_size
-from ..parallel.planning.plan import Plan
+from ..parallel.planning.plan import Offload, Plan
 
 PARTS = {  # of a rank's memory, and what they are called; one that is 0 on all ranks is left out
     "weights_bytes": "weights",
@@ -33,7 +33,7 @@ def plan_table(plan: Plan) -> RenderableType:
         ("device", plan.device),
         ("dtype", f"{plan.dtype}, hidden states {plan.residual_dtype}, KV cache {plan.kv_dtype}"),
         ("kernels", plan.kernels),
-        ("offload", plan.offload),
+        ("offload", "none" if plan.offload == "none" else plan.offload.taken.name),
         ("context", f"{plan.context_tokens} tokens"),
         ("sequences", f"{plan.sequences} at a time"),
         ("KV cache", f"{plan.kv_tokens} tokens"),
@@ -51,7 +51,19 @@ def plan_table(plan: Plan) -> RenderableType:
     why.add_column(overflow="fold")
     for line in plan.why:
         why.add_row("why", line)
-    return Group(facts, "", memory, "", why)
+    return Group(facts, "", memory, "", *([] if plan.offload == "none" else [_ways(plan.offload), ""]), why)
+
+
+def _ways(offload: Offload) -> RenderableType:
+    """The way that is taken, first, and the others, with what they cost a token."""
+    ways = Table(box=None, padding=(0, 2, 0, 0))
+    ways.add_column("experts", overflow="fold")
+    for heading in ("tokens/s", "GPU reads", "link", "CPU reads", "disk"):
+        ways.add_column(heading, justify="right")
+    for way in (offload.taken, *offload.others):
+        moved = (way.device_read_bytes, way.link_bytes, way.cpu_read_bytes, way.disk_bytes)
+        ways.add_row(way.name, f"{way.tok_s:.1f}", *(format_size(round(size)) if size else "" for size in moved))
+    return ways
 
 
 def print_plan(plan: Plan, *, to_stderr: bool = False) -> None:

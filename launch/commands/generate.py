@@ -179,16 +179,19 @@ async def generate(
     Raises UserError for what keeps it from starting, RankDiedError when a rank dies.
     """
     from ..engine_client import EngineClient, EngineDiedError
-    from ..loading import progress_bar, say_random
+    from ..loading import progress_bar, say_random, slow_lines
     from ..supervise import StopSignals, Supervisor, until
 
     begun_s = time.monotonic()
     with StopSignals().caught() as stop, progress_bar() as bar:
         async with Supervisor(plan, worker, bar.show) as supervisor:
             await supervisor.start_replicas()
-            if await until(supervisor.ready(), stop.first) is None:
+            answers = await until(supervisor.ready(), stop.first)
+            if answers is None:
                 return None
             bar.stop()
+            for line in slow_lines(answers):
+                click.echo(line, err=True)
             say_random(plan)
             client = EngineClient(supervisor.engine_socket(0))
             await client.connect()

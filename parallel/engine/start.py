@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..errors import UserError
 from ..kernels.choose import operations
 from ..model.calibrate import connect
 from ..model.checkpoint import load
@@ -52,6 +53,10 @@ def start(
     if plan.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    if plan.offload != "none":
+        raise UserError(
+            f"offload ({plan.offload.taken.name}) can be planned, but not run yet", "a machine that holds all"
+        )
     folder = Path(plan.checkpoint)
     inventory = read_inventory(folder)
     check_inventory(plan.spec, inventory, folder)
@@ -63,7 +68,7 @@ def start(
         read_bytes = done_bytes
         progress(done_bytes, total_bytes)
 
-    ops, recorder = operations(plan), None
+    (ops, slow_ways), recorder = operations(plan), None
     weights = load(plan, rank, inventory, device, count, ops.pack)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
@@ -71,7 +76,7 @@ def start(
     if plan.ranks > 1:
         comm = Marked(connect(plan, device), trace)
     communication_bytes = meter.outside_bytes() - outside_bytes
-    slow_paths = []
+    slow_paths = list(slow_ways)
     if plan.device == "cuda" and plan.kernels == "plain":
         slow_paths.append(f"plain torch without CUDA graphs: Triton's kernels are for bf16, not for {plan.dtype}")
     if options.check_ranks:

@@ -1,4 +1,4 @@
-"""The operations that a plan names: Triton's, or plain torch.
+"""The operations that a plan names: Triton's, plain torch, or plain torch with experts of our own on a CPU.
 
 Chosen once, before weights are loaded: packed experts have the layout of whoever reads them.
 """
@@ -10,16 +10,30 @@ from ..planning.plan import Plan
 from . import PLAIN, Operations
 
 
-def operations(plan: Plan) -> Operations:
-    """Raises UserError where the plan's kernels cannot run here: nothing else is taken in their place."""
+def operations(plan: Plan) -> tuple[Operations, tuple[str, ...]]:
+    """The operations, and the slower ways among them that are taken in place of what the plan names, with the reason:
+    only plain experts, where the CPU's own, which are as exact, cannot be compiled.
+
+    Raises UserError where the plan's kernels cannot run here.
+    """
     if plan.kernels == "plain":
-        return PLAIN
+        return PLAIN, ()
+    if plan.kernels in ("cpu", "cpu-int8"):
+        from .cpu_build import NoLibraryError
+        from .cpu_experts import cpu_operations
+
+        try:
+            return cpu_operations(int8=plan.kernels == "cpu-int8"), ()
+        except NoLibraryError as error:
+            if plan.kernels == "cpu-int8":
+                raise UserError(f"experts with int8 activations cannot be compiled: {error}", "--kernels cpu") from None
+            return PLAIN, (f"plain torch experts, some 100 times slower: {error}",)
     if importlib.util.find_spec("triton") is None:
         raise UserError(
             "the plan's kernels are Triton's, and Triton is not installed",
             "pip install triton in the version that this torch names, or --dtype fp32 for plain torch",
         )
-    return triton_operations()
+    return triton_operations(), ()
 
 
 def triton_operations() -> Operations:

@@ -11,8 +11,9 @@ from ..errors import UserError
 from .estimate import BATCH_TOKENS, Step, bandwidth, decode_step, expert_load
 from .layouts import Layout, Place, check_cuts, context_choices, longest, meshes, most_replicas
 from .machine import Gpu, Machine, format_size
+from .memory import Device
 from .placement import Routing
-from .plan import DType, KvDType, Workload
+from .plan import DType, Kernels, KvDType, Misses, Workload
 from .shards import Mesh, part
 from .spec import Spec
 
@@ -33,6 +34,8 @@ class Asked:
     gpu_memory_bytes: what each GPU has free, in place of what was found; 0 leaves the GPUs out. dp: replicas.
     ranks: of one replica. ep: how many ways experts are placed; divides ranks. routing: to place experts by.
     kv_dtype: of the KV cache, the compute dtype unless given. sequences: that run at the same time in a replica.
+    kernels: must be for the device and the dtype. longest_context: also where it takes memory from experts.
+    misses: what is done about experts that the device has not; computed is all that the CPU as device can.
     """
 
     dtype: DType | None = None
@@ -46,6 +49,9 @@ class Asked:
     routing: Routing | None = None
     kv_dtype: KvDType | None = None
     sequences: int | None = None
+    kernels: Kernels | None = None
+    longest_context: bool = False
+    misses: Misses | None = None
 
 
 FREE = Asked()  # all left to the planner
@@ -117,6 +123,7 @@ def find_place(machine: Machine, asked: Asked) -> Place:
         host_free_bytes=machine.host_memory_bytes,
         dtype=asked.dtype or found,
         kv_dtype=asked.kv_dtype or asked.dtype or found,
+        asked_kernels=_kernels(asked, "cuda", asked.dtype or found),
     )
 
 
@@ -124,7 +131,21 @@ def on_cpu(machine: Machine, asked: Asked) -> Place:
     if machine.host_memory_bytes is None:
         raise UserError(f"how much memory {machine.name} has free is not known", "say so: --host-memory 16GiB")
     dtype = asked.dtype or "fp32"
-    return Place("cpu", (), 1, "none", machine.host_memory_bytes, dtype, asked.kv_dtype or dtype)
+    kernels = _kernels(asked, "cpu", dtype)
+    return Place("cpu", (), 1, "none", machine.host_memory_bytes, dtype, asked.kv_dtype or dtype, kernels)
+
+
+def _kernels(asked: Asked, device: Device, dtype: DType) -> Kernels | None:
+    """What was asked for. Raises UserError where there is no such thing for the device and the dtype."""
+    can = {"plain", "triton"} if (device, dtype) == ("cuda", "bf16") else {"plain"}
+    if device == "cpu" and dtype != "fp64":
+        can |= {"cpu", "cpu-int8"}
+    if asked.kernels is not None and asked.kernels not in can:
+        raise UserError(
+            f"--kernels {asked.kernels} cannot be had with {dtype} on the {'GPU' if device == 'cuda' else 'CPU'}",
+            f"there {'are' if len(can) > 1 else 'is'} {', '.join(sorted(can))}",
+        )
+    return asked.kernels
 
 
 # --- the layout

@@ -39,6 +39,7 @@ BANDWIDTH: dict[str, float] = {
     "GeForce RTX 3090 Ti": 1008e9,
     "GeForce RTX 4060 Laptop GPU": 256e9,
     "GeForce RTX 4090": 1008e9,
+    "GeForce RTX 4090 Laptop GPU": 576e9,
     "GeForce RTX 5090": 1792e9,
     "H100 80GB HBM3": 3350e9,
     "H100 NVL": 3900e9,

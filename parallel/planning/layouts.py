@@ -37,11 +37,16 @@ class Place:
     host_free_bytes: int | None  # of one node; None: not known, not checked
     dtype: DType
     kv_dtype: KvDType
+    asked_kernels: Kernels | None = None
 
     @property
     def kernels(self) -> Kernels:
-        """Triton's are for bf16."""
-        return "triton" if self.device == "cuda" and self.dtype == "bf16" else "plain"
+        """Triton's are for bf16, those of the CPU for all but fp64."""
+        if self.asked_kernels is not None:
+            return self.asked_kernels
+        if self.device == "cpu":
+            return "plain" if self.dtype == "fp64" else "cpu"
+        return "triton" if self.dtype == "bf16" else "plain"
 
 
 @dataclass(frozen=True)

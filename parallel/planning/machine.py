@@ -42,6 +42,16 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """Bytes a second; None: not known. host: what all cores together read from memory. link: between host and one GPU.
+    disk: what a mapped file gives that is not in memory."""
+
+    host: float | None = None
+    link: float | None = None
+    disk: float | None = None
+
+
+@dataclass(frozen=True)
 class Machine:
     """`nodes` equal nodes; everything else is of one node."""
 
@@ -51,6 +61,7 @@ class Machine:
     cpu_cores: int
     nodes: int
     link: Link  # between GPUs of a node; "none" with fewer than two
+    speeds: Speeds = Speeds()
 
 
 def parse_size(text: str) -> int:
@@ -238,11 +249,19 @@ def read_machine(name_or_path: str) -> Machine:
         fields = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: no YAML: {' '.join(str(error).split())}", "see configs/machines/h100.yaml") from None
-    values = _read_fields(fields, _MACHINE_FIELDS, where)
+    values = _read_fields(fields, _MACHINE_FIELDS, where, ("bandwidth",))
     gpus = tuple(gpu for group in values["gpus"] for gpu in _read_gpus(group, where))
     if (values["link"] == "none") != (len(gpus) < 2):
         raise UserError(f"{where}: link is {values['link']!r} with {len(gpus)} GPUs", "none is for fewer than two GPUs")
-    return Machine(name, gpus, values["host_memory"], values["cpu_cores"], values["nodes"], values["link"])
+    return Machine(
+        name,
+        gpus,
+        values["host_memory"],
+        values["cpu_cores"],
+        values["nodes"],
+        values["link"],
+        values.get("bandwidth", Speeds()),
+    )
 
 
 def _size(value: Any) -> int:
@@ -274,12 +293,23 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
+def _speed(value: Any) -> float:
+    """Bytes a second, at least one."""
+    return float(_count(_size(value)))
+
+
+def _speeds(value: Any) -> Speeds:
+    readers: dict[str, Callable[[Any], Any]] = {"host": _speed, "link": _speed, "disk": _speed}
+    return Speeds(**_read_fields(value, readers, "bandwidth", tuple(readers)))
+
+
 _MACHINE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "gpus": _list,
     "host_memory": _size,
     "cpu_cores": _count,
     "nodes": _count,
     "link": _link,
+    "bandwidth": _speeds,
 }
 _GPU_FIELDS: dict[str, Callable[[Any], Any]] = {
     "count": _count,
@@ -298,8 +328,11 @@ def _read_gpus(fields: Any, where: str) -> tuple[Gpu, ...]:
     return (gpu,) * values["count"]
 
 
-def _read_fields(fields: Any, readers: dict[str, Callable[[Any], Any]], where: str) -> dict[str, Any]:
-    """Every field of `readers`, read; raises UserError for one too many, one too few or one that does not read."""
+def _read_fields(
+    fields: Any, readers: dict[str, Callable[[Any], Any]], where: str, optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Every field of `readers`, read; raises UserError for one too many, one too few or one that does not read. Those
+    that are optional may be missing, here too."""
     if not isinstance(fields, dict):
         raise UserError(f"{where}: {fields!r} is no mapping", f"known: {', '.join(readers)}")
     for key in fields:
@@ -307,8 +340,11 @@ def _read_fields(fields: Any, readers: dict[str, Callable[[Any], Any]], where: s
             raise UserError(f"{where}: unknown key {key!r}", did_you_mean(str(key), readers))
     values = {}
     for key, read in readers.items():
+        if key not in fields and key in optional:
+            continue
         if key not in fields:
-            raise UserError(f"{where}: no {key}", f"every one of {', '.join(readers)} is needed")
+            needed = ", ".join(key for key in readers if key not in optional)
+            raise UserError(f"{where}: no {key}", f"every one of {needed} is needed")
         try:
             values[key] = read(fields[key])
         except UserError as error:

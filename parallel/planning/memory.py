@@ -108,7 +108,8 @@ def workspace_bytes(
       experts    one expert's larger matrix (gate_up) DEQUANTIZED_COPIES times, its bytes as indexes, T rows inside
       norm       WIDE_HIDDEN_COPIES x T x H x fp32
       head       logits of every sequence, again in fp32 where penalties or masks change them, and a tile of the draw
-    with T step_tokens, C context_tokens, H hidden. Triton's kernels keep no scores and no dequantized weights:
+    with T step_tokens, C context_tokens, H hidden. The CPU's own experts take less, but where they cannot be compiled
+    the plain ones stand in for them. Triton's kernels keep no scores and no dequantized weights:
       attention  q, k, v of T tokens, attention's output
       experts    rows in their order, and for each chosen expert of a token what is inside and its output
     """
@@ -140,7 +141,7 @@ def workspace_bytes(
     head = room.sequences * here.vocab * (element + WIDE_BYTES)
     head += max(draw, min(DRAW_LIMIT_BYTES, room.sequences * draw))
     passing = lasting + max(attention, experts, norm, head)
-    slack = ALLOCATOR_SLACK if kernels == "plain" else 1.0
+    slack = 1.0 if kernels == "triton" else ALLOCATOR_SLACK
     return rows_bytes(spec, mesh, rank, room) + ceil(passing * slack)
 
 

@@ -20,7 +20,12 @@ KvDType = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: e4m3, as the nu
 DTYPE_BYTES: dict[KvDType, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1}
 
 Workload = Literal["latency", "throughput"]
-Kernels = Literal["triton", "plain"]  # plain: torch's own operations, on any device
+# plain: torch's own operations, on any device. cpu: the same but for the experts, which are C++ of ours; cpu-int8: and
+# those round activations to 8 bits.
+Kernels = Literal["triton", "plain", "cpu", "cpu-int8"]
+
+
+Misses = Literal["copied", "computed"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,48 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way to run a model whose experts do not all fit on the device, and what it costs.
+
+    slots: experts of each layer that the device keeps. The others are kept in host memory, or only in the checkpoint's
+    file, which is mapped. misses: those that a token needs and the device has not are copied to it, in place of the one
+    unused for longest; or computed on the CPU, and then which ones the device keeps never changes. host_bytes: of
+    experts in host memory. The rest is expected for each token of a single stream: bytes that the device reads, that go
+    over the link, that the CPU reads, and that come from disk, and tokens a second.
+    """
+
+    device: Literal["cuda", "cpu"]
+    slots: int
+    kept: Literal["memory", "file"]
+    misses: Misses
+    host_bytes: int
+    device_read_bytes: float
+    link_bytes: float
+    cpu_read_bytes: float
+    disk_bytes: float
+    tok_s: float
+
+    @property
+    def name(self) -> str:
+        where = "host memory" if self.kept == "memory" else "the file"
+        if self.device == "cpu":
+            return f"all on the CPU, experts in {where}"
+        return f"{self.slots} experts a layer on the GPU, others {self.misses} from {where}".replace(
+            "computed from", "computed by the CPU from"
+        )
+
+
+@dataclass(frozen=True)
+class Offload:
+    """The way that was taken, and those that were not. hot: for each layer the experts that the device keeps from the
+    start, the most used first; () where nothing is known of their use: the first ones."""
+
+    taken: Way
+    others: tuple[Way, ...]
+    hot: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """One resolved plan. `ep` divides `ranks`; a replica is `ranks` ranks of one node, `dp` the number of replicas.
 
@@ -67,7 +114,7 @@ class Plan:
     residual_dtype: DType  # of the hidden state between layers
     kv_dtype: KvDType
     kernels: Kernels
-    offload: Literal["none"]
+    offload: Literal["none"] | Offload
     context_tokens: int  # longest sequence, prompt and answer together
     sequences: int  # most of them that run at the same time in one replica; others wait
     kv_tokens: int  # tokens of KV cache that full-attention layers can hold, over all sequences of a replica
@@ -119,6 +166,7 @@ class Plan:
                 "memory": tuple(RankMemory(**row) for row in kept["memory"]),
                 "why": tuple(kept["why"]),
                 "expert_order": tuple(tuple(order) for order in kept["expert_order"]),
+                "offload": _offload(kept["offload"]),
             }
         )
         if plan.digest != fields["digest"]:
@@ -131,3 +179,10 @@ class Plan:
     @staticmethod
     def load(path: Path) -> "Plan":
         return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _offload(fields: Any) -> Any:
+    if not isinstance(fields, dict):
+        return fields
+    others = tuple(Way(**way) for way in fields["others"])
+    return Offload(Way(**fields["taken"]), others, tuple(tuple(layer) for layer in fields["hot"]))

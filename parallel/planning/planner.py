@@ -6,12 +6,13 @@ A pure function of (Spec, Machine, Asked). Probes nothing and starts nothing.
 import dataclasses
 
 from ..errors import UserError
-from .choice import FREE, Asked, check_layout, choose, find_place, with_overrides
-from .layouts import RESIDUAL, memories, shortfall, widest
+from .choice import FREE, Asked, check_layout, choose, find_place, on_cpu, with_overrides
+from .layouts import RESIDUAL, SMALLEST_CONTEXT_TOKENS, Place, memories, shortfall, widest
 from .machine import Machine
+from .offload import hot_experts, in_memory, one_rank, room_for, ways
 from .placement import Order, Routing, place_experts
-from .plan import Plan
-from .reasons import no_plan, why
+from .plan import Offload, Plan, Way
+from .reasons import no_plan, why, why_offloaded
 from .spec import Spec
 
 
@@ -30,6 +31,15 @@ def plan(spec: Spec, machine: Machine, asked: Asked = FREE, *, model: str, check
     place = find_place(machine, asked)
     check_layout(spec, machine, place, asked)
     choice = choose(spec, place, asked)
+    if choice is None and nothing_fits(spec, place, asked):
+        if place.device == "cpu" and asked.dtype is None:
+            place = on_cpu(machine, dataclasses.replace(asked, dtype="bf16"))
+            choice = choose(spec, place, asked)
+        if choice is None and one_rank(asked):
+            offloaded = _offloaded(spec, found, machine, place, asked, model, checkpoint)
+            if offloaded is not None:
+                return offloaded
+            place = find_place(machine, asked)
     if choice is None:
         raise no_plan(spec, found, machine, place, asked)
     mesh, context = choice.layout.mesh, choice.layout.context_tokens
@@ -70,6 +80,66 @@ def plan(spec: Spec, machine: Machine, asked: Asked = FREE, *, model: str, check
         nodes=choice.nodes,
         expert_order=orders,
     )
+
+
+def nothing_fits(spec: Spec, place: Place, asked: Asked) -> bool:
+    """Whether no context, however short, would fit without offload, in any layout."""
+    shortest = min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens, asked.context_tokens or SMALLEST_CONTEXT_TOKENS)
+    free = dataclasses.replace(asked, context_tokens=shortest, ranks=None, ep=None, dp=None)
+    return choose(spec, place, free) is None
+
+
+def _offloaded(
+    spec: Spec, found: Machine, machine: Machine, place: Place, asked: Asked, model: str, checkpoint: str | None
+) -> Plan | None:
+    """The plan of one rank that does not hold all experts on its device; None if not even the rest fits."""
+    here = ways(spec, place, machine.speeds, asked)
+    if not here:
+        return None
+    others: tuple[Way, ...] = tuple(one.way for one in here[1:])
+    if place.device == "cuda":
+        on_the_cpu = _on_the_cpu(spec, machine, asked)
+        if on_the_cpu is not None and on_the_cpu.tok_s > here[0].way.tok_s:
+            return plan(spec, found, dataclasses.replace(asked, gpu_memory_bytes=0), model=model, checkpoint=checkpoint)
+        others += () if on_the_cpu is None else (on_the_cpu,)
+    taken = here[0]
+    chosen = Offload(taken.way, others, hot_experts(asked.routing, taken.way.slots))
+    return Plan(
+        model=model,
+        checkpoint=checkpoint,
+        spec=spec,
+        machine=machine.name,
+        device=place.device,
+        dp=1,
+        ranks=1,
+        ep=1,
+        dtype=place.dtype,
+        residual_dtype=RESIDUAL[place.dtype],
+        kv_dtype=place.kv_dtype,
+        kernels=place.kernels,
+        offload=chosen,
+        context_tokens=taken.room.context_tokens,
+        sequences=taken.room.sequences,
+        kv_tokens=taken.room.kv_tokens,
+        page_tokens=taken.room.page_tokens,
+        step_tokens=taken.room.step_tokens,
+        memory=(taken.memory,),
+        why=tuple(why_offloaded(spec, found, machine, place, asked, chosen, taken.room, taken.memory)),
+        workload=asked.workload,
+    )
+
+
+def _on_the_cpu(spec: Spec, machine: Machine, asked: Asked) -> Way | None:
+    """The fastest way without the GPU, to compare with; None if none fits, or what was asked for is a GPU's."""
+    if asked.kernels is not None or asked.dtype == "fp16" or machine.host_memory_bytes is None:
+        return None
+    for dtype in (asked.dtype,) if asked.dtype else ("fp32", "bf16"):
+        place = on_cpu(machine, dataclasses.replace(asked, dtype=dtype))
+        context = room_for(spec, asked).context_tokens
+        if choose(spec, place, dataclasses.replace(asked, context_tokens=context)) is not None:
+            return in_memory(spec, place, machine.speeds, context)
+    found = ways(spec, on_cpu(machine, dataclasses.replace(asked, dtype=asked.dtype or "bf16")), machine.speeds, asked)
+    return found[0].way if found else None
 
 
 def _orders(routing: Routing | None, ep: int) -> tuple[Order, ...]:

@@ -22,9 +22,10 @@ from .layouts import (
 )
 from .machine import Machine, format_size
 from .memory import Room
+from .offload import expert_bytes, hit_share, known, one_rank, room_for
 from .pages import pool_pages
 from .placement import Order, imbalance
-from .plan import DType, RankMemory
+from .plan import DType, Kernels, Offload, RankMemory, Way
 from .shards import Mesh
 from .spec import Spec
 
@@ -32,6 +33,13 @@ DTYPE_WHY: dict[DType, str] = {
     "bf16": "{} multiplies bf16 at full speed, and the checkpoint's own tensors are bf16",
     "fp16": "{} has no bf16 units; hidden states between layers are kept in fp32, as they may outgrow fp16",
     "fp32": "on a CPU the exact one is the default; --dtype bf16 halves the memory of all but the experts",
+}
+NARROW_WHY = "fp32, the default on a CPU, does not fit"
+KERNELS_WHY: dict[Kernels, str] = {
+    "triton": "Triton's",
+    "plain": "plain torch, which is slow: Triton's are for bf16",
+    "cpu": "experts by our C++, compiled at first use, as exact as plain torch, which does the rest",
+    "cpu-int8": "experts by our C++, with activations rounded to 8 bits before each product; plain torch for the rest",
 }
 PARTS = ("weights", "kv", "workspace", "graphs", "communication", "context")
 PART_NAMES = {"kv": "KV cache", "context": "CUDA context"}
@@ -57,6 +65,8 @@ def why(
     if asked.routing is not None:
         lines.append(_placement(asked, mesh, orders))
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
+    if place.device == "cpu" and place.dtype == "bf16" and asked.dtype is None:
+        dtype_why = NARROW_WHY
     lines.append(f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4")
     if asked.context_tokens is not None:
         lines.append(f"context {context} tokens: asked for, of the model's {spec.max_context_tokens}")
@@ -67,9 +77,7 @@ def why(
             f"context {context} tokens: the longest of the planner's steps that fits, of the model's "
             f"{spec.max_context_tokens}"
         )
-    if place.device == "cuda":
-        slow = "plain torch, which is slow: Triton's are for bf16" if place.kernels == "plain" else "Triton's"
-        lines.append(f"kernels {place.kernels}: {slow}")
+    lines.append(f"kernels {place.kernels}: {'asked for; ' if asked.kernels else ''}{KERNELS_WHY[place.kernels]}")
     lines.append(_sequences(place, asked, room))
     pages = pool_pages(spec, room.kv_tokens, room.sequences, room.step_tokens, PAGE_TOKENS)
     whole = room.kv_tokens // context
@@ -222,6 +230,83 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+# --- why offloaded
+
+
+def why_offloaded(
+    spec: Spec,
+    found: Machine,
+    machine: Machine,
+    place: Place,
+    asked: Asked,
+    offload: Offload,
+    room: Room,
+    row: RankMemory,
+) -> list[str]:
+    """As `why`, for a rank whose experts are not all on its device."""
+    taken = offload.taken
+    lines = [_device(found, place, asked)]
+    if place.device == "cuda":
+        host = "" if place.host_free_bytes is None else f" of {format_size(place.host_free_bytes)}"
+        lines.append(
+            f"1 rank: {_parts(row)} are {_of(row.device_bytes, place.gpus[0].free_bytes)}; host memory "
+            f"{format_size(row.host_bytes)}{host}"
+        )
+    else:
+        total = row.device_bytes + row.host_bytes
+        lines.append(f"1 rank: {_parts(row)}; with {format_size(row.host_bytes)} a process {format_size(total)}")
+    experts = spec.layers * spec.experts * expert_bytes(spec, place.dtype)
+    lines.append(
+        f"offload: {format_size(experts)} of experts do not fit; {taken.name}: {_way(taken)}"
+        + (f", the most of {len(offload.others) + 1} ways" if offload.others else ", the only way that fits")
+    )
+    lines += [f"instead: {way.name}: {_way(way)}" for way in offload.others]
+    lines.append(_bandwidths(machine, place))
+    if taken.slots:
+        share = hit_share(spec, asked, taken.slots)
+        if asked.routing is None:
+            known = "as if all experts were used alike; --routing FILE would tell"
+        else:
+            known = f"by the routing recorded with {asked.routing.model}"
+        lines.append(f"experts: {share:.0%} of those that a token needs are on the GPU, {known}")
+    dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
+    if place.device == "cpu" and asked.dtype is None:
+        dtype_why = NARROW_WHY
+    lines.append(f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4")
+    if asked.context_tokens is not None:
+        context_why = "asked for"
+    elif asked.longest_context:
+        context_why = "the longest of the planner's steps that fits beside as many experts as a token needs"
+    else:
+        context_why = "a longer one would take memory from the experts; --context N, or auto for the longest"
+    lines.append(f"context {room.context_tokens} tokens: {context_why}, of the model's {spec.max_context_tokens}")
+    lines.append(f"kernels {place.kernels}: {'asked for; ' if asked.kernels else ''}{KERNELS_WHY[place.kernels]}")
+    few = "asked for" if asked.sequences else "many would need all experts in every step"
+    lines.append(f"sequences {room.sequences} at a time: {few}; others wait")
+    lines.append(f"prompts go in steps of at most {room.step_tokens} tokens, which bounds the workspace")
+    return lines
+
+
+def _way(way: Way) -> str:
+    """What it costs, as a sum."""
+    terms = {"read by the GPU": way.device_read_bytes, "over the link": way.link_bytes}
+    terms |= {"read by the CPU": way.cpu_read_bytes, "from disk": way.disk_bytes}
+    moved = ", ".join(f"{size / 1e9:.2f} GB {what}" for what, size in terms.items() if size)
+    return f"estimated {way.tok_s:.1f} tokens/s ({moved} a token)"
+
+
+def _bandwidths(machine: Machine, place: Place) -> str:
+    names = {"host": "host memory", "link": "link to the GPU", "disk": "disk"}
+    if place.device == "cpu":
+        del names["link"]
+    terms = []
+    for name, what in names.items():
+        given = getattr(machine.speeds, name)
+        value = getattr(known(machine.speeds), name)
+        terms.append(f"{what} {value / 1e9:.1f} GB/s" + ("" if given else " (assumed, not known)"))
+    return "bandwidths: " + ", ".join(terms)
+
+
 # --- why not
 
 
@@ -236,7 +321,7 @@ def no_plan(spec: Spec, found: Machine, machine: Machine, place: Place, asked: A
             nearest[mesh.ranks] = short, layout
     tried = [_tried(spec, place, short, layout) for short, layout in nearest.values()]
     if place.device == "cuda":
-        tried.append("experts in host memory: not built yet")
+        tried.append(f"experts in host memory: {_why_not_offloaded(spec, place, asked)}")
     else:
         tried.append(f"1 rank on a GPU: {why_no_gpu(found, asked)}")
     short, layout = min(nearest.values(), key=lambda one: one[0])
@@ -245,6 +330,21 @@ def no_plan(spec: Spec, found: Machine, machine: Machine, place: Place, asked: A
         tuple(tried),
         "; ".join(_changes(spec, machine, place, asked, layout)),
     )
+
+
+def _why_not_offloaded(spec: Spec, place: Place, asked: Asked) -> str:
+    if not one_rank(asked):
+        return "only for one rank, and --ranks, --ep or --dp asks for more"
+    if place.host_free_bytes is None:
+        return "how much host memory is free is not known; --host-memory SIZE says so"
+    room = room_for(spec, asked)
+    free = dataclasses.replace(asked, ranks=None, ep=None, dp=None)
+    shortest = min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
+    if any(not shortfall(spec, place, Layout(mesh, 1, shortest)) for mesh in candidates(spec, place, free)):
+        return "only where nothing fits without, and a shorter context or another layout would"
+    row = memories(spec, place, Mesh(), room_for(spec, asked, min(room.context_tokens, SMALLEST_CONTEXT_TOKENS)))[0]
+    rest = row.device_bytes - spec.layers * spec.experts * expert_bytes(spec, place.dtype)
+    return f"all but the experts takes {_of(rest, place.gpus[0].free_bytes)}, and {format_size(row.host_bytes)} of host"
 
 
 def _tried(spec: Spec, place: Place, short: int, layout: Layout) -> str:

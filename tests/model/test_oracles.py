@@ -15,6 +15,7 @@ import torch
 from forced import Forced, answers, prefill
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.kernels import PLAIN, experts, mxfp4
+from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
 from small_models import GPU, SPECS, checkpoint, plain_engine, plain_plan, prompt
 
 # OpenAI's model copies every token's experts in fp32: 400 MB a token at the true width
@@ -52,6 +53,16 @@ def test_logits_equal_transformers(name: str, device: Literal["cpu", "cuda"], ch
     for chunk in (512, 7):  # whole, and in chunks that cut pages and windows unevenly
         last = prefill(engine, tokens, chunk)
         assert_exact(last, oracle[-1:], f"{name}, prefill by {chunk}, against transformers")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_with_cpu_experts_equal_transformers(name: str, checkpoints: Path) -> None:
+    folder = checkpoint(name, checkpoints)
+    tokens = prompt(SPECS[name], PROMPT_TOKENS[name], seed=2)
+    oracle = oracles.transformers_run(folder, tokens).logits
+    engine = plain_engine(plain_plan(folder), cpu_operations())
+    assert_exact(all_logits(engine, tokens), oracle, f"{name}, CPU experts, token by token, against transformers")
+    assert_exact(prefill(engine, tokens, 512), oracle[-1:], f"{name}, CPU experts, prefill, against transformers")
 
 
 @pytest.mark.parametrize("name", SPECS)

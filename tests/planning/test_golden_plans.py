@@ -5,7 +5,9 @@ After an intended change write the files anew, look at the difference, and commi
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gptoss_launch.parallel.errors import NoPlanError, UserError
@@ -21,6 +23,19 @@ MACHINES = [
     *("h100x8", "h100x8-2nodes", "cpu"),
 ]
 SIZES = ("20b", "120b")
+# Small machines, by name: the model, and what is asked of which machine.
+SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "small_20b_11gb": ("20b", "rtx2080ti", {}),
+    "small_20b_16gb-laptop": ("20b", "laptop-16gb", {}),
+    "small_120b_16gb-laptop": ("120b", "laptop-16gb", {}),
+    "small_20b_8gb-laptop": ("20b", "laptop-8gb", {}),
+    "small_20b_8gb-laptop_auto": ("20b", "laptop-8gb", {"longest_context": True}),
+    "small_20b_24gb": ("20b", "rtx4090", {}),
+    "small_120b_24gb-96gb": ("120b", "rtx4090", {"host_memory_bytes": 92 << 30}),
+    "small_20b_cpu-16gb": ("20b", "cpu", {"host_memory_bytes": 15 << 30}),
+    "small_20b_cpu-8gb": ("20b", "cpu", {"host_memory_bytes": 8 << 30}),
+    "small_20b_6gb-of-h100": ("20b", "h100", {"gpu_memory_bytes": 6 << 30}),
+}
 CASES: list[tuple[str, str, Workload]] = [(size, machine, "latency") for size in SIZES for machine in MACHINES]
 CASES += [(size, machine, "throughput") for size in SIZES for machine in ("h200x2", "h100x8")]
 
@@ -36,8 +51,18 @@ def golden_plan(size: str, machine: str, workload: Workload = "latency") -> Plan
 
 def golden_text(size: str, machine: str, workload: Workload) -> str:
     """A plan without its architecture, which is of no interest here and long; the digest covers it. Or why not."""
+    return text(lambda: golden_plan(size, machine, workload))
+
+
+def small_text(name: str) -> str:
+    size, machine, asked = SMALL[name]
+    model = f"openai/gpt-oss-{size}"
+    return text(lambda: choose_plan(PUBLISHED[model], read_machine(machine), Asked(**asked), model=model))
+
+
+def text(make: Callable[[], Plan]) -> str:
     try:
-        plan = golden_plan(size, machine, workload)
+        plan = make()
     except NoPlanError as error:
         fields = {"message": error.message, "tried": error.tried, "hint": error.hint}
     else:
@@ -50,8 +75,16 @@ def test_plan_is_the_golden_one(size: str, machine: str, workload: Workload) -> 
     assert golden_text(size, machine, workload) == (GOLDEN / file_name(size, machine, workload)).read_text()
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_plan_of_a_small_machine_is_the_golden_one(name: str) -> None:
+    assert small_text(name) == (GOLDEN / f"{name}.json").read_text()
+
+
 def test_no_golden_file_is_left_over() -> None:
-    assert {path.name for path in GOLDEN.glob("*")} == {file_name(*case) for case in CASES}
+    assert {path.name for path in GOLDEN.glob("*")} == {
+        *(file_name(*case) for case in CASES),
+        *(f"{name}.json" for name in SMALL),
+    }
 
 
 def test_json_round_trip_keeps_the_digest(tmp_path: Path) -> None:
@@ -80,3 +113,5 @@ def test_an_edited_plan_is_refused(field: str) -> None:
 if __name__ == "__main__":
     for case in CASES:
         (GOLDEN / file_name(*case)).write_text(golden_text(*case))
+    for name in SMALL:
+        (GOLDEN / f"{name}.json").write_text(small_text(name))

@@ -54,15 +54,14 @@ def test_turing_gets_fp16_with_fp32_residuals() -> None:
 
 def test_a_gpu_too_old_is_left_out_and_named() -> None:
     assert any("GTX 1080 Ti is sm_61" in line and "sm_75" in line for line in planned("20b", "gtx1080ti").why)
-    assert any("GTX 1080 Ti is sm_61" in line for line in refused("120b", "gtx1080ti").tried)
+    assert any("GTX 1080 Ti is sm_61" in line for line in refused("120b", "gtx1080ti", ranks=2).tried)
 
 
 @pytest.mark.parametrize("gib", [14, 15, 16, 18, 20, 24])
 def test_the_longest_context_that_fits(gib: int) -> None:
     """The next longer choice must not fit, or the choice was not the longest."""
-    try:
-        plan = planned("20b", "h100", gpu_memory_bytes=gib * GIB)
-    except NoPlanError:
+    plan = planned("20b", "h100", gpu_memory_bytes=gib * GIB)
+    if plan.offload != "none":
         assert gib == 14
         return
     assert plan.memory[0].device_bytes <= gib * GIB
@@ -95,20 +94,22 @@ def test_context_beyond_the_model() -> None:
 @pytest.mark.parametrize(
     ("model", "machine", "asked"),
     [
-        ("20b", "rtx2080ti", {}),
-        ("20b", "laptop-8gb", {}),
-        ("120b", "rtx3090", {"context_tokens": 4096}),
-        ("120b", "cpu", {}),
+        ("20b", "rtx2080ti", {"host_memory_bytes": None}),
+        ("20b", "laptop-8gb", {"host_memory_bytes": None}),
+        ("120b", "rtx3090", {"host_memory_bytes": None, "context_tokens": 4096}),
+        ("120b", "cpu", {"ranks": 2, "dtype": "bf16"}),
         ("20b", "h100", {"gpu_memory_bytes": 16 * GIB, "context_tokens": 131072}),
     ],
 )
 def test_no_plan_adds_up(model: str, machine: str, asked: dict[str, object]) -> None:
     """With the missing bytes added there is a plan; with one byte less there is none."""
-    error = refused(model, machine, **asked)
+    here = read_machine(machine)
+    if "host_memory_bytes" in asked:
+        here, asked = without_host(machine), {name: value for name, value in asked.items() if value is not None}
+    error = refused(model, here, **asked)
     found = re.search(r"short by (\d+) bytes", error.message)
     assert found and f"short by {found[1]} bytes" in error.tried[0]
     context = asked.get("context_tokens", 1024)
-    here = read_machine(machine)
     for missing, fits in ((int(found[1]), True), (int(found[1]) - 1, False)):
         if here.gpus:
             free = asked.get("gpu_memory_bytes", here.gpus[0].free_bytes)
@@ -117,9 +118,9 @@ def test_no_plan_adds_up(model: str, machine: str, asked: dict[str, object]) -> 
         else:
             more = {"host_memory_bytes": (here.host_memory_bytes or 0) + missing}
         if fits:
-            assert planned(model, machine, **more | {"context_tokens": context}).context_tokens == context
+            assert planned(model, here, **asked | more | {"context_tokens": context}).context_tokens == context
         else:
-            refused(model, machine, **more | {"context_tokens": context})
+            refused(model, here, **asked | more | {"context_tokens": context})
 
 
 @pytest.mark.parametrize("gib", [14, 15, 16])
@@ -134,10 +135,12 @@ def test_the_hint_holds(gib: int) -> None:
     planned("20b", "h100", **asked | {"gpu_memory_bytes": parse_size(larger[1])})
 
 
-def test_hint_of_a_narrower_dtype_on_a_cpu() -> None:
-    error = refused("20b", "cpu", host_memory_bytes=16 * GIB)
+def test_a_narrower_dtype_on_a_cpu() -> None:
+    plan = planned("20b", "cpu", host_memory_bytes=16 * GIB)
+    assert (plan.dtype, plan.offload) == ("bf16", "none") and "fp32, the default on a CPU" in why(plan, "dtype bf16")
+    error = refused("20b", "cpu", host_memory_bytes=16 * GIB, dtype="fp32", ranks=2)
     assert error.hint.startswith("--dtype bf16 fits")
-    assert planned("20b", "cpu", host_memory_bytes=16 * GIB, dtype="bf16").device == "cpu"
+    assert planned("20b", "cpu", host_memory_bytes=16 * GIB, dtype="bf16", ranks=2).device == "cpu"
 
 
 def test_hint_of_another_gpu() -> None:
@@ -151,6 +154,11 @@ def test_host_memory_counts_beside_a_gpu() -> None:
     error = refused("20b", "h100", host_memory_bytes=GIB)
     assert "short by 2147483648 bytes" in error.message
     assert "3.0 GiB of host memory are needed besides" in error.hint
+
+
+def without_host(machine: str) -> Machine:
+    """Of whose host memory nothing is known, so that no expert can be left there."""
+    return dataclasses.replace(read_machine(machine), host_memory_bytes=None)
 
 
 def layout(plan: Plan) -> tuple[int, int, int]:
@@ -309,14 +317,21 @@ def test_hint_of_the_freest_gpus() -> None:
     assert "CUDA_VISIBLE_DEVICES=1,2 fits" in error.hint
 
 
-def test_experts_in_host_memory_are_named_as_not_built() -> None:
-    tried = refused("120b", "rtx3090x2").tried
+def test_why_experts_do_not_go_to_host_memory_is_said() -> None:
+    tried = refused("120b", without_host("rtx3090x2")).tried
     assert [line.split(",")[0].split(" on ")[0] for line in tried[:2]] == ["1 rank", "2 ranks"]
-    assert tried[2:] == ("experts in host memory: not built yet",)
+    assert tried[2:] == (
+        "experts in host memory: how much host memory is free is not known; --host-memory SIZE says so",
+    )
+    assert "only for one rank" in refused("120b", "rtx3090x2", ranks=2).tried[-1]
+    assert "a shorter context" in refused("20b", "h100", gpu_memory_bytes=16 * GIB, context_tokens=131072).tried[-1]
+    assert re.search(
+        r"all but the experts takes 4.\d GiB of 3.0 GiB", refused("20b", "h100", gpu_memory_bytes=3 * GIB).tried[-1]
+    )
 
 
 def test_hint_of_more_gpus_of_the_kind() -> None:
-    assert "3 such GPUs in a node fit" in refused("120b", "rtx3090").hint
+    assert "3 such GPUs in a node fit" in refused("120b", without_host("rtx3090")).hint
     assert layout(planned("120b", "rtx3090x3"))[1] == 3
 
 

@@ -1,0 +1,217 @@
+"""Where experts go that the device cannot hold: the ways there are, what fits, and how fast each may be.
+
+One rank. A way keeps everything but experts on the device, as many experts as fit beside it, and the others in host
+memory or in the checkpoint's mapped file. The estimates are sums of bytes over bandwidths; they compare ways, and count
+nothing of prefill. Knows no words (`reasons`) and moves nothing (`parallel.offload`).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+from .choice import Asked
+from .estimate import LAYER_S, bandwidth, read_bytes
+from .layouts import PAGE_TOKENS, RESIDUAL, Place, context_choices, memories
+from .machine import Speeds
+from .memory import PROCESS, Room, rank_memory, stored_element_bytes
+from .placement import Routing
+from .plan import DType, RankMemory, Way
+from .shards import Mesh, table
+from .spec import Spec
+
+CONTEXT_TOKENS = 8192  # chosen unasked: what a longer one takes, experts would lose
+SEQUENCES = 4  # at a time: many would need all experts in every step
+STEP_TOKENS = 512  # of a prompt, so that the workspace leaves room for experts
+STAGED_EXPERTS = 4  # on the device besides: one as it comes over the link, and what repacking it takes
+
+# Where the machine's own are not known. Low on purpose: a desktop of some years ago.
+ASSUMED = Speeds(host=20e9, link=10e9, disk=1e9)
+# Of the host's read bandwidth: our C++ experts reach 0.65 of it on two cores of an EPYC with AVX2; that the products of
+# torch with one row do as well is a guess.
+CPU_SHARE = 0.6
+# What a layer takes besides, where the host waits for the device to know which experts are needed, and sends work back.
+WAIT_S = 60e-6
+
+
+@dataclass(frozen=True)
+class Found:
+    """A way that fits, and the rank that it makes."""
+
+    way: Way
+    room: Room
+    memory: RankMemory
+
+
+def ways(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> tuple[Found, ...]:
+    """Those that fit, the fastest first; of equally fast ones the one that takes less of the host's memory.
+
+    place: the GPU, of which the first is used, or the CPU. Empty where not even the dense part fits, or where the
+    host's memory is not known.
+    """
+    if place.host_free_bytes is None:
+        return ()
+    speeds = known(speeds)
+    found = [*_on_gpu(spec, place, speeds, asked)] if place.device == "cuda" else [*_on_cpu(spec, place, speeds, asked)]
+    wanted = [one for one in found if asked.misses in (None, one.way.misses)]
+    return tuple(sorted(wanted, key=lambda one: (-one.way.tok_s, one.way.host_bytes)))
+
+
+def one_rank(asked: Asked) -> bool:
+    """Whether what was asked for leaves it at a single rank, the only shape that is offloaded."""
+    return all(asked_for in (None, 1) for asked_for in (asked.ranks, asked.ep, asked.dp))
+
+
+def hot_experts(routing: Routing | None, slots: int) -> tuple[tuple[int, ...], ...]:
+    """For each layer the experts to keep on the device, the most used first; () where their use is not known."""
+    if routing is None or not slots:
+        return ()
+    ordered = (sorted(range(len(counts)), key=lambda expert: -counts[expert]) for counts in routing.counts)
+    return tuple(tuple(order[:slots]) for order in ordered)
+
+
+def known(speeds: Speeds) -> Speeds:
+    """With what is assumed in place of what is not known."""
+    given = {name: value for name, value in dataclasses.asdict(speeds).items() if value is not None}
+    return dataclasses.replace(ASSUMED, **given)
+
+
+@cache
+def expert_bytes(spec: Spec, dtype: DType) -> int:
+    """Of one expert of one layer, with its biases."""
+    rows = [row for row in table(spec) if any(cut.axis == "ep" for cut in row.cuts)]
+    return sum(prod(row.shape) * stored_element_bytes(row, dtype) for row in rows) // (spec.layers * spec.experts)
+
+
+def room_for(spec: Spec, asked: Asked, context_tokens: int | None = None) -> Room:
+    context = context_tokens or asked.context_tokens or min(CONTEXT_TOKENS, spec.max_context_tokens)
+    kv_tokens = -(-context // PAGE_TOKENS) * PAGE_TOKENS
+    return Room(context, asked.sequences or SEQUENCES, kv_tokens, PAGE_TOKENS, min(STEP_TOKENS, context))
+
+
+def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[Found]:
+    assert place.host_free_bytes is not None
+    gpu, one = place.gpus[0], expert_bytes(spec, place.dtype)
+    least = spec.experts_per_token if asked.longest_context else 0  # a longest context still leaves room for a token's
+    for room in _rooms(spec, asked):
+        row = memories(spec, place, Mesh(), room)[0]
+        base = row.device_bytes - row.graphs_bytes - spec.layers * spec.experts * one + STAGED_EXPERTS * one
+        slots = min(spec.experts, (gpu.free_bytes - base) // (spec.layers * one))
+        if slots >= least:
+            break
+    else:
+        return
+    host_free = place.host_free_bytes - PROCESS["cuda"].host_bytes
+    share = hit_share(spec, asked, slots)
+    dense = read_bytes(spec, Mesh(), place.dtype, 1, room.context_tokens) - spec.layers * spec.experts_per_token * one
+    needed = float(spec.layers * spec.experts_per_token * one)
+    gpu_speed = bandwidth(gpu.name)
+    for misses in ("copied", "computed"):
+        if misses == "copied" and not slots:
+            continue
+        waiting = spec.layers * one * (spec.experts if misses == "copied" else spec.experts - slots)
+        kept = "memory" if waiting <= host_free else "file"
+        if host_free < 0:
+            continue
+        missed = needed * (1 - share)
+        device_read = dense + (needed if misses == "copied" else needed - missed)
+        disk = 0.0 if kept == "memory" else missed * max(0.0, 1 - host_free / waiting)
+        moved = {"link_bytes": missed if misses == "copied" else 0.0}
+        moved |= {"cpu_read_bytes": missed if misses == "computed" else 0.0}
+        # a GPU that is not in the table is taken to be so fast that it does not count
+        took_s = spec.layers * (LAYER_S + WAIT_S) + (device_read / gpu_speed if gpu_speed else 0.0)
+        assert speeds.link and speeds.host and speeds.disk
+        took_s += moved["link_bytes"] / speeds.link + moved["cpu_read_bytes"] / (speeds.host * CPU_SHARE)
+        took_s += disk / speeds.disk
+        way = Way(
+            device="cuda",
+            slots=slots,
+            kept=kept,
+            misses=misses,
+            host_bytes=waiting if kept == "memory" else 0,
+            device_read_bytes=device_read,
+            disk_bytes=disk,
+            tok_s=round(1 / took_s, 2),
+            **moved,
+        )
+        experts_here = spec.layers * slots * one
+        memory = dataclasses.replace(
+            row,
+            weights_bytes=row.weights_bytes - spec.layers * spec.experts * one + experts_here,
+            workspace_bytes=row.workspace_bytes + STAGED_EXPERTS * one,
+            graphs_bytes=0,
+            host_bytes=row.host_bytes + way.host_bytes,
+        )
+        yield Found(way, room, memory)
+
+
+def _on_cpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[Found]:
+    """Experts in the mapped file: how much of it stays in memory is the system's affair."""
+    assert place.host_free_bytes is not None and speeds.host and speeds.disk
+    one = expert_bytes(spec, place.dtype)
+    packed = spec.layers * spec.experts * _mapped_bytes(spec)
+    for room in _rooms(spec, asked):
+        row = rank_memory(
+            *(spec, Mesh(), 0, "cpu", place.dtype, RESIDUAL[place.dtype], place.kv_dtype, place.kernels, room)
+        )
+        row = dataclasses.replace(row, weights_bytes=row.weights_bytes - packed)
+        spare = place.host_free_bytes - row.device_bytes - row.host_bytes
+        if spare >= 0:
+            break
+    else:
+        return
+    needed = float(spec.layers * spec.experts_per_token * one)
+    read = read_bytes(spec, Mesh(), place.dtype, 1, room.context_tokens)
+    disk = needed * max(0.0, 1 - spare / packed)
+    took_s = read / (speeds.host * CPU_SHARE) + disk / speeds.disk
+    yield Found(
+        Way(
+            device="cpu",
+            slots=0,
+            kept="file",
+            misses="computed",
+            host_bytes=0,
+            device_read_bytes=0.0,
+            link_bytes=0.0,
+            cpu_read_bytes=read,
+            disk_bytes=disk,
+            tok_s=round(1 / took_s, 2),
+        ),
+        room,
+        row,
+    )
+
+
+def in_memory(spec: Spec, place: Place, speeds: Speeds, context_tokens: int) -> Way:
+    """The way of a plan that holds all on the CPU, to compare others with."""
+    speeds = known(speeds)
+    assert speeds.host
+    read = read_bytes(spec, Mesh(), place.dtype, 1, context_tokens)
+    packed = spec.layers * spec.experts * expert_bytes(spec, place.dtype)
+    tok_s = round(speeds.host * CPU_SHARE / read, 2)
+    return Way("cpu", 0, "memory", "computed", packed, 0.0, 0.0, read, 0.0, tok_s)
+
+
+def _mapped_bytes(spec: Spec) -> int:
+    """Of one expert of one layer in the file: blocks and scales, as biases are few and are converted."""
+    rows = [row for row in table(spec) if row.dtype == "U8"]
+    return sum(row.nbytes for row in rows) // (spec.layers * spec.experts)
+
+
+def _rooms(spec: Spec, asked: Asked) -> Iterator[Room]:
+    """The one that is wanted, and shorter contexts where none was asked for; all, where the longest was."""
+    first = spec.max_context_tokens if asked.longest_context else room_for(spec, asked).context_tokens
+    yield room_for(spec, asked, first)
+    if asked.context_tokens is None:
+        yield from (room_for(spec, asked, other) for other in context_choices(first)[1:])
+
+
+def hit_share(spec: Spec, asked: Asked, slots: int) -> float:
+    """Of the experts that tokens choose, those that the device has: by the recorded routing, else as if all were alike
+    and chosen at random."""
+    if asked.routing is None:
+        return slots / spec.experts
+    hit = sum(sum(sorted(counts, reverse=True)[:slots]) for counts in asked.routing.counts)
+    total = sum(map(sum, asked.routing.counts))
+    return hit / total if total else slots / spec.experts

@@ -1,0 +1,115 @@
+"""Plans whose experts do not all fit on the device: what fits, which way is taken, and that its sums add up."""
+
+import dataclasses
+import json
+
+import pytest
+from gptoss_launch.parallel.errors import NoPlanError
+from gptoss_launch.parallel.planning.choice import Asked
+from gptoss_launch.parallel.planning.machine import Machine, Speeds, read_machine
+from gptoss_launch.parallel.planning.placement import Routing
+from gptoss_launch.parallel.planning.plan import Offload, Plan
+from gptoss_launch.parallel.planning.planner import plan as choose_plan
+from gptoss_launch.parallel.planning.spec import PUBLISHED
+
+GIB = 2**30
+EXPERT_BYTES = 3 * 2880 * (2880 * 17 // 32 + 2)  # 17 bytes for 32 weights, and a bias of 2 bytes a row
+
+
+def planned(model: str, machine: Machine | str, **asked: object) -> Plan:
+    found = read_machine(machine) if isinstance(machine, str) else machine
+    name = f"openai/gpt-oss-{model}"
+    return choose_plan(PUBLISHED[name], found, Asked(**asked), model=name)  # type: ignore[arg-type]
+
+
+def offload(plan: Plan) -> Offload:
+    assert isinstance(plan.offload, Offload)
+    return plan.offload
+
+
+@pytest.mark.parametrize("gib", [4.2, 6, 8, 11, 13])
+@pytest.mark.parametrize("misses", ["copied", "computed"])
+def test_as_many_experts_as_fit_and_no_more(gib: float, misses: str) -> None:
+    free = round(gib * GIB)
+    plan = planned("20b", "h100", gpu_memory_bytes=free, misses=misses)
+    way, (row,) = offload(plan).taken, plan.memory
+    assert row.device_bytes <= free < row.device_bytes + 24 * EXPERT_BYTES
+    waiting = 32 if misses == "copied" else 32 - way.slots
+    assert way.host_bytes == waiting * 24 * EXPERT_BYTES and row.host_bytes == way.host_bytes + 3 * GIB
+    assert row.weights_bytes == 13761550080 - (32 - way.slots) * 24 * EXPERT_BYTES
+    assert (way.misses, plan.ranks, plan.dp, plan.device) == (misses, 1, 1, "cuda")
+
+
+def test_host_memory_too_small_leaves_experts_in_the_file() -> None:
+    need = offload(planned("20b", "rtx2080ti")).taken.host_bytes + 3 * GIB
+    fits = offload(planned("20b", "rtx2080ti", host_memory_bytes=need)).taken
+    assert fits.kept == "memory" and not fits.disk_bytes
+    short = planned("20b", "rtx2080ti", host_memory_bytes=need - 1)
+    assert offload(short).taken.kept == "file" and short.memory[0].host_bytes == 3 * GIB
+    tight = offload(planned("20b", "rtx2080ti", host_memory_bytes=4 * GIB)).taken
+    assert 0 < tight.disk_bytes < fits.cpu_read_bytes and tight.tok_s < fits.tok_s
+
+
+def test_the_estimate_is_the_sum_of_its_parts() -> None:
+    machine = read_machine("rtx2080ti")
+    assert (machine.speeds.host, machine.speeds.link) == (35e9, 12e9)
+    chosen = offload(planned("20b", machine))
+    ways = {way.misses: way for way in (chosen.taken, *chosen.others) if way.device == "cuda"}
+    slots = ways["copied"].slots
+    missed = 24 * 4 * EXPERT_BYTES * (32 - slots) / 32
+    assert ways["copied"].link_bytes == pytest.approx(missed) == ways["computed"].cpu_read_bytes
+    assert ways["copied"].device_read_bytes - ways["computed"].device_read_bytes == pytest.approx(missed)
+    for misses, moved_s in (("copied", missed / 12e9), ("computed", missed / (35e9 * 0.6))):
+        read_s = ways[misses].device_read_bytes / (616e9 * 0.93)
+        assert 1 / ways[misses].tok_s == pytest.approx(read_s + moved_s + 24 * 80e-6, rel=1e-3)
+    assert chosen.taken.tok_s == max(way.tok_s for way in (chosen.taken, *chosen.others))
+
+
+def test_bandwidths_decide() -> None:
+    machine = read_machine("rtx3090")
+    slow_cpu = dataclasses.replace(machine, speeds=Speeds(host=10e9, link=50e9, disk=1e9), host_memory_bytes=92 * GIB)
+    assert offload(planned("120b", slow_cpu)).taken.misses == "copied"
+    assert offload(planned("120b", slow_cpu, misses="computed")).taken.misses == "computed"
+    slow_link = dataclasses.replace(slow_cpu, speeds=Speeds(host=50e9, link=5e9, disk=1e9))
+    assert offload(planned("120b", slow_link)).taken.misses == "computed"
+    unknown = planned("120b", dataclasses.replace(slow_cpu, speeds=Speeds()))
+    assert any("host memory 20.0 GB/s (assumed, not known)" in line for line in unknown.why)
+
+
+def test_recorded_routing_says_which_experts_stay() -> None:
+    counts = tuple(tuple(1000 if expert >= 20 else 1 for expert in range(32)) for _ in range(24))
+    with_it = planned("20b", "rtx2080ti", routing=Routing("20b", counts))
+    slots, hot = offload(with_it).taken.slots, offload(with_it).hot
+    assert all(set(layer[:12]) == set(range(20, 32)) and len(layer) == slots for layer in hot)
+    assert offload(with_it).taken.tok_s > offload(planned("20b", "rtx2080ti")).taken.tok_s
+    assert any("by the routing recorded with 20b" in line for line in with_it.why)
+    assert offload(planned("20b", "rtx2080ti")).hot == ()
+
+
+def test_the_longest_context_leaves_a_tokens_experts_on_the_gpu() -> None:
+    plan = planned("20b", "laptop-8gb", longest_context=True)
+    assert offload(plan).taken.slots >= 4 and plan.context_tokens > planned("20b", "laptop-8gb").context_tokens
+    assert planned("20b", "h100", longest_context=True).digest == planned("20b", "h100").digest
+
+
+def test_a_cpu_maps_what_does_not_fit() -> None:
+    plan = planned("120b", "cpu")
+    way, (row,) = offload(plan).taken, plan.memory
+    assert (plan.device, plan.dtype, way.kept, way.slots, plan.kernels) == ("cpu", "bf16", "file", 0, "cpu")
+    assert row.device_bytes + row.host_bytes < 8 * GIB and way.disk_bytes > 0
+    assert planned("120b", "cpu", dtype="fp32").dtype == "fp32"
+
+
+def test_hardware_that_fits_is_not_offloaded() -> None:
+    for machine in ("h100", "rtx4090", "laptop-16gb"):
+        assert planned("20b", machine).offload == "none"
+    with pytest.raises(NoPlanError):  # a shorter context needs no offload, and that is what is said
+        planned("20b", "h100", gpu_memory_bytes=16 * GIB, context_tokens=131072)
+    with pytest.raises(NoPlanError):
+        planned("120b", "rtx3090x3", ranks=1)
+
+
+def test_round_trip_keeps_the_digest() -> None:
+    counts = tuple((1,) * 32 for _ in range(24))
+    plan = planned("20b", "rtx2080ti", routing=Routing("20b", counts))
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
