@@ -17,8 +17,8 @@ FINETUNE = ("torch", "safetensors", "tokenizers", "pydantic")
 TRAIN = ("datasets",)
 
 
-def need_finetune_modules(command: str) -> None:
-    _need(command, FINETUNE, "train")
+def need_finetune_modules(command: str, deepspeed: bool = False) -> None:
+    _need(command, (*FINETUNE, "deepspeed") if deepspeed else FINETUNE, "train")
 
 
 def need_train_extra(command: str) -> None:
