@@ -26,6 +26,12 @@ def need_train_extra(command: str) -> None:
     _need(command, TRAIN, "train")
 
 
+def need_module(what: str, module: str) -> None:
+    """For what no extra brings."""
+    if find_spec(module) is None:
+        raise UserError(f"{what} needs {module}", f"pip install {module}")
+
+
 def _need(command: str, modules: tuple[str, ...], extra: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:

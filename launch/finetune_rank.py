@@ -18,6 +18,7 @@ import click
 from ..parallel.errors import UserError
 from ..parallel.planning.spec import Spec
 from ..parallel.training.place import Place
+from .finetune_metrics import open_metrics, plot
 from .finetune_plan import device_and_dtype, print_plan
 from .finetune_progress import Progress
 from .finetune_settings import FinetuneSettings, read_deepspeed
@@ -43,7 +44,7 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place 
     try:
         with stop_signals() as asked, joined(place, settings.device, settings.deepspeed is not None) as world:
             if world.first:
-                prepare(settings, spec, folder, run, line)
+                prepare(settings, spec, folder, run, line, world.size > 1)
             world.wait()
             finished = _train(settings, run, world, asked)
             world.wait()  # torchrun ends the others as soon as one has stopped
@@ -54,14 +55,15 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place 
     return 0 if finished else STOPPED
 
 
-def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, line: str) -> None:
+def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, line: str, under_torchrun: bool) -> None:
     """Leaves in the run's folder what every rank reads: the samples and the job."""
     from ..parallel.training.job import METRICS_FILE, check_resumable, read_job, write_job
     from ..parallel.training.saves import saves
     from .tokenizer import load_tokenizer
     from .training_data import read_data, stored_data, write_data
 
-    print_plan(settings, spec, line, to_stderr=True)
+    # how many nodes there are torchrun knows, and not we
+    print_plan(settings, spec, line, to_stderr=True, under_torchrun=under_torchrun)
     if settings.resume == "never" and run.exists() and any(run.iterdir()):
         raise UserError(f"{run} is not empty", "run=NEW FOLDER, or resume=auto to go on")
     run.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, lin
 
 def _train(settings: FinetuneSettings, run: Path, world: "World", asked: Callable[[], bool]) -> bool:
     """Whether the run came to its end."""
-    from ..parallel.training.job import METRICS_FILE, STOP_FILE, read_job
+    from ..parallel.training.job import STOP_FILE, read_job
     from ..parallel.training.loop import train
     from ..parallel.training.saves import saves
     from ..parallel.training.trainee import load_trainee
@@ -100,16 +102,15 @@ def _train(settings: FinetuneSettings, run: Path, world: "World", asked: Callabl
     if world.first:
         for part, values in trainee.values.items():
             click.echo(f"trained: {part} {values:,} values", err=True)
+    shown = {name: value for name, value in vars(settings).items() if isinstance(value, bool | int | float | str)}
     with (
-        (run / METRICS_FILE).open("a", encoding="utf-8") if world.first else nullcontext() as metrics,
+        open_metrics(run, settings.trackers, shown) if world.first else nullcontext() as metrics,
         Progress(job) if world.first else nullcontext() as progress,
     ):
 
         def report(step: "Step") -> None:
             assert metrics is not None and progress is not None
-            fields = {name: value for name, value in dataclasses.asdict(step).items() if value is not None}
-            metrics.write(json.dumps(fields) + "\n")
-            metrics.flush()
+            metrics.log({name: value for name, value in dataclasses.asdict(step).items() if value is not None})
             progress.show(step)
 
         finished = train(
@@ -125,6 +126,8 @@ def _train(settings: FinetuneSettings, run: Path, world: "World", asked: Callabl
         )
     if world.first:
         (run / STOP_FILE).unlink(missing_ok=True)  # it is obeyed
+        picture = plot(run)
+        click.echo(f"curves: {picture or 'no picture without matplotlib (pip install matplotlib)'}", err=True)
         if finished:
             click.echo(saves(run)[-1][1])
         else:

@@ -16,6 +16,7 @@ from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.plan import DType
 from ..parallel.planning.zero import read_zero
 from ..parallel.training.job import Mode, OptimizerKind, Schedule
+from .finetune_metrics import TRACKERS
 from .records import Source, read_source
 from .settings import DTYPES, read_keys, read_yaml
 
@@ -85,6 +86,13 @@ def _targets(value: Any) -> tuple[Target, ...]:
         _one_of(get_args(Target))(item)
     if not items:
         raise UserError("an empty list trains nothing")
+    return tuple(dict.fromkeys(items))
+
+
+def _trackers(value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        _one_of(TRACKERS)(item)
     return tuple(dict.fromkeys(items))
 
 
@@ -165,6 +173,7 @@ class FinetuneSettings:
     seed: int = _key(0, _count(0), "Of the order of samples and of the adapters' beginning.")
     save_every: int = _key(0, _count(0), "Steps between checkpoints; 0: one at the end.")
     keep_last: int = _key(2, _count(1), "Checkpoints that are kept.")
+    trackers: tuple[str, ...] = _key((), _trackers, "Besides metrics.jsonl: tensorboard, wandb, or a list of both.")
     eval_every: int = _key(0, _count(0), "Steps between measurements; 0: one at the end.")
     resume: Literal["auto", "never"] = _key(
         "auto", _one_of(("auto", "never")), "auto: go on from the last checkpoint in run; never: run must be new."

@@ -14,6 +14,7 @@ from ...parallel.errors import UserError
 from ...parallel.training.job import STOP_FILE
 from ...parallel.training.place import read_place
 from ..cli import PROGRAM
+from ..finetune_metrics import need_trackers
 from ..finetune_settings import FinetuneSettings, load_finetune_settings, settings_help
 from ..finetune_torchrun import start_ranks, torchrun_line
 
@@ -46,9 +47,12 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
         return 0
     if not wanted.data:
         raise UserError("no data", "data=FILE.jsonl, or the name of a dataset")
-    from ..extras import need_finetune_modules
+    from ..extras import need_finetune_modules, need_module
 
     need_finetune_modules("finetune", wanted.deepspeed is not None)
+    need_trackers(wanted.trackers)
+    if wanted.optimizer == "adamw8bit":
+        need_module("optimizer=adamw8bit", "torchao")
     if preview is None and place is None and wanted.needs_torchrun:
         run = wanted.checked_run()
         run.mkdir(parents=True, exist_ok=True)

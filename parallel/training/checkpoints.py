@@ -44,8 +44,14 @@ def write_save(
 ) -> Path:
     """The folder of `step`. Every rank calls it; each writes some of the parts. values: how many are trained."""
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> list[str]:
         adapter: dict[str, Tensor] = {}
+        written: list[str] = []
+
+        def keep(name: str, tensors: dict[str, Tensor]) -> None:
+            save_file(tensors, folder / name)
+            written.append(name)
+
         for number, (part, names) in enumerate(parts(leaves).items()):
             mine = number % world.size == world.rank
             moments, parameters = {}, {}
@@ -57,13 +63,16 @@ def write_save(
                     moments |= {f"{moment}.{name}": getattr(one, moment).cpu() for moment in MOMENTS}
                     parameters[name] = one.value.cpu()
             if mine:
-                save_file(moments, folder / f"optimizer-{part}.safetensors")
+                keep(f"optimizer-{part}.safetensors", moments)
                 if job.mode == "full":
-                    save_file(parameters, folder / f"parameters-{part}.safetensors")
+                    keep(f"parameters-{part}.safetensors", parameters)
         if world.first:
             if job.mode == "lora":
                 adapters.write_adapter(folder, adapter, ranks_of(job), job.model)
+                written += [adapters.CONFIG_FILE, adapters.WEIGHTS_FILE]
             (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+            written.append(STATE_FILE)
+        return written
 
     return save(run, step, write, VALUE_BYTES * values, job.keep_last, world)
 

@@ -3,22 +3,17 @@
 Knows nothing of gradients or ranks.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from .job import Job, Recipe
 
 
 def make_optimizer(job: Job, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Raises UserError where moments of 8 bits are wanted and torchao is not installed."""
     if job.optimizer == "adamw":
         return adamw(parameters, job.recipe)
-    if find_spec("torchao") is None:
-        raise UserError(f"optimizer={job.optimizer} needs torchao, which is not installed", "pip install torchao")
     from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports] # on request only
 
     return AdamW8bit(parameters, **_arguments(job.recipe))

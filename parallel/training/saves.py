@@ -6,7 +6,7 @@ Knows nothing of what is in them.
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import UserError
@@ -23,10 +23,16 @@ def saves(run: Path) -> list[tuple[int, Path]]:
 
 
 def save(
-    run: Path, step: int, write: Callable[[Path], None], needed_bytes: int, keep_last: int, world: World = ALONE
+    run: Path,
+    step: int,
+    write: Callable[[Path], Iterable[str]],
+    needed_bytes: int,
+    keep_last: int,
+    world: World = ALONE,
 ) -> Path:
     """The folder of `step`, filled by `write` on every rank, then moved into place; older ones beyond `keep_last` go.
 
+    write: returns the names of the files that this rank has written.
     Raises UserError, with nothing changed, where the disk has no room.
     """
     free_bytes = shutil.disk_usage(run).free
@@ -42,9 +48,8 @@ def save(
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir()
     world.wait()
-    write(half)
-    for path in half.iterdir():
-        _sync(path)
+    for name in write(half):
+        _sync(half / name)
     world.wait()
     if world.first:
         _sync(half)

@@ -171,7 +171,7 @@ def test_the_first_loss_is_compared_with_the_pass_that_serves(job: Job) -> None:
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1, lambda folder: (folder / "a").write_text("x") and None, 10, 1)
+    save(tmp_path, 1, lambda folder: ["a"] if (folder / "a").write_text("x") else [], 10, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(9, 0, 9))
     with pytest.raises(UserError, match="a checkpoint takes 10 B, 9 B are free"):
         save(tmp_path, 2, lambda folder: pytest.fail("written"), 10, 1)
