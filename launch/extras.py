@@ -17,13 +17,19 @@ FINETUNE = ("torch", "safetensors", "tokenizers", "pydantic")
 TRAIN = ("datasets",)
 
 
-def need_finetune_modules(command: str) -> None:
-    _need(command, FINETUNE, "train")
+def need_finetune_modules(command: str, deepspeed: bool = False) -> None:
+    _need(command, (*FINETUNE, "deepspeed") if deepspeed else FINETUNE, "train")
 
 
 def need_train_extra(command: str) -> None:
     """The same for what [train] brings besides."""
     _need(command, TRAIN, "train")
+
+
+def need_module(what: str, module: str) -> None:
+    """For what no extra brings."""
+    if find_spec(module) is None:
+        raise UserError(f"{what} needs {module}", f"pip install {module}")
 
 
 def _need(command: str, modules: tuple[str, ...], extra: str) -> None:

@@ -11,8 +11,9 @@ from rich.table import Table
 from ..parallel.errors import NoPlanError, UserError
 from ..parallel.planning.machine import format_size, probe, read_machine
 from ..parallel.planning.spec import Spec
-from ..parallel.planning.training import all_values, lora_values, training_memory
-from .finetune_settings import FinetuneSettings
+from ..parallel.planning.training import Share, all_values, lora_values, training_memory
+from ..parallel.planning.zero import Zero, read_zero
+from .finetune_settings import FinetuneSettings, read_deepspeed
 
 
 def device_and_dtype(settings: FinetuneSettings, has_gpu: bool) -> FinetuneSettings:
@@ -23,14 +24,26 @@ def device_and_dtype(settings: FinetuneSettings, has_gpu: bool) -> FinetuneSetti
     )
 
 
-def print_plan(settings: FinetuneSettings, spec: Spec, line: str, *, to_stderr: bool = False) -> None:
-    """Bytes by part, and what a step is. Raises NoPlanError where they do not fit."""
+def print_plan(
+    settings: FinetuneSettings, spec: Spec, line: str, *, to_stderr: bool = False, under_torchrun: bool = False
+) -> None:
+    """Bytes by part of each rank, and what a step is. Raises NoPlanError where they do not fit."""
     machine = read_machine(settings.machine) if settings.machine else probe()
     settings = device_and_dtype(settings, bool(machine.gpus))
     assert settings.device is not None and settings.dtype is not None
     if settings.device == "cuda" and not machine.gpus:
         raise UserError(f"device=cuda, and {machine.name} has no GPU", "device=cpu, or machine=NAME for a plan")
-    full = settings.mode == "full"
+    full, here = settings.mode == "full", settings.world_size
+    if settings.device == "cuda":
+        here = min(settings.world_size, len(machine.gpus))
+        if settings.world_size > len(machine.gpus) * machine.nodes and not under_torchrun:
+            raise UserError(
+                f"ranks={settings.world_size}, and {machine.name} has {len(machine.gpus) * machine.nodes} GPUs",
+                "fewer ranks, or machine=NAME for a plan",
+            )
+    zero = None
+    if settings.deepspeed is not None:
+        zero = read_zero(read_deepspeed(settings.deepspeed, settings.dtype), settings.dtype)
     ranks = (settings.attention_rank, settings.expert_rank)
     attention, experts = (
         rank if target in settings.targets else 0 for target, rank in zip(("attention", "experts"), ranks, strict=True)
@@ -39,24 +52,30 @@ def print_plan(settings: FinetuneSettings, spec: Spec, line: str, *, to_stderr: 
     if not full:
         parts = {"attention": lora_values(spec, attention, 0), "experts": lora_values(spec, 0, experts)}
     values = sum(parts.values())
-    memory = training_memory(spec, values, full, settings.dtype, settings.device, settings.sequence_tokens)
-    free = machine.gpus[0].free_bytes if settings.device == "cuda" else machine.host_memory_bytes
-    host = memory.host_bytes + (memory.device_bytes if settings.device == "cpu" else 0)
+    share = Share(settings.world_size, zero, settings.optimizer)
+    memory = training_memory(spec, values, full, settings.dtype, settings.device, settings.sequence_tokens, share)
+    on_cpu = settings.device == "cpu"
+    free = min(gpu.free_bytes for gpu in machine.gpus[:here]) if not on_cpu else machine.host_memory_bytes
+    host = here * (memory.host_bytes + (memory.device_bytes if on_cpu else 0))
     rows = [
         ("model", f"{settings.model}, {settings.mode}"),
         ("device", f"{settings.device} of {machine.name}" + (f", {format_size(free)} free" if free else "")),
+        ("ranks", _ranks_in_words(settings, zero)),
         ("dtype", settings.dtype),
         ("trained", ", ".join(f"{name} {count:,}" for name, count in parts.items() if count) + " values"),
         ("weights", format_size(memory.weights_bytes)),
-        ("trained, gradients, AdamW", format_size(memory.trained_bytes)),
+        ("trained values", format_size(memory.trained_bytes)),
+        ("gradients", format_size(memory.gradients_bytes)),
+        ("AdamW", format_size(memory.moments_bytes)),
         ("kept hidden states", format_size(memory.kept_bytes)),
         ("workspace", format_size(memory.workspace_bytes)),
-        ("CUDA context", format_size(memory.context_bytes)),
-        (f"all on {settings.device}", f"{format_size(memory.device_bytes)} (counted, not measured)"),
-        ("host memory", format_size(host)),
+        ("CUDA context, NCCL", format_size(memory.context_bytes)),
+        (f"all on each {settings.device}", f"{format_size(memory.device_bytes)} (counted, not measured)"),
+        ("host memory", f"{format_size(host)} for {here} ranks" if here > 1 else format_size(host)),
         ("disk", f"{format_size(memory.disk_bytes)} a checkpoint, {settings.keep_last + 1} at most"),
         ("a step", f"at most {settings.packs_per_step * settings.sequence_tokens:,} tokens "
-         f"({settings.packs_per_step} packs of {settings.sequence_tokens:,})"),
+         f"({settings.packs_per_step} packs of {settings.sequence_tokens:,}, "
+         f"{-(-settings.packs_per_step // settings.world_size)} a rank)"),
         ("steps", f"{settings.steps:,}" if settings.steps else f"as many as {settings.epochs} epochs of the data take"),
         ("command", line),
     ]  # fmt: skip
@@ -67,11 +86,25 @@ def print_plan(settings: FinetuneSettings, spec: Spec, line: str, *, to_stderr: 
         if row[1] != "0 B":
             table.add_row(*row)
     Console(stderr=to_stderr, highlight=False).print(table)
-    if free is not None and memory.device_bytes > free:
-        short = format_size(memory.device_bytes - free)
-        raise NoPlanError(
-            f"{settings.mode} training of {settings.model} does not fit {settings.device} of {machine.name}: "
-            f"short by {short}",
-            ("several GPUs, and optimizer state in host memory: not built yet",),
-            "lower sequence_tokens, expert_rank or attention_rank, or targets=[attention]",
-        )
+    for what, needed, there in (
+        (f"{settings.device} of {machine.name}", memory.device_bytes, free),
+        (f"the host memory of {machine.name}", host, machine.host_memory_bytes),
+    ):
+        if there is not None and needed > there:
+            raise NoPlanError(
+                f"{settings.mode} training of {settings.model} does not fit {what}: "
+                f"short by {format_size(needed - there)}",
+                (_ranks_in_words(settings, zero),),
+                "more ranks, or another deepspeed (zero3, zero3-offload, zero3-offload-all)"
+                if full
+                else "lower sequence_tokens, expert_rank or attention_rank, or targets=[attention]",
+            )
+
+
+def _ranks_in_words(settings: FinetuneSettings, zero: Zero | None) -> str:
+    if zero is None:
+        return f"{settings.world_size}" + (", each with all that is trained" if settings.world_size > 1 else "")
+    host = ", weights in host memory" if zero.weights_on_host else ""
+    if zero.on_host:
+        host += f", {zero.on_host:.0%} of AdamW in host memory"
+    return f"{settings.world_size}, DeepSpeed ZeRO stage {zero.stage} ({settings.deepspeed}){host}"

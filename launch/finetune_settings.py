@@ -6,6 +6,7 @@ The dataclass is the one place where a setting, its default and its help live. D
 import dataclasses
 import datetime
 import importlib.resources
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any, Literal, get_args
 
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.plan import DType
-from ..parallel.training.job import Mode, Schedule
+from ..parallel.planning.zero import read_zero
+from ..parallel.training.job import Mode, OptimizerKind, Schedule
+from .finetune_metrics import TRACKERS
 from .records import Source, read_source
 from .settings import DTYPES, read_keys, read_yaml
 
-PRESETS = "finetune"  # folder in gptoss_launch.configs
+PRESETS, DEEPSPEED = "finetune", "deepspeed"  # folders in gptoss_launch.configs
 
 Target = Literal["attention", "experts"]
 CHANNELS = ("analysis", "commentary", "final")
@@ -86,6 +89,13 @@ def _targets(value: Any) -> tuple[Target, ...]:
     return tuple(dict.fromkeys(items))
 
 
+def _trackers(value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        _one_of(TRACKERS)(item)
+    return tuple(dict.fromkeys(items))
+
+
 def _loss(value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         raise UserError(f"{value!r} is no mapping", "loss={analysis: 1, commentary: 1, final: 1}")
@@ -138,6 +148,13 @@ class FinetuneSettings:
     attention_alpha: float = _key(32.0, _number(0, 1e6), "They are scaled by alpha / rank.")
     expert_rank: int = _key(4, _count(1), "Rank of the adapters of every expert.")
     expert_alpha: float = _key(8.0, _number(0, 1e6), "They are scaled by alpha / rank.")
+    ranks: int | None = _key(None, _count(1), "GPUs that train together, each on its packs; 1, or as torchrun says.")
+    deepspeed: str | None = _key(
+        None, _text, "A file of configs/deepspeed or of your own; zero3 for mode=full on several ranks, else none."
+    )
+    optimizer: OptimizerKind = _key(
+        "adamw", _one_of(get_args(OptimizerKind)), "adamw8bit: moments in 8 bits, by torchao."
+    )
     dtype: DType | None = _key(None, _one_of(DTYPES), "Of products and hidden states; bf16 on a GPU, else fp32.")
     device: Literal["cuda", "cpu"] | None = _key(None, _one_of(("cuda", "cpu")), "A GPU if there is one, else the CPU.")
     machine: str | None = _key(None, _text, "With --dry-run: a machine of configs/machines, or a YAML file.")
@@ -156,6 +173,7 @@ class FinetuneSettings:
     seed: int = _key(0, _count(0), "Of the order of samples and of the adapters' beginning.")
     save_every: int = _key(0, _count(0), "Steps between checkpoints; 0: one at the end.")
     keep_last: int = _key(2, _count(1), "Checkpoints that are kept.")
+    trackers: tuple[str, ...] = _key((), _trackers, "Besides metrics.jsonl: tensorboard, wandb, or a list of both.")
     eval_every: int = _key(0, _count(0), "Steps between measurements; 0: one at the end.")
     resume: Literal["auto", "never"] = _key(
         "auto", _one_of(("auto", "never")), "auto: go on from the last checkpoint in run; never: run must be new."
@@ -163,6 +181,34 @@ class FinetuneSettings:
     first_loss: Literal["check", "ignore"] = _key(
         "check", _one_of(("check", "ignore")), "check: stop if the first loss is none that a trained model has."
     )
+
+    def with_ranks(self, started: int | None) -> "FinetuneSettings":
+        """With nothing left open about who trains. started: how many ranks torchrun has started, if it has."""
+        if started is not None and self.ranks not in (None, started):
+            raise UserError(
+                f"ranks={self.ranks}, and torchrun started {started}", f"leave ranks out, or set ranks={started}"
+            )
+        ranks = self.ranks or started or 1
+        deepspeed = self.deepspeed or ("zero3" if self.mode == "full" and ranks > 1 else None)
+        if deepspeed is not None and self.optimizer != "adamw":
+            raise UserError(
+                f"optimizer={self.optimizer} with deepspeed={deepspeed}",
+                "ZeRO cuts moments over ranks: optimizer=adamw",
+            )
+        return dataclasses.replace(self, ranks=ranks, deepspeed=deepspeed)
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks or 1
+
+    @property
+    def needs_torchrun(self) -> bool:
+        return self.world_size > 1 or self.deepspeed is not None
+
+    def checked_run(self) -> Path:
+        if self.run is None:
+            raise UserError("no run", "run=FOLDER, where checkpoints and metrics go")
+        return self.run
 
 
 _FIELDS = {one.name: one for one in dataclasses.fields(FinetuneSettings)}
@@ -193,6 +239,28 @@ def load_finetune_settings(config: str | None, words: Sequence[str]) -> Finetune
         for name in ("data", "eval_data"):
             from_file[name] = tuple(_from(source, beside) for source in from_file.get(name, ()))
     return FinetuneSettings(**(from_file | read_keys(_read_words(words), _FIELDS, "finetune")))
+
+
+def read_deepspeed(name: str, dtype: DType) -> dict[str, Any]:
+    """The configuration of a file, or of a name in configs/deepspeed. Raises UserError for one that cannot be read, or
+    asks for what cannot be had."""
+    folder = Path(str(importlib.resources.files("gptoss_launch.configs") / DEEPSPEED))
+    path = Path(name).expanduser()
+    if not path.suffix:
+        path = folder / f"{name}.json"
+        known = [one.stem for one in folder.glob("*.json")]
+        if name not in known:
+            raise UserError(f"deepspeed={name}: no such configuration", did_you_mean(name, known))
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"deepspeed={name}: not readable: {' '.join(str(error).split())}", "it is DeepSpeed's JSON"
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed={name}: a JSON {type(config).__name__}, not an object", "it is DeepSpeed's JSON")
+    read_zero(config, dtype)
+    return config
 
 
 def _from(source: Source, folder: Path) -> Source:

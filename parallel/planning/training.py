@@ -1,4 +1,4 @@
-"""Predicted bytes by part of a training run on one device, and of its checkpoints on disk.
+"""Predicted bytes by part of a training run on each of its ranks, and of its checkpoints on disk.
 
 Counted over the operations in training/, not measured on a GPU yet. Knows nothing of settings or of torch.
 """
@@ -10,9 +10,12 @@ from .memory import ALLOCATOR_SLACK, DEQUANTIZED_COPIES, INDEX_BYTES, PROCESS, W
 from .plan import DTYPE_BYTES, DType
 from .shards import Mesh, table
 from .spec import Spec
+from .zero import Zero
 
-TRAINED_BYTES = 4 + 4 + 4 + 4  # a value, its gradient and AdamW's two moments, all fp32
+VALUE_BYTES = GRADIENT_BYTES = 4  # fp32
+MOMENTS_BYTES = {"adamw": 4 + 4, "adamw8bit": 1 + 1}  # of a value; blocks of 256 share a scale, which is left out
 SAVED_BYTES = 4 + 4 + 4  # a value and its moments
+GATHERED_PARTS = 2  # of stage 3: the part that is computed with, and the one that is on its way
 LOGITS_BYTES = 3 * (256 << 20)  # of a chunk: in the compute dtype, in fp32, and their gradient
 WIDE_ROW_COPIES = 4  # fp32, of a token's hidden state in a layer's norms and their gradients
 EXPERT_ROW_COPIES = 4  # a token's rows for its experts: repeated, in order, back in order, and their gradients
@@ -21,11 +24,14 @@ INNER_COPIES = 6  # gate_up's product, gate and up clamped, sigmoid, result, and
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on the device: frozen or cast weights; what is trained with gradients and moments; hidden states kept for
-    the backward pass; the largest moment besides; the process. host: besides, in host memory. disk: one checkpoint."""
+    """Bytes on the device of a rank: frozen or cast weights; what is trained; its gradients; AdamW's moments, with
+    the fp32 values that ZeRO keeps beside them; hidden states kept for the backward pass; the largest moment besides;
+    the process and its communication. host: of the rank, besides, in host memory. disk: one checkpoint."""
 
     weights_bytes: int
     trained_bytes: int
+    gradients_bytes: int
+    moments_bytes: int
     kept_bytes: int
     workspace_bytes: int
     context_bytes: int
@@ -34,7 +40,24 @@ class TrainingMemory:
 
     @property
     def device_bytes(self) -> int:
-        return self.weights_bytes + self.trained_bytes + self.kept_bytes + self.workspace_bytes + self.context_bytes
+        return (
+            self.weights_bytes
+            + self.trained_bytes
+            + self.gradients_bytes
+            + self.moments_bytes
+            + self.kept_bytes
+            + self.workspace_bytes
+            + self.context_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """Who trains. zero: None where every rank holds all that is trained."""
+
+    ranks: int = 1
+    zero: Zero | None = None
+    optimizer: str = "adamw"
 
 
 def all_values(spec: Spec) -> int:
@@ -54,8 +77,50 @@ def lora_values(spec: Spec, attention_rank: int, expert_rank: int) -> int:
     return spec.layers * (attention_rank * attention + expert_rank * experts)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """Bytes of what is trained, on the device of a rank and in its host memory."""
+
+    values: int
+    gradients: int
+    moments: int
+    host: int
+
+
+def _trained(values: int, largest_part: int, dtype: DType, share: Share) -> _Trained:
+    """values: that are trained. largest_part: of them, in one part of the model. Stages are those of
+    https://arxiv.org/abs/1910.02054, table 1."""
+    zero = share.zero
+    if zero is None:
+        moments = values * MOMENTS_BYTES[share.optimizer]
+        return _Trained(values * VALUE_BYTES, values * GRADIENT_BYTES, moments, 0)
+    element, cut = DTYPE_BYTES[dtype], -(-values // share.ranks)
+    on_device = cut if zero.stage == 3 else values
+    weights = on_device * element
+    host = 0
+    if zero.weights_on_host:
+        host, weights = weights, 0
+    if zero.stage == 3:
+        weights += GATHERED_PARTS * largest_part * element
+    moments = (cut if zero.stage else values) * MOMENTS_BYTES["adamw"] + (cut * VALUE_BYTES if zero.stage else 0)
+    gradients = (cut if zero.stage >= 2 else values) * GRADIENT_BYTES
+    if zero.stage:
+        gradients += largest_part * element  # as they come from a part, before they are summed and cut
+    if zero.on_host:
+        host += round((moments + cut * GRADIENT_BYTES) * zero.on_host)
+        moments -= round(moments * zero.on_host)
+        gradients = round(gradients * (1 - zero.on_host)) + 2 * largest_part * element
+    return _Trained(weights, gradients, moments, host)
+
+
 def training_memory(
-    spec: Spec, trained_values: int, full: bool, dtype: DType, device: Device, sequence_tokens: int
+    spec: Spec,
+    trained_values: int,
+    full: bool,
+    dtype: DType,
+    device: Device,
+    sequence_tokens: int,
+    share: Share = Share(),  # frozen
 ) -> TrainingMemory:
     """One pack of `sequence_tokens` at a time; every layer is computed again for its gradient."""
     element, rows = DTYPE_BYTES[dtype], sequence_tokens * spec.hidden
@@ -71,13 +136,17 @@ def training_memory(
     )
     layer = rows * WIDE_ROW_COPIES * WIDE_BYTES + attention + experts
     process = PROCESS[device]
+    embedding = spec.vocab * spec.hidden if full else 0
+    trained = _trained(trained_values, max(embedding, (trained_values - 2 * embedding) // spec.layers), dtype, share)
     return TrainingMemory(
         # a full run keeps no weights but those that it trains; a layer of them is cast and rounded at a time
         weights_bytes=2 * spec.experts * matrix * WIDE_BYTES if full else weights_bytes(spec, Mesh(), 0, dtype),
-        trained_bytes=trained_values * TRAINED_BYTES,
+        trained_bytes=trained.values,
+        gradients_bytes=trained.gradients,
+        moments_bytes=trained.moments,
         kept_bytes=(spec.layers + 2) * rows * element,
         workspace_bytes=round(max(layer, LOGITS_BYTES) * ALLOCATOR_SLACK),
-        context_bytes=process.context_bytes,
-        host_bytes=process.host_bytes,
+        context_bytes=process.context_bytes + (process.nccl_bytes if share.ranks > 1 else 0),
+        host_bytes=process.host_bytes + trained.host,
         disk_bytes=trained_values * SAVED_BYTES,
     )

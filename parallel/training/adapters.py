@@ -7,7 +7,7 @@ optimizers or of when things are saved.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..planning.spec import Spec
-from .model import ATTENTION, EXPERTS
+from .model import ATTENTION, EXPERTS, parts
 from .products import LowRank
 
 Target = Literal["attention", "experts"]
@@ -88,6 +88,12 @@ def pairs(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, LowRank]:
         rank = ranks[target_of(name)]
         found[name] = LowRank(tensors[f"{name}.a"], tensors[f"{name}.b"], rank.alpha / rank.r)
     return found
+
+
+def by_part(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(part of the model, the tensors in it)"""
+    for part, names in parts(tensors).items():
+        yield part, {name: tensors[name] for name in names}
 
 
 def parameter_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -183,10 +189,3 @@ def read_adapter(folder: Path, spec: Spec) -> tuple[dict[str, Tensor], Ranks]:
     """(tensors as `new_adapter` names them, ranks) of a folder that `write_adapter` wrote."""
     ranks = ranks_of(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
     return from_peft(load_file(folder / WEIGHTS_FILE), spec, ranks), ranks
-
-
-def load_into(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy `values` into trained leaves of the same names."""
-    with torch.no_grad():
-        for name, leaf in leaves.items():
-            leaf.copy_(values[name])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .samples import Sample
+from .samples import Sample, sample
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,8 @@ def make_pack(samples: Sequence[Sample], device: torch.device) -> Pack:
         torch.tensor(weights, dtype=torch.float32, device=device),
         tuple(bounds),
     )
+
+
+def blank_pack(device: torch.device) -> Pack:
+    """Two tokens of which nothing is learnt, for a rank that has nothing else to do."""
+    return make_pack([sample([0, 0], [0, 0])], device)

@@ -22,8 +22,8 @@ from ..model.random_checkpoint import SINGLE_FILE_LIMIT_BYTES
 from ..planning.headers import INDEX, SINGLE_FILE, check_inventory, read_inventory
 from ..planning.shards import table
 from . import adapters
+from .checkpoints import ranks_of, read_values
 from .job import Job
-from .loop import ranks_of, read_values
 from .products import LowRank
 from .quantize import quantize
 

@@ -5,6 +5,7 @@ T tokens, H hidden, N query heads, K KV heads, D head_dim, X experts a token, E 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..kernels.rope import concentration, inverse_frequencies, rotate, rotation
 from ..planning.spec import Spec
 from .attention import Attention
 from .batch import Pack
+from .loss import cross_entropy
 from .model import Layer, Model
 
 
@@ -40,13 +42,16 @@ def forward(
     turn = rotation(pack.positions_T, inverse_frequencies(spec).to(device), concentration(spec))
     windows = {"window": spec.window_tokens, "full": None}
     masks = {kind: attention.prepare(pack.bounds, windows[kind], device) for kind in set(spec.layer_kinds)}
-    residual_TH = torch.nn.functional.embedding(pack.tokens_T, model.embed_VH).to(precision.residual)
+    residual_TH: Tensor = model.within(
+        "embed", lambda: torch.nn.functional.embedding(pack.tokens_T, model.embed_VH).to(precision.residual)
+    )
     loads: list[Tensor] = []
-    for kind, layer in zip(spec.layer_kinds, model.layers, strict=True):
+    for number, (kind, layer) in enumerate(zip(spec.layer_kinds, model.layers, strict=True)):
 
-        def run(x_TH: Tensor, layer: Layer = layer, mask: Any = masks[kind]) -> tuple[Tensor, Tensor]:
+        def inside(x_TH: Tensor, layer: Layer = layer, mask: Any = masks[kind]) -> tuple[Tensor, Tensor]:
             return _layer(spec, layer, x_TH, turn, attention, mask, precision)
 
+        run = partial(model.within, f"layers.{number}", inside)
         # nothing in a layer draws random numbers, so there is no state to keep for the second time
         result: Any = (
             checkpoint(run, residual_TH, use_reentrant=False, preserve_rng_state=False)
@@ -55,8 +60,21 @@ def forward(
         )
         residual_TH, load_E = result
         loads.append(load_E)
-    _, x_TH = add_norm(residual_TH, None, model.norm_H, spec.norm_eps, precision.compute)
+    x_TH: Tensor = model.within(
+        "norm", lambda x_TH: add_norm(x_TH, None, model.norm_H, spec.norm_eps, precision.compute)[1], residual_TH
+    )
     return x_TH, torch.stack(loads)
+
+
+def summed_loss(
+    spec: Spec, model: Model, pack: Pack, attention: Attention, precision: Precision, recompute: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(sum of a pack's weighted losses, fp32; tokens of each expert as from `forward`)."""
+    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute)
+    loss: Tensor = model.within(
+        "head", lambda x_TH: cross_entropy(x_TH, model.head_VH, pack.targets_T, pack.weights_T), x_TH
+    )
+    return loss, load_LE
 
 
 def _layer(

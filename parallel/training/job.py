@@ -16,11 +16,13 @@ from ..planning.spec import Spec, spec_from_json, spec_to_json
 
 Schedule = Literal["cosine", "linear", "constant"]
 Mode = Literal["lora", "full"]
+OptimizerKind = Literal["adamw", "adamw8bit"]
 
 JOB_FILE, METRICS_FILE = "job.json", "metrics.jsonl"
 TRAIN_FILE, EVAL_FILE = "train.safetensors", "eval.safetensors"
 STOP_FILE = "stop"
-_MAY_CHANGE = ("save_every", "keep_last", "eval_every", "check_first_loss")  # between a run and its resumption
+# between a run and its resumption
+_MAY_CHANGE = ("save_every", "keep_last", "eval_every", "check_first_loss", "ranks", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Recipe:
 class Job:
     """model, checkpoint: its name and its folder. attention_rank, expert_rank: 0 where not adapted. dtype: of products
     and hidden states. data: where the samples are from and how they were made, in words. weights: how often an epoch
-    takes a sample of each source."""
+    takes a sample of each source. ranks: that train it; what is computed does not depend on them, but for the order of
+    sums. deepspeed: a configuration (planning.zero), or None for AdamW on every rank. optimizer: how its moments are
+    kept."""
 
     model: str
     checkpoint: str
@@ -73,6 +77,9 @@ class Job:
     keep_last: int
     eval_every: int  # steps; 0: at the end
     check_first_loss: bool
+    ranks: int = 1
+    deepspeed: dict[str, Any] | None = None
+    optimizer: OptimizerKind = "adamw"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"spec": spec_to_json(self.spec), "weights": list(self.weights)}

@@ -1,38 +1,35 @@
-"""The loop on one device: steps of AdamW over packs of samples, checks, checkpoints, and going on where it stopped.
+"""The loop: steps of AdamW over packs of samples, checks, checkpoints, and going on where it stopped.
 
 The samples, their order and the state of a checkpoint determine every later step: a resumed run loses what the same
-run without a stop would have lost. Knows nothing of conversations, settings files, terminals or signals.
+run without a stop would have lost. A step's packs are dealt out to the ranks, and all else follows from their sums.
+Knows nothing of conversations, settings files, terminals or signals.
 """
 
-import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckError
 from ..model.dtypes import TORCH_DTYPE
-from . import adapters, gate
+from . import gate
 from .attention import Attention, choose
-from .batch import Pack, make_pack
-from .forward import Precision, forward
+from .batch import Pack, blank_pack, make_pack
+from .checkpoints import write_save
+from .forward import Precision, summed_loss
 from .job import Job
-from .loss import cross_entropy
-from .model import Model, full_model, lora_model
 from .order import Mixture, pack, steps
 from .samples import Sample
-from .saves import save, saves
-from .start import load_frozen, load_parameters
-
-OPTIMIZER_FILE, STATE_FILE, PARAMETERS_FILE = "optimizer.safetensors", "state.json", "parameters.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from .saves import saves
+from .trainee import Trainee
+from .world import World
 
 
 @dataclass(frozen=True)
@@ -56,52 +53,10 @@ class Step:
     eval_loss: float | None = None
 
 
-@dataclass(frozen=True)
-class Trainee:
-    """leaves: what is trained, by name. model: reads them; they are updated in place. serving: the pass that serves, on
-    one document; None where no weights are loaded that could."""
-
-    leaves: dict[str, Tensor]
-    model: Model
-    serving: Callable[[Pack], float] | None
-
-
-def ranks_of(job: Job) -> dict[adapters.Target, adapters.Rank]:
-    ranks: dict[adapters.Target, adapters.Rank] = {}
-    if job.attention_rank:
-        ranks["attention"] = adapters.Rank(job.attention_rank, job.attention_alpha)
-    if job.expert_rank:
-        ranks["experts"] = adapters.Rank(job.expert_rank, job.expert_alpha)
-    return ranks
-
-
-def load_trainee(job: Job, progress: Callable[[int, int], None]) -> Trainee:
-    """The model of a run as it is before its first step."""
-    spec, folder, device = job.spec, Path(job.checkpoint), torch.device(job.device)
-    if job.mode == "full":
-        leaves = load_parameters(spec, folder, device, progress)
-        return Trainee(leaves, full_model(spec, leaves), None)
-    weights = load_frozen(spec, folder, job.dtype, device, progress)
-    ranks = ranks_of(job)
-    leaves = adapters.new_adapter(spec, ranks, job.seed, device)
-    dtype = TORCH_DTYPE[job.dtype]
-    return Trainee(
-        leaves,
-        lora_model(spec, weights, adapters.pairs(leaves, ranks)),
-        lambda document: gate.serving_loss(spec, weights, document, dtype),
-    )
-
-
-def trained_parts(job: Job, trainee: Trainee) -> dict[str, int]:
-    """How many values are trained, by part."""
-    if job.mode == "lora":
-        return adapters.parameter_counts(trainee.leaves)
-    return {"all weights": sum(leaf.numel() for leaf in trainee.leaves.values())}
-
-
 def train(
     job: Job,
     run: Path,
+    world: World,
     trainee: Trainee,
     samples: Sequence[Sample],
     eval_samples: Sequence[Sample],
@@ -109,127 +64,135 @@ def train(
     report: Callable[[Step], None],
     say: Callable[[str], None],
 ) -> bool:
-    """Train from the newest checkpoint of `run`, or from the beginning. False if `stop` ended it, with a checkpoint.
+    """Train from where `trainee` is. False if `stop` ended it, on whichever rank, with a checkpoint.
 
-    stop: asked after each step. report: called after each step. say: for single lines. Raises CheckError for a first
-    loss that cannot be and for a loss or gradient that is no number; then the last checkpoint stands as it was.
+    stop: asked after each step. report: called after each step. say: for single lines. Both by rank 0 alone. Raises
+    CheckError for a first loss that cannot be and for a loss or gradient that is no number; then the last checkpoint
+    stands as it was.
     """
-    device, dtype = torch.device(job.device), TORCH_DTYPE[job.dtype]
-    precision = Precision(dtype, dtype)
-    optimizer = torch.optim.AdamW(
-        list(trainee.leaves.values()),
-        lr=job.recipe.learning_rate,
-        betas=(job.recipe.beta1, job.recipe.beta2),
-        weight_decay=job.recipe.weight_decay,
-    )
-    done = 0
-    if found := saves(run):
-        done = found[-1][0]
-        read_save(job, found[-1][1], trainee, optimizer)
-        say(f"going on after step {done} of {job.steps}")
-    choice = choose(job.spec, device, dtype, job.sequence_tokens)
-    say(choice.why)
+    dtype = TORCH_DTYPE[job.dtype]
+    choice = choose(job.spec, world.device, dtype, job.sequence_tokens)
+    pass_ = Pass(job, world, trainee, choice.attention, Precision(dtype, dtype))
+    if world.first:
+        if trainee.steps:
+            say(f"going on after step {trainee.steps} of {job.steps}")
+        say(choice.why)
     mixture = Mixture(tuple(map(len, samples)), tuple(one.source for one in samples), job.weights)
-    stream = steps(mixture, job.seed, job.sequence_tokens, job.packs_per_step, done)
+    stream = steps(mixture, job.seed, job.sequence_tokens, job.packs_per_step, trainee.steps)
     eval_packs = pack(range(len(eval_samples)), [len(one) for one in eval_samples], job.sequence_tokens)
 
-    def mean_eval_loss() -> float:
-        return mean_loss(job, trainee.model, eval_samples, eval_packs, choice.attention, precision)
-
-    for number in range(done + 1, job.steps + 1):
+    for number in range(trainee.steps + 1, job.steps + 1):
         began_s = time.perf_counter()
         epoch, groups = next(stream)
-        packs = [make_pack([samples[index] for index in group], device) for group in groups]
         if number == 1 and job.check_first_loss:
-            _check_first_loss(job, trainee, packs[0], choice.attention, precision)
+            pass_.check_first_loss([samples[index] for index in groups[0]])
         rate = job.recipe.rate(number, job.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        loss, load_LE = _accumulate(job, trainee.model, packs, choice.attention, precision)
-        norm = _clip(list(trainee.leaves.values()), job.recipe.clip)
+        loss, load_LE, stopping = pass_.add_up(samples, groups, stop)
+        norm = trainee.updates.step(rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             kept = saves(run)
             hint = f"{kept[-1][1]} is the last good checkpoint" if kept else "there is no checkpoint yet"
-            raise CheckError(f"step {number}: loss {loss}, gradient norm {norm}", f"{hint}; lower learning_rate")
-        optimizer.step()
-        stopping, last = stop(), number == job.steps
-        evaluate = bool(eval_packs) and (last or (job.eval_every > 0 and number % job.eval_every == 0))
-        tokens = sum(len(one.tokens_T) for one in packs)
-        step_s = time.perf_counter() - began_s
-        over_mean = load_LE.amax(1) / load_LE.double().mean(1)
-        report(
-            Step(
-                step=number,
-                epoch=epoch,
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=norm,
-                tokens=tokens,
-                trained_tokens=sum(int((one.weights_T > 0).sum()) for one in packs),
-                step_s=step_s,
-                tokens_per_s=tokens / step_s,
-                expert_load_worst=over_mean.max().item(),
-                expert_load_mean=over_mean.mean().item(),
-                memory_bytes=held_bytes(device),
-                eval_loss=mean_eval_loss() if evaluate else None,
+            world.refuse(
+                CheckError(f"step {number}: loss {loss}, gradient norm {norm}", f"{hint}; lower learning_rate")
             )
+        last = number == job.steps
+        tokens = sum(len(samples[index]) for group in groups for index in group)
+        step_s = time.perf_counter() - began_s
+        evaluate = bool(eval_packs) and (last or (job.eval_every > 0 and number % job.eval_every == 0))
+        over_mean = load_LE.amax(1) / load_LE.mean(1)
+        step = Step(
+            step=number,
+            epoch=epoch,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=tokens,
+            trained_tokens=sum(weight > 0 for group in groups for index in group for weight in samples[index].weights),
+            step_s=step_s,
+            tokens_per_s=tokens / step_s,
+            expert_load_worst=over_mean.max().item(),
+            expert_load_mean=over_mean.mean().item(),
+            memory_bytes=int(world.largest(held_bytes(world.device))),
+            eval_loss=pass_.mean_loss(eval_samples, eval_packs) if evaluate else None,
         )
+        if world.first:
+            report(step)
         if last or stopping or (job.save_every > 0 and number % job.save_every == 0):
-            write_save(job, run, number, trainee, optimizer)
+            write_save(job, run, number, trainee.leaves, sum(trainee.values.values()), trainee.updates, world)
         if stopping and not last:
             return False
     return True
 
 
-def _accumulate(
-    job: Job, model: Model, packs: Sequence[Pack], attention: Attention, precision: Precision
-) -> tuple[float, Tensor]:
-    """(loss, tokens of each expert [layers, experts]) of one step, its gradients added up in the leaves.
+@dataclass(frozen=True)
+class Pass:
+    """Passes over packs, dealt out to ranks in turn. Every rank runs as many: DeepSpeed brings weights for all of them
+    at once. One that has none left runs a blank, which counts nothing."""
 
-    Every trained token of the step counts by its own weight, in whichever pack it is.
-    """
-    weight = sum(one.weight for one in packs)
-    losses, loads = [], []
-    for one in packs:
-        x_TH, load_LE = forward(job.spec, model, one, attention, precision)
-        loss = cross_entropy(x_TH, model.head_VH, one.targets_T, one.weights_T) / weight
-        loss.backward()
-        losses.append(loss.detach())
-        loads.append(load_LE)
-    return torch.stack(losses).double().sum().item(), torch.stack(loads).sum(0)
+    job: Job
+    world: World
+    trainee: Trainee
+    attention: Attention
+    precision: Precision
 
+    def add_up(
+        self, samples: Sequence[Sample], groups: Sequence[Sequence[int]], stop: Callable[[], bool]
+    ) -> tuple[float, Tensor, bool]:
+        """(loss, tokens of each expert [layers, experts] fp64, whether any rank is to stop) of one step over all ranks;
+        its gradients are added up.
 
-def _clip(leaves: Sequence[Tensor], largest: float) -> float:
-    """The norm of all gradients before they are scaled down to `largest`; 0 leaves them as they are."""
-    return torch.nn.utils.clip_grad_norm_(leaves, largest or math.inf).item()
+        Every trained token of the step counts by its own weight, in whichever pack and on whichever rank it is.
+        """
+        weight = math.fsum(weight for group in groups for index in group for weight in samples[index].weights)
+        losses, loads = [], []
+        packs = self._mine(samples, groups)
+        for place, one in enumerate(packs):
 
+            def share(one: Pack = one) -> tuple[Tensor, Tensor]:
+                loss, load_LE = self._loss(one, recompute=True)
+                return loss / weight, load_LE
 
-@torch.no_grad()
-def mean_loss(
-    job: Job,
-    model: Model,
-    samples: Sequence[Sample],
-    packs: Sequence[Sequence[int]],
-    attention: Attention,
-    precision: Precision,
-) -> float:
-    """Mean over loss weights of all samples in `packs`."""
-    total = weight = 0.0
-    for group in packs:
-        one = make_pack([samples[index] for index in group], torch.device(job.device))
-        x_TH, _ = forward(job.spec, model, one, attention, precision, recompute=False)
-        total += cross_entropy(x_TH, model.head_VH, one.targets_T, one.weights_T).item()
-        weight += one.weight
-    return total / weight
+            loss, load_LE = self.trainee.updates.add(share, last=place == len(packs) - 1)
+            losses.append(loss)
+            # a blank's tokens are nobody's
+            loads.append(load_LE if one.weight else torch.zeros_like(load_LE))
+        load_LE = torch.stack(loads).sum(0).double()
+        told = torch.cat([torch.stack(losses).double().sum()[None], load_LE.flatten()]).cpu()
+        told = torch.cat([told, torch.tensor([float(stop())], dtype=torch.float64)])
+        self.world.add([told])
+        return told[0].item(), told[1:-1].view(load_LE.shape), bool(told[-1])
 
+    @torch.no_grad()
+    def mean_loss(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> float:
+        """Mean over loss weights of all samples in `groups`."""
+        told = torch.zeros(2, dtype=torch.float64)
+        for one in self._mine(samples, groups):
+            loss, _ = self.trainee.updates.look(lambda one=one: self._loss(one, recompute=False))
+            told += torch.tensor([loss.item(), one.weight], dtype=torch.float64)
+        self.world.add([told])
+        return (told[0] / told[1]).item()
 
-@torch.no_grad()
-def _check_first_loss(job: Job, trainee: Trainee, one: Pack, attention: Attention, precision: Precision) -> None:
-    document = gate.first_document(one)
-    x_TH, _ = forward(job.spec, trainee.model, document, attention, precision, recompute=False)
-    loss = cross_entropy(x_TH, trainee.model.head_VH, document.targets_T, document.weights_T).item() / document.weight
-    gate.check_first_loss(loss, trainee.serving(document) if trainee.serving else None, job.spec.vocab)
+    @torch.no_grad()
+    def check_first_loss(self, samples: Sequence[Sample]) -> None:
+        """Every rank looks at the same document."""
+        document = gate.first_document(make_pack(samples, self.world.device))
+        summed, _ = self.trainee.updates.look(lambda: self._loss(document, recompute=False))
+        serving = self.trainee.serving(document) if self.trainee.serving else None
+        try:
+            gate.check_first_loss(summed.item() / document.weight, serving, self.job.spec.vocab)
+        except CheckError as error:
+            self.world.refuse(error)
+
+    def _loss(self, one: Pack, recompute: bool) -> tuple[Tensor, Tensor]:
+        return summed_loss(self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute)
+
+    def _mine(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Pack]:
+        rounds = zip_longest(*(groups[rank :: self.world.size] for rank in range(self.world.size)))
+        mine = [of_ranks[self.world.rank] for of_ranks in rounds]
+        device = self.world.device
+        return [
+            make_pack([samples[index] for index in group], device) if group else blank_pack(device) for group in mine
+        ]
 
 
 def held_bytes(device: torch.device) -> int:
@@ -237,40 +200,3 @@ def held_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_reserved(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # KiB on Linux
-
-
-# --- checkpoints
-
-
-def write_save(job: Job, run: Path, step: int, trainee: Trainee, optimizer: torch.optim.Optimizer) -> Path:
-    """What is trained (as a PEFT adapter, or all parameters in fp32), AdamW's state, and the step."""
-    leaves = trainee.leaves
-    state = {f"{moment}.{name}": optimizer.state[leaf][moment] for name, leaf in leaves.items() for moment in _MOMENTS}
-
-    def write(folder: Path) -> None:
-        if job.mode == "lora":
-            adapters.write_adapter(folder, leaves, ranks_of(job), job.model)
-        else:
-            save_file({name: leaf.detach() for name, leaf in leaves.items()}, folder / PARAMETERS_FILE)
-        save_file(state, folder / OPTIMIZER_FILE)
-        (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-
-    values = sum(leaf.numel() for leaf in leaves.values())
-    return save(run, step, write, (1 + len(_MOMENTS)) * 4 * values, job.keep_last)
-
-
-def read_values(job: Job, folder: Path) -> dict[str, Tensor]:
-    """What was trained, by the names of Trainee.leaves, on the CPU."""
-    if job.mode == "lora":
-        return adapters.read_adapter(folder, job.spec)[0]
-    return load_file(folder / PARAMETERS_FILE)
-
-
-def read_save(job: Job, folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint back into the leaves and the optimizer, bit for bit."""
-    adapters.load_into(trainee.leaves, read_values(job, folder))
-    step = json.loads((folder / STATE_FILE).read_text("utf-8"))["step"]
-    stored = load_file(folder / OPTIMIZER_FILE)
-    for name, leaf in trainee.leaves.items():
-        moments = {moment: stored[f"{moment}.{name}"].to(leaf.device) for moment in _MOMENTS}
-        optimizer.state[leaf] = {"step": torch.tensor(float(step)), **moments}

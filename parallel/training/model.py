@@ -3,8 +3,9 @@
 Knows two ways to train: low-rank additions to frozen weights (`lora_model`), and all weights (`full_model`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -30,12 +31,35 @@ class Layer:
     down: Experts
 
 
+def directly(part: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """For weights that are always there."""
+    return function(*arguments)
+
+
 @dataclass(frozen=True)
 class Model:
+    """within: (part, function, arguments) -> what the function returns, called while the weights of `part_of` that name
+    are on this device. Whoever keeps weights elsewhere brings them for the call and for its gradient."""
+
     embed_VH: Tensor
     layers: tuple[Layer, ...]
     norm_H: Tensor
     head_VH: Tensor
+    within: Callable[..., Any] = directly
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a tensor of this name is needed in: "layers.3", "embed", "norm" or "head"."""
+    words = name.split(".")
+    return ".".join(words[:2]) if words[0] == "layers" else words[0]
+
+
+def parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """Part of the model -> the names in it, in the order of `names`."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(part_of(name), []).append(name)
+    return found
 
 
 def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Model:

@@ -6,11 +6,12 @@ Knows nothing of what is in them.
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import UserError
 from ..planning.machine import format_size
+from .world import ALONE, World
 
 _NAME = re.compile(r"checkpoint-(\d{8})")
 
@@ -21,31 +22,45 @@ def saves(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found)
 
 
-def save(run: Path, step: int, write: Callable[[Path], None], needed_bytes: int, keep_last: int) -> Path:
-    """The folder of `step`, filled by `write`, then moved into place; older ones beyond `keep_last` go.
+def save(
+    run: Path,
+    step: int,
+    write: Callable[[Path], Iterable[str]],
+    needed_bytes: int,
+    keep_last: int,
+    world: World = ALONE,
+) -> Path:
+    """The folder of `step`, filled by `write` on every rank, then moved into place; older ones beyond `keep_last` go.
 
+    write: returns the names of the files that this rank has written.
     Raises UserError, with nothing changed, where the disk has no room.
     """
     free_bytes = shutil.disk_usage(run).free
-    if free_bytes < needed_bytes:
-        raise UserError(
-            f"{run}: a checkpoint takes {format_size(needed_bytes)}, {format_size(free_bytes)} are free",
-            "make room and resume; the last checkpoint is kept",
+    if world.largest(free_bytes < needed_bytes):
+        world.refuse(
+            UserError(
+                f"{run}: a checkpoint takes {format_size(needed_bytes)}, {format_size(free_bytes)} are free",
+                "make room and resume; the last checkpoint is kept",
+            )
         )
     final, half = run / f"checkpoint-{step:08d}", run / f".half-{step:08d}"
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir()
-    write(half)
-    for path in half.iterdir():
-        _sync(path)
-    _sync(half)
-    shutil.rmtree(final, ignore_errors=True)  # of a run that began anew
-    half.rename(final)
-    _sync(run)
-    for _, old in saves(run)[:-keep_last]:
-        shutil.rmtree(old)
-    for left in run.glob(".half-*"):  # of a process that was killed while it wrote
-        shutil.rmtree(left)
+    if world.first:
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir()
+    world.wait()
+    for name in write(half):
+        _sync(half / name)
+    world.wait()
+    if world.first:
+        _sync(half)
+        shutil.rmtree(final, ignore_errors=True)  # of a run that began anew
+        half.rename(final)
+        _sync(run)
+        for _, old in saves(run)[:-keep_last]:
+            shutil.rmtree(old)
+        for left in run.glob(".half-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(left)
+    world.wait()
     return final
 
 

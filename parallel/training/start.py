@@ -3,11 +3,14 @@
 Knows nothing of settings, data or the loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..kernels.mxfp4 import dequantize
@@ -17,6 +20,7 @@ from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import DType
 from ..planning.shards import Mesh, table
 from ..planning.spec import Spec
+from .model import parts
 
 Progress = Callable[[int, int], None]
 
@@ -50,26 +54,31 @@ def parameter_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_parameters(spec: Spec, folder: Path, device: torch.device, progress: Progress) -> dict[str, Tensor]:
-    """Every weight of the checkpoint as an fp32 leaf, experts dequantized, by the names of `parameter_shapes`."""
-    weights = load_frozen(spec, folder, "fp32", device, progress)
-    parameters = {"embed": weights.embed_VH, "norm": weights.norm_H, "head": weights.head_VH}
-    widths = (spec.heads * spec.head_dim, *[spec.kv_heads * spec.head_dim] * 2)
-    for number, layer in enumerate(weights.layers):
-        rows, biases = layer.qkv_QH.split(widths), layer.qkv_bias_Q.split(widths)
-        here = {f"{name}.weight": part for name, part in zip("qkv", rows, strict=True)}
-        here |= {f"{name}.bias": part for name, part in zip("qkv", biases, strict=True)}
-        here |= {
-            "attn_norm": layer.attn_norm_H,
-            "sinks": layer.sinks_N,
-            "o.weight": layer.out_HQ,
-            "o.bias": layer.out_bias_H,
-            "mlp_norm": layer.mlp_norm_H,
-            "router.weight": layer.router_EH,
-            "router.bias": layer.router_bias_E,
-        }
-        for name, packed in (("gate_up", layer.gate_up), ("down", layer.down)):
-            here[f"{name}.weight"] = dequantize(packed.blocks, packed.scales, torch.float32)
-            here[f"{name}.bias"] = packed.bias
-        parameters |= {f"layers.{number}.{name}": tensor for name, tensor in here.items()}
-    return {name: parameters[name].clone().requires_grad_() for name in parameter_shapes(spec)}
+def read_parameters(
+    spec: Spec, folder: Path, device: torch.device, progress: Progress
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(part, its weights in fp32 by the names of `parameter_shapes`, experts dequantized), one part after the other."""
+    inventory = read_inventory(folder)
+    check_inventory(spec, inventory, folder)
+    rows = {row.name: row for row in table(spec)}
+    shapes = parameter_shapes(spec)
+    groups = parts(shapes)
+    with ExitStack() as stack:
+        files: dict[Path, Any] = {}
+
+        def stored(name: str) -> Tensor:
+            path = inventory[rows[name].published].path
+            if path not in files:
+                files[path] = stack.enter_context(safe_open(path, framework="pt"))
+            return files[path].get_tensor(rows[name].published).to(device)
+
+        def read(name: str) -> Tensor:
+            if name in rows:
+                return stored(name).float()
+            product = name.removesuffix("weight")
+            weight = dequantize(stored(f"{product}blocks"), stored(f"{product}scales"), torch.float32)
+            return weight.view(shapes[name])
+
+        for number, (part, names) in enumerate(groups.items()):
+            yield part, {name: read(name) for name in names}
+            progress(number + 1, len(groups))

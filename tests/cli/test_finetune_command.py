@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from gptoss_launch.launch import extras
 from gptoss_launch.launch.cli import run
 from gptoss_launch.launch.finetune_settings import PRESETS, FinetuneSettings, load_finetune_settings
 from gptoss_launch.launch.records import Source
@@ -62,13 +63,22 @@ def test_wrong_words_name_the_key_and_the_near_match(words: list[str], named: st
         ("20b-24gb", "rtx3090"),
         ("20b-80gb", "h100"),
         ("120b-80gb", "h100"),
+        ("tiny-2ranks", "laptop-8gb"),
+        ("20b-h200x2", "h200x2"),
+        ("20b-h100x8", "h100x8"),
+        ("20b-full-h200x2", "h200x2"),
+        ("20b-full-h100x8", "h100x8"),
+        ("120b-h200x2", "h200x2"),
+        ("120b-h100x8", "h100x8"),
     ],
 )
 def test_every_preset_fits_its_machine(preset: str, machine: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["finetune", "--config", preset, "--dry-run", f"machine={machine}"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and f"finetune --config {preset}" in " ".join(out.split())
-    for part in ("weights", "trained, gradients, AdamW", "host memory", "a checkpoint", "a step"):
+    ranks = {"2ranks": 2, "h200x2": 2, "h100x8": 8}.get(preset.rpartition("-")[2])
+    assert (f"torchrun --nnodes 1 --nproc-per-node {ranks} " in " ".join(out.split())) == (ranks is not None)
+    for part in ("weights", "trained values", "gradients", "AdamW", "host memory", "a checkpoint", "a step"):
         assert part in out
 
 
@@ -80,12 +90,18 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_presets_are_those_that_are_tested() -> None:
-    assert set(preset_names(PRESETS)) == {"tiny", "tiny-full", "20b-24gb", "20b-80gb", "120b-80gb"}
+    marks = test_every_preset_fits_its_machine.pytestmark
+    assert set(preset_names(PRESETS)) == {preset for preset, _ in marks[0].args[1]}
 
 
 def test_what_does_not_fit_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["finetune", "--config", "20b-80gb", "--dry-run", "machine=h100", "mode=full"]) == 6
     assert "does not fit cuda of h100: short by " in capsys.readouterr().err
+    words = ["ranks=2", "machine=h200x2", "mode=full"]
+    assert run(["finetune", "--config", "20b-80gb", "--dry-run", *words, "deepspeed=zero3-offload-all"]) == 6
+    assert "does not fit the host memory of h200x2: short by " in capsys.readouterr().err
+    assert run(["finetune", "--config", "20b-80gb", "--dry-run", "ranks=9", "machine=h100x8"]) == 2
+    assert "ranks=9, and h100x8 has 8 GPUs" in capsys.readouterr().err
 
 
 def test_values_are_those_of_the_published_models() -> None:
@@ -112,6 +128,18 @@ def test_what_is_missing_is_said(
 ) -> None:
     assert run(["finetune", *(word.replace("RUN", str(tmp_path / "run")) for word in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "module"),
+    [("trackers=wandb", "wandb"), ("trackers=[tensorboard]", "tensorboard"), ("optimizer=adamw8bit", "torchao")],
+)
+def test_what_is_not_installed_is_named(
+    word: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == module else object())
+    assert run(["finetune", "--config", "tiny", "run=nowhere", word]) == 2
+    assert f"needs {module}" in capsys.readouterr().err and not Path("nowhere").exists()
 
 
 def test_preview_prints_samples_with_their_mask(capsys: pytest.CaptureFixture[str]) -> None:

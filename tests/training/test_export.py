@@ -15,14 +15,17 @@ from gptoss_launch.parallel.planning.headers import check_inventory, read_invent
 from gptoss_launch.parallel.training import attention, export
 from gptoss_launch.parallel.training.adapters import from_peft, new_adapter, to_peft
 from gptoss_launch.parallel.training.batch import make_pack
+from gptoss_launch.parallel.training.checkpoints import ranks_of, write_save
 from gptoss_launch.parallel.training.export import export_adapter
 from gptoss_launch.parallel.training.forward import Precision, forward
 from gptoss_launch.parallel.training.gate import serving_logits
 from gptoss_launch.parallel.training.job import Job, Recipe, write_job
-from gptoss_launch.parallel.training.loop import Trainee, load_trainee, ranks_of, write_save
 from gptoss_launch.parallel.training.samples import sample
 from gptoss_launch.parallel.training.saves import saves
 from gptoss_launch.parallel.training.start import load_frozen
+from gptoss_launch.parallel.training.trainee import Trainee, load_trainee
+from gptoss_launch.parallel.training.updates import Kept
+from gptoss_launch.parallel.training.world import ALONE
 from safetensors.torch import load_file
 from small_models import SPECS, checkpoint, prompt
 from torch import Tensor
@@ -44,17 +47,15 @@ def saved_run(base: Path, folder: Path, mode: str = "lora", attention_rank: int 
               recipe, 0, "", (1.0,), 0, 1, 0, False)  # fmt: skip
     job = dataclasses.replace(job, mode=mode)
     folder.mkdir()
-    trainee = load_trainee(job, lambda done, total: None)
+    trainee = load_trainee(job, ALONE, None, lambda done, total: None)
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(list(trainee.leaves.values()))
-    for leaf in trainee.leaves.values():
-        with torch.no_grad():
-            leaf += torch.randn(leaf.shape, generator=generator) * 0.03
-        leaf.grad = torch.zeros_like(leaf)
-    optimizer.param_groups[0]["lr"] = 0.0
-    optimizer.step()
+    moved = {
+        name: leaf.detach() + torch.randn(leaf.shape, generator=generator) * 0.03
+        for name, leaf in trainee.leaves.items()
+    }
+    trainee.updates.write(lambda name: Kept(moved[name], *[torch.zeros_like(moved[name])] * 2), 1)
     write_job(folder, job)
-    write_save(job, folder, 1, trainee, optimizer)
+    write_save(job, folder, 1, trainee.leaves, 0, trainee.updates, ALONE)
     return job, trainee
 
 

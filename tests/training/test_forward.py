@@ -25,7 +25,7 @@ from gptoss_launch.parallel.training.gate import serving_logits
 from gptoss_launch.parallel.training.loss import cross_entropy
 from gptoss_launch.parallel.training.model import full_model, lora_model
 from gptoss_launch.parallel.training.samples import sample
-from gptoss_launch.parallel.training.start import load_frozen, load_parameters, parameter_shapes
+from gptoss_launch.parallel.training.start import load_frozen, parameter_shapes, read_parameters
 from small_models import SPECS, checkpoint, prompt
 from torch import Tensor
 
@@ -74,6 +74,11 @@ def loss_of(name: str, folder: Path, tensors: dict[str, Tensor], pack: Pack, rec
     return cross_entropy(hidden, model.head_VH, pack.targets_T, pack.weights_T)
 
 
+def all_parameters(name: str, folder: Path) -> dict[str, Tensor]:
+    parts = read_parameters(SPECS[name], folder, CPU, quiet)
+    return {key: tensor.requires_grad_() for _, part in parts for key, tensor in part.items()}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_hidden_states_give_the_logits_of_serving(name: str, checkpoints: Path) -> None:
     folder, spec = checkpoint(name, checkpoints), SPECS[name]
@@ -84,7 +89,7 @@ def test_hidden_states_give_the_logits_of_serving(name: str, checkpoints: Path) 
     pack = make_pack([sample(tokens, [0.0] * len(tokens))], CPU)
     models = {
         "lora": lora_model(spec, frozen, {}),
-        "full": full_model(spec, load_parameters(spec, folder, CPU, quiet)),
+        "full": full_model(spec, all_parameters(name, folder)),
     }
     for way, model in models.items():
         with torch.no_grad():
@@ -169,7 +174,7 @@ def test_full_gradients_are_those_of_transformers(checkpoints: Path) -> None:
     """All weights, the head and the embedding among them. The experts' are MXFP4 values already, so that rounding
     them again changes nothing."""
     folder, spec = checkpoint("three_blocks", checkpoints), SPECS["three_blocks"]
-    parameters = load_parameters(spec, folder, CPU, quiet)
+    parameters = all_parameters("three_blocks", folder)
     (one,) = documents("three_blocks", (70,))
     pack = make_pack([one], CPU)
     model = full_model(spec, parameters)

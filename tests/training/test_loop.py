@@ -11,10 +11,13 @@ import pytest
 import torch
 from gptoss_launch.parallel.errors import CheckError, UserError
 from gptoss_launch.parallel.training import gate
+from gptoss_launch.parallel.training.checkpoints import read_values
 from gptoss_launch.parallel.training.job import Job, Recipe, check_resumable, read_job, write_job
-from gptoss_launch.parallel.training.loop import Step, load_trainee, read_values, train
+from gptoss_launch.parallel.training.loop import Step, train
 from gptoss_launch.parallel.training.samples import Sample, sample
 from gptoss_launch.parallel.training.saves import save, saves
+from gptoss_launch.parallel.training.trainee import Trainee, load_trainee
+from gptoss_launch.parallel.training.world import ALONE
 from small_models import SPECS, checkpoint, prompt
 
 NAME = "three_blocks"
@@ -53,6 +56,11 @@ SAMPLES = [
 ]
 
 
+def begun(job: Job, folder: Path) -> Trainee:
+    found = saves(folder)
+    return load_trainee(job, ALONE, found[-1][1] if found else None, lambda done, total: None)
+
+
 def run(job: Job, folder: Path, stop_after: int | None = None, samples: list[Sample] = SAMPLES) -> list[Step]:
     """Steps that were taken; `stop_after` ends the run as a signal would."""
     folder.mkdir(exist_ok=True)
@@ -60,7 +68,8 @@ def run(job: Job, folder: Path, stop_after: int | None = None, samples: list[Sam
     finished = train(
         job,
         folder,
-        load_trainee(job, lambda done, total: None),
+        ALONE,
+        begun(job, folder),
         samples,
         samples[:2],
         lambda: stop_after is not None and len(taken) + 1 == stop_after,
@@ -85,7 +94,7 @@ def killed_run(job: Job, folder: Path, at: int) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(job, folder, load_trainee(job, lambda done, total: None), SAMPLES, SAMPLES[:2], lambda: False, die, print)
+        train(job, folder, ALONE, begun(job, folder), SAMPLES, SAMPLES[:2], lambda: False, die, print)
 
 
 @pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
@@ -101,7 +110,11 @@ def test_a_resumed_run_is_the_run_without_a_stop_bit_for_bit(job: Job, mode: str
     ends = [saves(tmp_path / name)[-1][1] for name in ("whole", "parts")]
     values, others = (read_values(job, end) for end in ends)
     assert all(torch.equal(values[name], others[name]) for name in values)
-    for file in ("optimizer.safetensors", "state.json"):
+    files = [path.name for path in ends[0].iterdir()]
+    assert "optimizer-layers.0.safetensors" in files and sorted(files) == sorted(
+        path.name for path in ends[1].iterdir()
+    )
+    for file in files:
         assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes()
 
 
@@ -124,7 +137,7 @@ def test_packs_of_a_step_count_by_their_tokens(job: Job, tmp_path: Path) -> None
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(job: Job, tmp_path: Path) -> None:
     run(job, tmp_path, stop_after=2)
-    trainee = load_trainee(job, lambda done, total: None)
+    trainee = begun(job, tmp_path)
     kept = saves(tmp_path)[-1][1]
     before = (kept / "adapter_model.safetensors").read_bytes()
     broken = dataclasses.replace(trainee.model, norm_H=trainee.model.norm_H * float("nan"))
@@ -132,6 +145,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(job: Job, 
         train(
             job,
             tmp_path,
+            ALONE,
             dataclasses.replace(trainee, model=broken),
             SAMPLES,
             [],
@@ -157,7 +171,7 @@ def test_the_first_loss_is_compared_with_the_pass_that_serves(job: Job) -> None:
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1, lambda folder: (folder / "a").write_text("x") and None, 10, 1)
+    save(tmp_path, 1, lambda folder: ["a"] if (folder / "a").write_text("x") else [], 10, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(9, 0, 9))
     with pytest.raises(UserError, match="a checkpoint takes 10 B, 9 B are free"):
         save(tmp_path, 2, lambda folder: pytest.fail("written"), 10, 1)

@@ -1,0 +1,122 @@
+"""What is in a checkpoint of a run: all that is trained and its moments, in fp32, by name.
+
+    state.json                                        the step
+    adapter_config.json  adapter_model.safetensors    of a LoRA run: PEFT's files
+    parameters-PART.safetensors                       of a full run, a file for each part of the model
+    optimizer-PART.safetensors                        AdamW's moments
+
+Nothing in it depends on how many ranks wrote it or on how ZeRO had cut it, so that any number of ranks can go on with
+it; a universal checkpoint in DeepSpeed's sense, without a conversion. Does not know when one is written.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import adapters
+from .job import Job
+from .model import part_of, parts
+from .saves import save
+from .start import parameter_shapes
+from .updates import MOMENTS, Kept, Updates
+from .world import World
+
+STATE_FILE = "state.json"
+VALUE_BYTES = 4 * (1 + len(MOMENTS))  # of each trained value
+
+
+def ranks_of(job: Job) -> dict[adapters.Target, adapters.Rank]:
+    ranks: dict[adapters.Target, adapters.Rank] = {}
+    if job.attention_rank:
+        ranks["attention"] = adapters.Rank(job.attention_rank, job.attention_alpha)
+    if job.expert_rank:
+        ranks["experts"] = adapters.Rank(job.expert_rank, job.expert_alpha)
+    return ranks
+
+
+def write_save(
+    job: Job, run: Path, step: int, leaves: Mapping[str, Tensor], values: int, updates: Updates, world: World
+) -> Path:
+    """The folder of `step`. Every rank calls it; each writes some of the parts. values: how many are trained."""
+
+    def write(folder: Path) -> list[str]:
+        adapter: dict[str, Tensor] = {}
+        written: list[str] = []
+
+        def keep(name: str, tensors: dict[str, Tensor]) -> None:
+            save_file(tensors, folder / name)
+            written.append(name)
+
+        for number, (part, names) in enumerate(parts(leaves).items()):
+            mine = number % world.size == world.rank
+            moments, parameters = {}, {}
+            for name in names:
+                one = updates.read(name)
+                if job.mode == "lora" and world.first:
+                    adapter[name] = one.value.cpu()
+                if mine:
+                    moments |= {f"{moment}.{name}": getattr(one, moment).cpu() for moment in MOMENTS}
+                    parameters[name] = one.value.cpu()
+            if mine:
+                keep(f"optimizer-{part}.safetensors", moments)
+                if job.mode == "full":
+                    keep(f"parameters-{part}.safetensors", parameters)
+        if world.first:
+            if job.mode == "lora":
+                adapters.write_adapter(folder, adapter, ranks_of(job), job.model)
+                written += [adapters.CONFIG_FILE, adapters.WEIGHTS_FILE]
+            (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+            written.append(STATE_FILE)
+        return written
+
+    return save(run, step, write, VALUE_BYTES * values, job.keep_last, world)
+
+
+def read_values(job: Job, folder: Path) -> dict[str, Tensor]:
+    """All that was trained, by name, on the CPU."""
+    return {name: tensor for _, tensors in _values(job, folder) for name, tensor in tensors.items()}
+
+
+def _values(job: Job, folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    if job.mode == "lora":
+        yield from adapters.by_part(adapters.read_adapter(folder, job.spec)[0])
+        return
+    for part, names in parts(parameter_shapes(job.spec)).items():  # in the order in which a run begins
+        tensors = load_file(folder / f"parameters-{part}.safetensors")
+        yield part, {name: tensors[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint to go on from. values: (device) -> (part, its tensors), as a run begins with them. kept: by name; to
+    be asked part by part."""
+
+    steps: int
+    values: Callable[[torch.device], Iterator[tuple[str, dict[str, Tensor]]]]
+    kept: Callable[[str], Kept]
+
+
+def read_save(job: Job, folder: Path) -> Saved:
+    steps = json.loads((folder / STATE_FILE).read_text("utf-8"))["step"]
+    adapter = read_values(job, folder) if job.mode == "lora" else {}
+    opened: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def values(device: torch.device) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for part, tensors in _values(job, folder):
+            yield part, {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def kept(name: str) -> Kept:
+        part = part_of(name)
+        if part not in opened:
+            opened.clear()  # one part at a time in memory
+            of_part = adapter or load_file(folder / f"parameters-{part}.safetensors")
+            opened[part] = (of_part, load_file(folder / f"optimizer-{part}.safetensors"))
+        found, moments = opened[part]
+        return Kept(found[name], *(moments[f"{moment}.{name}"] for moment in MOMENTS))
+
+    return Saved(steps, values, kept)

@@ -1,0 +1,28 @@
+"""AdamW (https://arxiv.org/abs/1711.05101), with moments in fp32 or, through torchao, in 8 bits.
+
+Knows nothing of gradients or ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .job import Job, Recipe
+
+
+def make_optimizer(job: Job, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if job.optimizer == "adamw":
+        return adamw(parameters, job.recipe)
+    from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports] # on request only
+
+    return AdamW8bit(parameters, **_arguments(job.recipe))
+
+
+def adamw(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, **_arguments(recipe))
+
+
+def _arguments(recipe: Recipe) -> dict[str, Any]:
+    betas = (recipe.beta1, recipe.beta2)
+    return {"lr": recipe.learning_rate, "betas": betas, "weight_decay": recipe.weight_decay}
