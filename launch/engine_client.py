@@ -13,6 +13,7 @@ from ..parallel.engine.request import Request, Token
 from ..parallel.engine.wire import Cancel, Decoder, Done, Generate, Message, Refused, Stats, Tokens, encode
 from ..parallel.errors import UserError
 
+READ_BYTES = 16 << 10  # about 400 tokens
 POLL_S = 0.05  # between attempts to reach a leader that is still loading
 
 
@@ -123,9 +124,12 @@ class EngineClient:
         decoder = Decoder()
         reason = "the engine died"
         try:
-            while data := await reader.read(1 << 16):
+            while data := await reader.read(READ_BYTES):
                 for message in decoder.feed(data):
                     self._deliver(message)
+                # What is already there is read without waiting. The streams get their turn first, so that after a
+                # pause each turn of the loop stays short.
+                await asyncio.sleep(0)
         except (OSError, ValueError) as error:
             reason = f"the connection to the engine failed: {error}"
         finally:

@@ -2,7 +2,8 @@
 
     analysis                            reasoning
     final, commentary to nobody         content (a preamble before a tool call is content)
-    to functions.NAME, if offered       a tool call
+    to functions.NAME, if offered       a tool call; to NAME alone, too
+    final, to anyone else               content
     to anyone else                      reasoning: nobody waits for it, and it is no answer
 
 Stop strings are looked for in content alone. Knows neither HTTP nor the engine.
@@ -90,10 +91,11 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Parser(Protocol):
-    """Token ids -> Deltas (`harmony.StreamParser`)."""
+    """Token ids -> Deltas (`harmony.StreamParser`). repair: counts a guess, by its kind."""
 
     def feed(self, token_id: int) -> list[Delta]: ...
     def finish(self) -> list[Delta]: ...
+    def repair(self, kind: str) -> None: ...
 
 
 class Answer:
@@ -129,7 +131,11 @@ class Answer:
         pieces: list[Piece] = []
         for delta in deltas:
             function = self._function(delta)
-            self._reasons = function is None and (delta.channel == "analysis" or delta.recipient is not None)
+            to_tool = delta.recipient is not None and delta.channel != "final"
+            self._reasons = function is None and (delta.channel == "analysis" or to_tool)
+            if delta.kind == "start" and delta.recipient is not None:
+                if delta.recipient != f"functions.{function}" and (function is not None or delta.channel == "final"):
+                    self._parser.repair("recipient")
             if delta.kind == "start" and function is not None:
                 pieces.append(Call(self._calls, f"call_{secrets.token_hex(12)}", function))
                 self._calls += 1
@@ -144,8 +150,10 @@ class Answer:
         return pieces
 
     def _function(self, delta: Delta) -> str | None:
-        name = (delta.recipient or "").removeprefix("functions.")
-        return name if name != delta.recipient and name in self._functions else None
+        name = delta.recipient or ""
+        while name.startswith("functions."):
+            name = name.removeprefix("functions.")
+        return name if name in self._functions else None
 
 
 async def read_answer(

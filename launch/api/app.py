@@ -10,16 +10,15 @@ Sees the engine only as `generate(Request) -> stream of Token`.
 """
 
 import asyncio
-import hmac
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -35,6 +34,7 @@ from ..tokenizer import Tokenizer
 from .answer import Piece, read_answer
 from .chat import conversation
 from .errors import ApiError, replica_died
+from .metrics import Watch
 from .replicas import Replicas
 from .respond import Begun, ClientGoneError, EventStream, chunks, new_completion, read_body, unless_gone, whole
 from .schema import ChatRequest, parse_chat_request
@@ -45,13 +45,12 @@ QUIET_S = 10.0  # a stream with nothing to say for so long says that it waits: p
 
 @dataclass(frozen=True)
 class Served:
-    """What is served, and how. api_key: None lets everyone in."""
+    """What is served, and how. Who may come in is `gate`'s business."""
 
     name: str
     context_tokens: int
     tokenizer: Tokenizer
     replicas: Replicas
-    api_key: bytes | None = None
     body_limit_bytes: int = BODY_LIMIT_BYTES
     quiet_s: float = QUIET_S
     started: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
@@ -62,14 +61,7 @@ def create_app(served: Served) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _answer_errors(app)
 
-    async def check_key(request: HttpRequest) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        wanted = served.api_key
-        if wanted is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), wanted)):
-            message = "wrong or missing API key: send it as Authorization: Bearer KEY"
-            raise ApiError(401, message, code="invalid_api_key")
-
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+    v1 = APIRouter(prefix="/v1")
 
     @app.get("/health")
     async def health() -> Response:
@@ -111,7 +103,7 @@ def create_app(served: Served) -> FastAPI:
                 # The status line waits for the first token, so that a request which the engine refuses is no 200; that
                 # of a stream no longer than a proxy would wait.
                 await unless_gone(http.receive, begun.wait(served.quiet_s if chat.stream else None))
-                pieces = _pieces(begun.tokens(), chat, served.tokenizer, lambda: watch.end("stop"))
+                pieces = _pieces(begun.tokens(), chat, served.tokenizer, watch)
                 if not chat.stream:
                     return JSONResponse(await unless_gone(http.receive, whole(completion, pieces)))
                 stack.pop_all()  # the stream closes it
@@ -183,10 +175,11 @@ def _rendered(chat: ChatRequest, served: Served) -> tuple[Request, tuple[int, ..
 
 
 def _pieces(
-    tokens: AsyncGenerator[Token], chat: ChatRequest, tokenizer: Tokenizer, on_stop: Callable[[], None]
+    tokens: AsyncGenerator[Token], chat: ChatRequest, tokenizer: Tokenizer, watch: Watch
 ) -> AsyncGenerator[Piece]:
     functions = [] if chat.tool_choice == "none" else [tool.function.name for tool in chat.tools or []]
-    return read_answer(tokens, StreamParser(tokenizer), chat.stops, functions, on_stop)
+    parser = StreamParser(tokenizer, on_repair=watch.repaired)
+    return read_answer(tokens, parser, chat.stops, functions, lambda: watch.end("stop"))
 
 
 def _check_model(served: Served, name: str) -> None:
