@@ -189,7 +189,8 @@ REPAIRS = {
     "nothing_to_end": "the end of a message where none is open",
     "stray_token": "a special token where none belongs",
     "unknown_id": "an id that is in no vocabulary",
-    "recipient": "a recipient by another name than its own, or of an answer",
+    "recipient": "a function called by another name than its own, or an answer that has a recipient",
+    "not_offered": "a call of a function that was not offered",
 }
 
 _ENDS: dict[str, Ended] = {

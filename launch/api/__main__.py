@@ -33,7 +33,7 @@ from .metrics import Metrics
 from .openapi import add_openapi
 from .page import page_routes
 from .protocol import connection
-from .record import make_tracer, open_log
+from .record import AccessLog, make_tracer
 from .replicas import REQUEST_LIMIT, Replicas
 
 
@@ -88,7 +88,7 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
         keys=read_keys(arguments.api_key_file),
         cors_origins=arguments.cors_origin,
         most=REQUEST_LIMIT * len(engines),
-        log=open_log(arguments.access_log) if arguments.access_log else None,
+        log=AccessLog(arguments.access_log) if arguments.access_log else None,
         count=metrics.http,
         tracer=make_tracer(arguments.otlp) if arguments.otlp else None,
     )

@@ -133,9 +133,8 @@ class Answer:
             function = self._function(delta)
             to_tool = delta.recipient is not None and delta.channel != "final"
             self._reasons = function is None and (delta.channel == "analysis" or to_tool)
-            if delta.kind == "start" and delta.recipient is not None:
-                if delta.recipient != f"functions.{function}" and (function is not None or delta.channel == "final"):
-                    self._parser.repair("recipient")
+            if delta.kind == "start" and (kind := _recipient_repair(delta, function)):
+                self._parser.repair(kind)
             if delta.kind == "start" and function is not None:
                 pieces.append(Call(self._calls, f"call_{secrets.token_hex(12)}", function))
                 self._calls += 1
@@ -154,6 +153,15 @@ class Answer:
         while name.startswith("functions."):
             name = name.removeprefix("functions.")
         return name if name in self._functions else None
+
+
+def _recipient_repair(delta: Delta, function: str | None) -> str | None:
+    """What is wrong with a message's recipient, if anything (`harmony.REPAIRS`). function: the one it calls."""
+    if delta.recipient is None or delta.recipient == f"functions.{function}" and delta.channel != "final":
+        return None
+    if function is not None or delta.channel == "final":
+        return "recipient"
+    return "not_offered" if delta.recipient.startswith("functions.") else None
 
 
 async def read_answer(

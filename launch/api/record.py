@@ -93,18 +93,21 @@ class Record:
                 self._log(json.dumps(line))
 
 
-def open_log(path: str) -> Callable[[str], None]:
+class AccessLog:
     """Takes lines for a file, or for stderr if it is "-". The file may be moved away at any time; a new one is begun.
 
     Raises OSError if it cannot be written.
     """
-    handler = logging.StreamHandler(sys.stderr) if path == "-" else logging.handlers.WatchedFileHandler(path)
-    handler.setFormatter(logging.Formatter("%(message)s"))
 
-    def write(line: str) -> None:
-        handler.handle(logging.LogRecord("access", logging.INFO, "", 0, line, None, None))
+    def __init__(self, path: str) -> None:
+        self._handler = logging.StreamHandler(sys.stderr) if path == "-" else logging.handlers.WatchedFileHandler(path)
+        self._handler.setFormatter(logging.Formatter("%(message)s"))
 
-    return write
+    def __call__(self, line: str) -> None:
+        self._handler.handle(logging.LogRecord("access", logging.INFO, "", 0, line, None, None))
+
+    def close(self) -> None:
+        self._handler.close()
 
 
 def make_tracer(endpoint: str) -> Any:
