@@ -13,6 +13,8 @@ from ..parallel.engine.request import Request, Token
 from ..parallel.engine.wire import Cancel, Decoder, Done, Generate, Message, Refused, Stats, Tokens, encode
 from ..parallel.errors import UserError
 
+READ_BYTES = 16 << 10
+TOKENS_PER_TURN = 64  # given to their streams in one turn of the event loop; each costs it up to 0.1 ms
 POLL_S = 0.05  # between attempts to reach a leader that is still loading
 
 
@@ -123,9 +125,16 @@ class EngineClient:
         decoder = Decoder()
         reason = "the engine died"
         try:
-            while data := await reader.read(1 << 16):
+            while data := await reader.read(READ_BYTES):
                 for message in decoder.feed(data):
-                    self._deliver(message)
+                    if not isinstance(message, Tokens):
+                        self._deliver(message)
+                        continue
+                    # A step of a large batch, or many steps after a pause, would hold up the loop for as long as it
+                    # takes to send all of them: the streams get their turn in between.
+                    for start in range(0, len(message.tokens), TOKENS_PER_TURN):
+                        self._deliver(Tokens(message.tokens[start : start + TOKENS_PER_TURN]))
+                        await asyncio.sleep(0)
         except (OSError, ValueError) as error:
             reason = f"the connection to the engine failed: {error}"
         finally:

@@ -9,16 +9,17 @@ The format: https://github.com/openai/harmony/blob/main/docs/format.md; token fo
 
 import codecs
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..parallel.errors import UserError
-from .harmony_header import CONSTRAIN, Role, Segment, is_cut_word, is_hopeless, read_header
+from .harmony_header import CONSTRAIN, Header, Role, Segment, is_cut_word, is_hopeless, read_header
 from .harmony_tools import BUILTIN_SECTIONS, FunctionTool, tools_section
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "REPAIRS",
     "Conversation",
     "Delta",
     "Developer",
@@ -190,6 +191,24 @@ def _developer_text(developer: Developer) -> str:
 
 Ended = Literal["end", "return", "call", "endoftext", "unfinished"]
 
+CHANNELS = ("analysis", "commentary", "final")
+
+# Kinds of places where a stream leaves the format. The first five are headers.
+REPAIRS = {
+    "no_message": "a header without <|message|>",
+    "no_author": "a header without an author",
+    "no_channel": "a header without a channel",
+    "header": "words in a header that belong nowhere",
+    "unknown_channel": "a channel that gpt-oss does not have",
+    "no_start": "a header without <|start|>",
+    "no_end": "a header in the middle of a message",
+    "nothing_to_end": "the end of a message where none is open",
+    "stray_token": "a special token where none belongs",
+    "unknown_id": "an id that is in no vocabulary",
+    "recipient": "a function called by another name than its own, or an answer that has a recipient",
+    "not_offered": "a call of a function that was not offered",
+}
+
 _ENDS: dict[str, Ended] = {
     "<|end|>": "end",
     "<|return|>": "return",
@@ -226,13 +245,20 @@ class StreamParser:
     repairs: how often the stream left the format: one for each header that had to be guessed (no channel, no
         <|message|>, words that belong nowhere), for each lost <|start|> or <|end|>, for each special token where
         none belongs and for each id that is in no vocabulary. Output cut short by max_tokens is not one.
+    on_repair: called for each, with its kind, one of REPAIRS.
 
     Text is held back only while it may still be a header; in a message each token's text comes out at once, but
     for the bytes of an unfinished character. Bytes that never become one are U+FFFD.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prefix_role: Role | None = "assistant") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prefix_role: Role | None = "assistant",
+        on_repair: Callable[[str], None] = lambda kind: None,
+    ) -> None:
         self.repairs = 0
+        self._on_repair = on_repair
         self._tokenizer = tokenizer
         self._spelling = {token_id: spelling for spelling, token_id in tokenizer.special.items()}
         self._fallback_role: Role = prefix_role or "assistant"
@@ -253,6 +279,11 @@ class StreamParser:
     def text_bytes(self, token_id: int) -> bytes:
         """What a token says where it is text; b"" for markup and for ids in no vocabulary."""
         return b"" if token_id in self._spelling else self._tokenizer.token_bytes(token_id)
+
+    def repair(self, kind: str) -> None:
+        """The stream left the format here; also for whoever reads its messages and has to guess."""
+        self.repairs += 1
+        self._on_repair(kind)
 
     @property
     def messages(self) -> list[Message]:
@@ -289,7 +320,7 @@ class StreamParser:
     def _plain(self, data: bytes) -> Iterator[Delta]:
         """Ordinary bytes: of the message, or of a header."""
         if not data:
-            self.repairs += 1
+            self.repair("unknown_id")
         elif self._open is not None:
             yield from self._say(data)
         else:
@@ -306,7 +337,7 @@ class StreamParser:
 
     def _channel(self) -> Iterator[Delta]:
         if self._open is not None:  # <|end|><|start|>assistant got lost
-            self.repairs += 1
+            self.repair("no_end")
             yield from self._close("unfinished")
             self._header, self._header_role = [("start", b"")], self._fallback_role
         self._header_or_new().append(("channel", b""))
@@ -332,21 +363,21 @@ class StreamParser:
                 yield from self._begin(complete=False)
             self._header = None
         elif ended == "unfinished":
-            self.repairs += 1  # a new header, while a message is open
+            self.repair("no_end")  # a new header, while a message is open
         if self._open is None:
-            self.repairs += 1  # nothing to end
+            self.repair("nothing_to_end")
         else:
             yield from self._close(ended)
 
     def _stray(self) -> list[Delta]:
         """A special token where none belongs is dropped."""
-        self.repairs += 1
+        self.repair("stray_token")
         return []
 
     def _header_or_new(self) -> list[Segment]:
         """The header being read; between messages a new one, whose <|start|> got lost."""
         if self._header is None:
-            self.repairs += 1
+            self.repair("no_start")
             self._header, self._header_role = [("start", b"")], None
         return self._header
 
@@ -354,9 +385,8 @@ class StreamParser:
         """Header -> message. complete: by <|message|>, as it should be. A header counts as one repair at most."""
         header = read_header(self._header or [], self._header_role, complete)
         role = header.role or self._fallback_role
-        # Format guide: every message names its author, and the assistant's a channel.
-        lacks = header.role is None or (role == "assistant" and header.channel is None)
-        self.repairs += header.repaired or lacks or not complete
+        if kind := _header_repair(header, role, complete):
+            self.repair(kind)
         self._header = None
         self._opening = header.text
         self._open = Delta(
@@ -377,7 +407,18 @@ class StreamParser:
         text = self._utf8.decode(data, final)
         if text:
             self._texts.append(text)
-            yield replace(self._open, kind="text", text=text)
+            start = self._open
+            # Not `replace`, which takes three times as long: this is done for each token.
+            yield Delta(
+                "text",
+                start.channel,
+                start.recipient,
+                start.content_type,
+                text,
+                start.role,
+                start.name,
+                start.index,
+            )
 
     def _close(self, ended: Ended) -> Iterator[Delta]:
         assert self._open is not None
@@ -388,6 +429,20 @@ class StreamParser:
             Message(start.role, "".join(self._texts), start.name, start.channel, start.recipient, start.content_type)
         )
         self._open, self._texts = None, []
+
+
+def _header_repair(header: Header, role: Role, complete: bool) -> str | None:
+    """What is wrong with a header, the worst of it; None if nothing is."""
+    if not complete:
+        return "no_message"
+    # Format guide: every message names its author, and the assistant's a channel.
+    if header.role is None:
+        return "no_author"
+    if role == "assistant" and header.channel is None:
+        return "no_channel"
+    if header.repaired:
+        return "header"
+    return "unknown_channel" if role == "assistant" and header.channel not in CHANNELS else None
 
 
 _MARKUP = {

@@ -1,9 +1,13 @@
-"""What serve settles before anything is loaded: the listening socket, and the key that lets clients in."""
+"""What serve settles before anything is loaded: the listening socket, and the files of TLS."""
 
+import ipaddress
 import socket
+import ssl
 from pathlib import Path
 
 from ..parallel.errors import UserError
+
+STALLED_S = 60.0  # a client may leave what it is sent unread for so long
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -15,6 +19,10 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+            # Accepted connections inherit both. A client that reads nothing, or is gone, ends after that time.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALLED_S * 1000))
             listener.bind(address)
             listener.listen(2048)
         except OSError:
@@ -26,12 +34,29 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def read_api_key(path: Path) -> bytes:
-    """The key that clients must send: the first line of a file. Raises UserError if there is none."""
+def tls_files(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    """The certificate chain and its private key, checked to belong together; None without. Raises UserError."""
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise UserError("--tls-cert and --tls-key belong together", "give both, or neither")
+
+    def no_password() -> bytes:
+        raise UserError(f"--tls-key {key}: it is encrypted", "nobody is there to type its password: decrypt it")
+
+    for path, flag in ((cert, "--tls-cert"), (key, "--tls-key")):
+        if not path.is_file():
+            raise UserError(f"{flag} {path}: no such file", "a PEM file")
     try:
-        key = path.read_bytes().partition(b"\n")[0].strip()
-    except OSError as error:
-        raise UserError(f"--api-key-file {path}: {error.strerror}", "put the key on the file's first line") from None
-    if not key:
-        raise UserError(f"--api-key-file {path}: its first line is empty", "put the key there")
-    return key
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, no_password)
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(f"--tls-cert {cert}, --tls-key {key}: {error}", "PEM files that belong together") from None
+    return cert, key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -30,5 +30,8 @@ class PlainText:
     def finish(self) -> list[Delta]:
         return self._text(self._utf8.decode(b"", True))
 
+    def repair(self, kind: str) -> None:
+        """Nothing is guessed here."""
+
     def _text(self, text: str) -> list[Delta]:
         return [Delta("text", "final", None, None, text)] if text else []

@@ -6,6 +6,7 @@ are made from them. A YAML key is the flag's name with underscores. Does not kno
 
 import dataclasses
 import importlib.resources
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,16 @@ def _number(low: int, high: int) -> Callable[[Any], int]:
         return int(text)
 
     return read
+
+
+def _origins(value: Any) -> tuple[str, ...]:
+    """Origins of the web (RFC 6454), or * for all; a list, or text with commas."""
+    items = value if isinstance(value, list | tuple) else str(value).split(",")
+    origins = tuple(str(item).strip() for item in items)
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\-\[\]:]+", origin):
+            raise UserError(f"{origin!r} is no origin such as https://chat.example.org")
+    return origins
 
 
 def _seconds(value: Any) -> float:
@@ -149,8 +160,17 @@ class ServeSettings(Settings):
     host: str = _key("127.0.0.1", "host", "ADDRESS", _text, "Address to listen on.")
     port: int = _key(8000, "port", "N", _number(0, 65535), "Port to listen on; 0 takes a free one.")
     api_key_file: Path | None = _key(
-        None, "api-key-file", "FILE", _path, "File whose first line clients must send as their key."
+        None, "api-key-file", "FILE", _path, "File of keys, one a line: clients must send one of them."
     )
+    tls_cert: Path | None = _key(None, "tls-cert", "FILE", _path, "Certificate chain, PEM; serves HTTPS.")
+    tls_key: Path | None = _key(None, "tls-key", "FILE", _path, "Its private key, PEM, not encrypted.")
+    cors_origin: tuple[str, ...] = _key(
+        (), "cors-origin", "ORIGIN,..", _origins, "Web pages of these origins may call the server; * is all of them."
+    )
+    access_log: str | None = _key(
+        None, "access-log", "FILE", _text, "Write a line of JSON for each HTTP request; - is stderr."
+    )
+    otlp: str | None = _key(None, "otlp", "URL", _text, "Send a span for each HTTP request to an OTLP collector.")
     served_name: str | None = _key(None, "served-name", "NAME", _text, "Model name in the API; MODEL when left out.")
     drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
 
@@ -197,7 +217,7 @@ def settings_options(kind: type[Settings]) -> Callable[[Any], Any]:
 
 def _option(setting: "dataclasses.Field[Any]") -> Callable[[Any], Any]:
     key = setting.metadata
-    default = "" if setting.default is None else f"  [default: {setting.default}]"
+    default = "" if setting.default in (None, ()) else f"  [default: {setting.default}]"
     return click.option(
         f"--{key['flag']}",
         setting.name,

@@ -34,6 +34,7 @@ from ..parallel.errors import RankDiedError, UserError
 from ..parallel.planning.limits import step_limit_s
 from ..parallel.planning.plan import Plan
 from .crew import Crew
+from .keys import KEYS_VARIABLE
 from .restarts import NO_RESTARTS, RESTARTS, Restarts
 
 WORKER = "gptoss_launch.parallel.engine.worker"
@@ -93,19 +94,14 @@ class Supervisor:
             self._replicas.append(crew)
             await self._start(replica, crew)
 
-    async def start_http(
-        self, listener: socket.socket, served_name: str, api_key_file: Path | None, drain_s: float
-    ) -> None:
-        """Hands `listener` over to the HTTP process: it is closed here."""
+    async def start_http(self, listener: socket.socket, arguments: Sequence[str]) -> None:
+        """Hands `listener` over to the HTTP process: it is closed here. arguments: more of its command line."""
         control = self.folder / "http.sock"
         self._http = Crew(control, 1, lambda rank: None)
         command = [sys.executable, "-m", "gptoss_launch.launch.api", "--control", str(control)]
-        command += ["--fd", str(listener.fileno()), "--plan", str(self.plan_file), "--served-name", served_name]
-        command += ["--drain-s", str(drain_s)]
+        command += ["--fd", str(listener.fileno()), "--plan", str(self.plan_file), *arguments]
         for replica in range(self._plan.dp):
             command += ["--engine", str(self.engine_socket(replica))]
-        if api_key_file is not None:
-            command += ["--api-key-file", str(api_key_file)]
         with listener:
             await self._http.start(command, log=None, pass_fds=(listener.fileno(),))
 
@@ -215,6 +211,7 @@ class Supervisor:
         control, listen = life.with_name(f"{life.name}.sock"), self.engine_socket(replica)
         command = torchrun_command(self._worker, self._plan.ranks, self.plan_file, control, crew.control, listen, life)
         environment = os.environ | replica_environment(self._plan, replica, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        environment.pop(KEYS_VARIABLE, None)  # no business of a rank's
         await crew.start([*command, *self._worker_arguments], life / "torchrun.log", environment=environment)
 
     async def _clear(self, replica: int) -> None:

@@ -6,6 +6,8 @@ running answers finish for --drain-s seconds; those that remain end with an erro
 
 import argparse
 import asyncio
+import gc
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -22,11 +24,17 @@ from ...parallel.errors import UserError
 from ...parallel.planning.plan import Plan
 from ..dispatch import Dispatch
 from ..engine_client import EngineClient
-from ..listen import read_api_key
+from ..keys import read_keys
 from ..tokenizer import load_tokenizer
 from .app import create_app
+from .front import Front, open_front
+from .lag import watch_lag
 from .metrics import Metrics
-from .replicas import Replicas
+from .openapi import add_openapi
+from .page import page_routes
+from .protocol import connection
+from .record import AccessLog, make_tracer
+from .replicas import REQUEST_LIMIT, Replicas
 from .served import Served
 
 
@@ -45,9 +53,17 @@ def main() -> None:
     parser.add_argument("--engine", type=Path, action="append", required=True, help="a leader's socket, one a replica")
     parser.add_argument("--served-name", required=True)
     parser.add_argument("--api-key-file", type=Path)
+    parser.add_argument("--tls-cert", type=Path)
+    parser.add_argument("--tls-key", type=Path)
+    parser.add_argument("--cors-origin", action="append", default=[])
+    parser.add_argument("--access-log")
+    parser.add_argument("--otlp")
     parser.add_argument("--drain-s", type=float, required=True)
     arguments = parser.parse_args()
     lifeline = hold(arguments.control, role="http")
+    # Each stream takes a descriptor, and the usual limit is 1,024.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         asyncio.run(_serve(arguments, lifeline))
     except UserError as error:
@@ -58,7 +74,6 @@ def main() -> None:
 async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None:
     plan = Plan.load(arguments.plan)
     assert plan.checkpoint is not None, "only a plan with weights is served"
-    key = read_api_key(arguments.api_key_file) if arguments.api_key_file else None
     dispatch = Dispatch(len(arguments.engine))
     metrics = Metrics(CollectorRegistry(), arguments.served_name, len(arguments.engine))
     engines = [
@@ -67,10 +82,24 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
     ]
     tokenizer = load_tokenizer(Path(plan.checkpoint))
     replicas = Replicas(engines, dispatch, metrics)
-    app = create_app(Served(arguments.served_name, plan.context_tokens, tokenizer, replicas, key))
+    routes = create_app(Served(arguments.served_name, plan.context_tokens, tokenizer, replicas))
+    routes.include_router(page_routes(plan))
+    add_openapi(routes)
+    front = Front(
+        keys=read_keys(arguments.api_key_file),
+        cors_origins=arguments.cors_origin,
+        most=REQUEST_LIMIT * len(engines),
+        log=AccessLog(arguments.access_log) if arguments.access_log else None,
+        count=metrics.http,
+        tracer=make_tracer(arguments.otlp) if arguments.otlp else None,
+    )
     config = uvicorn.Config(
-        app,
-        http="h11",
+        open_front(routes, front),
+        http=connection(),
+        ssl_certfile=arguments.tls_cert,
+        ssl_keyfile=arguments.tls_key,
+        proxy_headers=False,  # who is in front of us is not known, and nothing is decided by where a client comes from
+        server_header=False,
         ws="none",
         lifespan="off",
         log_level="warning",
@@ -92,7 +121,11 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
         lifeline.sendall(encode(Ready(-1, plan.digest, {}, {}, 0.0)))
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
-    background = [asyncio.create_task(work) for work in (announce(), *(one.keep_connected() for one in engines))]
+    # What is there now stays: looking through it again and again would hold up every stream.
+    gc.collect()
+    gc.freeze()
+    works = announce(), watch_lag(metrics.lag), *(one.keep_connected() for one in engines)
+    background = [asyncio.create_task(work) for work in works]
     with socket.socket(fileno=arguments.fd) as listener:
         await server.serve(sockets=[listener])
     for task in background:

@@ -2,7 +2,8 @@
 
     analysis                            reasoning
     final, commentary to nobody         content (a preamble before a tool call is content)
-    to functions.NAME, if offered       a tool call
+    to functions.NAME, if offered       a tool call; to NAME alone, too
+    final, to anyone else               content
     to anyone else                      reasoning: nobody waits for it, and it is no answer
 
 Stop strings are looked for in content alone. Knows neither HTTP nor how the engine draws.
@@ -100,10 +101,11 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Parser(Telling, Protocol):
-    """Token ids -> Deltas (`harmony.StreamParser`, `plain_text.PlainText`)."""
+    """Token ids -> Deltas (`harmony.StreamParser`, `plain_text.PlainText`). repair: counts a guess, by its kind."""
 
     def feed(self, token_id: int) -> list[Delta]: ...
     def finish(self) -> list[Delta]: ...
+    def repair(self, kind: str) -> None: ...
 
 
 class Answer:
@@ -151,10 +153,14 @@ class Answer:
         pieces: list[Piece] = []
         for delta in deltas:
             function = self._function(delta)
-            reasons = delta.channel == "analysis" or delta.recipient is not None
+            to_tool = delta.recipient is not None and delta.channel != "final"
+            reasons = delta.channel == "analysis" or to_tool
             self._place = "call" if function is not None else "reasoning" if reasons else "content"
-            if delta.kind == "start" and self._tokens is not None:
-                self._tokens.begin(self._place)
+            if delta.kind == "start":
+                if self._tokens is not None:
+                    self._tokens.begin(self._place)
+                if kind := _recipient_repair(delta, function):
+                    self._parser.repair(kind)
             if delta.kind == "start" and function is not None:
                 pieces.append(Call(self._calls, f"call_{secrets.token_hex(12)}", function))
                 self._calls += 1
@@ -177,8 +183,19 @@ class Answer:
         return [Content(shown, tokens, self._message, self._preamble)] if shown else []
 
     def _function(self, delta: Delta) -> str | None:
-        name = (delta.recipient or "").removeprefix("functions.")
-        return name if name != delta.recipient and name in self._functions else None
+        name = delta.recipient or ""
+        while name.startswith("functions."):
+            name = name.removeprefix("functions.")
+        return name if name in self._functions else None
+
+
+def _recipient_repair(delta: Delta, function: str | None) -> str | None:
+    """What is wrong with a message's recipient, if anything (`harmony.REPAIRS`). function: the one it calls."""
+    if delta.recipient is None or delta.recipient == f"functions.{function}" and delta.channel != "final":
+        return None
+    if function is not None or delta.channel == "final":
+        return "recipient"
+    return "not_offered" if delta.recipient.startswith("functions.") else None
 
 
 async def read_answer(

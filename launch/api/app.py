@@ -14,12 +14,11 @@ Sees the engine only as `generate(Request) -> stream of Token`.
 """
 
 import asyncio
-import hmac
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -42,14 +41,7 @@ def create_app(served: Served) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _answer_errors(app)
 
-    async def check_key(request: HttpRequest) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        wanted = served.api_key
-        if wanted is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), wanted)):
-            message = "wrong or missing API key: send it as Authorization: Bearer KEY"
-            raise ApiError(401, message, code="invalid_api_key")
-
-    keyed = APIRouter(dependencies=[Depends(check_key)])
+    v1 = APIRouter()
 
     @app.get("/health")
     async def health() -> Response:
@@ -69,33 +61,33 @@ def create_app(served: Served) -> FastAPI:
     async def version_route() -> dict[str, Any]:
         return {"version": _version()}
 
-    @keyed.get("/v1/models")
+    @v1.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(served)]}
 
-    @keyed.get("/v1/models/{name:path}")
+    @v1.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         served.check_model(name)
         return _model(served)
 
-    @keyed.post("/v1/chat/completions")
+    @v1.post("/v1/chat/completions")
     async def chat_completions(http: HttpRequest) -> Response:
         return await answer(http, served, parse_chat_request, chat_job)
 
-    @keyed.post("/v1/completions")
+    @v1.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
         return await answer(http, served, parse_completion_request, completion_job)
 
-    @keyed.post("/tokenize")
+    @v1.post("/tokenize")
     async def tokenize_route(http: HttpRequest) -> Response:
         return await _told(http, served, tokenize)
 
-    @keyed.post("/detokenize")
+    @v1.post("/detokenize")
     async def detokenize_route(http: HttpRequest) -> Response:
         return await _told(http, served, detokenize)
 
-    keyed.include_router(responses_routes(served))
-    app.include_router(keyed)
+    v1.include_router(responses_routes(served))
+    app.include_router(v1)
     return app
 
 

@@ -4,7 +4,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
 from typing import Any
 
 from ..harmony import StreamParser, render
@@ -40,7 +39,7 @@ def chat_job(chat: ChatRequest, served: Served) -> Job:
         ),
     )
     reading = Reading(
-        parser=partial(StreamParser, tokenizer),
+        parser=lambda repaired: StreamParser(tokenizer, on_repair=repaired),
         stops=chat.stops,
         functions=[tool.function.name for tool in tools],
         # Markup that ends an answer is for the parser, which knows what it means.

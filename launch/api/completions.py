@@ -7,7 +7,6 @@ model's text as it is, special tokens by their spelling; the tokens that end an 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -73,7 +72,7 @@ def completion_job(asked: CompletionRequest, served: Served) -> Job:
         logprobs=asked.logprobs,
     )
     reading = Reading(
-        parser=partial(PlainText, tokenizer),
+        parser=lambda repaired: PlainText(tokenizer),
         stops=asked.stops,
         functions=(),
         unseen=choices[0].request.stop_tokens,

@@ -25,6 +25,7 @@ from ..harmony import stop_tokens
 from .answer import End, Parser, Piece, read_answer
 from .errors import ApiError, explain
 from .fields import GenerationFields, check_ids, samplings
+from .metrics import Watch
 from .respond import Begun, ClientGoneError, EventStream, first_of, read_body, unless_gone
 from .served import Served
 
@@ -47,17 +48,24 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """How tokens are read: `answer.read_answer`'s arguments. parser: makes a new one."""
+    """How tokens are read: `answer.read_answer`'s arguments. parser: makes a new one, which calls what it
+    is given for each repair, with its kind."""
 
-    parser: Callable[[], Parser]
+    parser: Callable[[Callable[[str], None]], Parser]
     stops: Sequence[str]
     functions: Collection[str]
     unseen: Collection[int]
     keep_tokens: bool
 
-    def pieces(self, tokens: AsyncGenerator[Token], on_stop: Callable[[], None]) -> AsyncGenerator[Piece]:
+    def pieces(self, tokens: AsyncGenerator[Token], watch: Watch) -> AsyncGenerator[Piece]:
         return read_answer(
-            tokens, self.parser(), self.stops, self.functions, on_stop, self.unseen, keep_tokens=self.keep_tokens
+            tokens,
+            self.parser(watch.repaired),
+            self.stops,
+            self.functions,
+            partial(watch.end, "stop"),
+            self.unseen,
+            keep_tokens=self.keep_tokens,
         )
 
 
@@ -194,7 +202,7 @@ def begin(choice: Choice, reading: Reading, served: Served) -> tuple[Begun, Asyn
     """A choice on its way to a replica, to be closed by the caller, and what comes of it."""
     watch = served.replicas.watch(choice.request)
     begun = Begun(served.replicas.generate(choice.request, choice.blocks, watch), partial(watch.end, "abort"))
-    return begun, reading.pieces(begun.tokens(), partial(watch.end, "stop"))
+    return begun, reading.pieces(begun.tokens(), watch)
 
 
 async def together(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tuple[int, Item]]:

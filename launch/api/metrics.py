@@ -26,6 +26,7 @@ EndReason = FinishReason | Literal["abort", "error"]
 # Upper edges, in seconds: vLLM's, and finer where a small model is faster.
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
 REQUEST_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
 FIRST_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 
 # name, what it is, from Stats; a replica that is down has none of these.
@@ -80,6 +81,14 @@ class Metrics:
         self._generation_tokens = Counter(PREFIX + "generation_tokens", counts[1], LABELS, registry=registry)
         ended = "Requests that ended, by reason; abort: the client left"
         self._ended = Counter(PREFIX + "request_success", ended, (*LABELS, "finish_reason"), registry=registry)
+        repairs = "Places where an answer left the harmony format and was read all the same, by kind"
+        self._repairs = Counter(PREFIX + "harmony_repairs", repairs, (*LABELS, "kind"), registry=registry)
+        # Of the HTTP process itself, so without a replica.
+        http, http_labels = "HTTP requests by route and status", (LABELS[0], "route", "method", "status")
+        self._http = Counter(PREFIX + "http_requests", http, http_labels, registry=registry)
+        late, busy = "Time by which the event loop was late", "As much of it as it can have spent computing"
+        self._late = Histogram(PREFIX + "event_loop_late_seconds", late, LABELS[:1], registry=registry, buckets=LAG_S)
+        self._busy = Histogram(PREFIX + "event_loop_busy_seconds", busy, LABELS[:1], registry=registry, buckets=LAG_S)
         registry.register(_Scrape(self._families))
 
     def report(self, replica: int, report: Done | Stats) -> None:
@@ -91,6 +100,16 @@ class Metrics:
         self._queue.labels(*labels).observe(report.queue_s)
         self._prefill.labels(*labels).observe(report.prefill_s)
         self._decode.labels(*labels).observe(report.decode_s)
+
+    def http(self, route: str, method: str, status: int) -> None:
+        """An HTTP request ended (`record.Record`)."""
+        known = method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
+        self._http.labels(self._model_name, route, known, str(status)).inc()
+
+    def lag(self, late_s: float, busy_s: float) -> None:
+        """What `lag.watch_lag` saw."""
+        self._late.labels(self._model_name).observe(late_s)
+        self._busy.labels(self._model_name).observe(busy_s)
 
     def watch(self, prompt_tokens: int) -> "Watch":
         """For one request that begins now."""
@@ -146,6 +165,9 @@ class Watch:
     def sent(self, replica: int) -> None:
         """This replica has it now."""
         self._labels = (self._labels[0], str(replica))
+        # Looked up once: a look-up takes as long as the rest of `token`, which runs for each token of every stream.
+        self._token = self._metrics._token.labels(*self._labels)
+        self._generation_tokens = self._metrics._generation_tokens.labels(*self._labels)
 
     def token(self, token: Token) -> None:
         now_s, metrics = time.monotonic(), self._metrics
@@ -154,11 +176,15 @@ class Watch:
                 metrics._first.labels(*self._labels).observe(now_s - self._begun_s)
                 metrics._prompt_tokens.labels(*self._labels).inc(self._prompt_tokens)
             else:
-                metrics._token.labels(*self._labels).observe(now_s - self._last_s)
-            metrics._generation_tokens.labels(*self._labels).inc()
+                self._token.observe(now_s - self._last_s)
+            self._generation_tokens.inc()
             self._last_s = now_s
         if token.finish_reason is not None:
             self.end(token.finish_reason)
+
+    def repaired(self, kind: str) -> None:
+        """Its answer left the format (`harmony.StreamParser`)."""
+        self._metrics._repairs.labels(*self._labels, kind).inc()
 
     def end(self, reason: EndReason) -> None:
         """The first reason counts; those after it follow from it. A request that no replica had is not counted."""

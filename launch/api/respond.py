@@ -16,10 +16,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...parallel.engine.request import Token
+from .depth import check_depth
 from .errors import ApiError
 
 T = TypeVar("T")
+INLINE_BYTES = 16 << 10  # what takes longer to look through is looked through in a thread
 _LOG = logging.getLogger(__name__)
+# Made once: json.dumps makes an encoder for each event, which takes longer than encoding it.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class ClientGoneError(Exception):
@@ -104,7 +108,7 @@ class EventStream(Response):
         try:
             async with aclosing(self._events):
                 async for event in self._events:
-                    await send(_event(json.dumps(event, ensure_ascii=False, separators=(",", ":")), event.get("type")))
+                    await send(_event(_encode(event), event.get("type")))
                     self._last_s = time.monotonic()
             last = self._done
         except Exception as error:
@@ -160,7 +164,12 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         raise ClientGoneError from None
     if size_bytes > limit_bytes:
         raise ApiError(413, f"the body is larger than {limit_bytes:,} bytes", code="body_too_large")
-    return bytes(body)
+    whole = bytes(body)
+    if size_bytes > INLINE_BYTES:
+        await asyncio.to_thread(check_depth, whole)
+    else:
+        check_depth(whole)
+    return whole
 
 
 async def _next(tokens: AsyncGenerator[Token]) -> Token:

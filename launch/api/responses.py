@@ -28,6 +28,7 @@ from ..engine_client import EngineDiedError
 from .answer import Piece
 from .content_tokens import ContentToken
 from .errors import ApiError, explain
+from .gate import KEY_NAME
 from .generation import Job, begin
 from .logprobs import chat_logprobs
 from .respond import Begun, ClientGoneError, EventStream, read_body, unless_gone
@@ -39,7 +40,6 @@ from .responses_store import Kept, Recording, Store
 from .served import Served
 
 _LOG = logging.getLogger(__name__)
-_KEY = "gptoss_launch.key"  # in the scope: the name of the key that let the request in
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _usable(kept: Kept) -> bool:
 
 def _owner(http: HttpRequest) -> str:
     """Whose responses it may see. Where there are no keys, everyone's."""
-    return http.scope.get(_KEY, "")
+    return http.scope.get(KEY_NAME, "")
 
 
 def _followed(item: Item, place: int, http: HttpRequest, store: Store) -> Item:

@@ -14,13 +14,12 @@ QUIET_S = 10.0  # a stream with nothing to say for so long says that it waits: p
 
 @dataclass(frozen=True)
 class Served:
-    """api_key: None lets everyone in."""
+    """Who may come in is `gate`'s business."""
 
     name: str
     context_tokens: int
     tokenizer: Tokenizer
     replicas: Replicas
-    api_key: bytes | None = None
     body_limit_bytes: int = BODY_LIMIT_BYTES
     quiet_s: float = QUIET_S
     store: Store = field(default_factory=Store)  # of responses

@@ -178,7 +178,7 @@ def bench(
     """Measures and prints. Raises UserError, RankDiedError."""
     from ..bench.show import draw, print_report
     from ..extras import need_plot_extra, need_serve_extra
-    from ..listen import read_api_key
+    from ..keys import first_key
 
     if plot is not None:
         need_plot_extra("bench --plot")
@@ -188,7 +188,7 @@ def bench(
     is_server = target.startswith(("http://", "https://"))
     if compare is not None and not compare.startswith(("http://", "https://")):
         raise UserError(f"--compare {compare!r} is no URL", "start that server first; such as http://127.0.0.1:8001")
-    key = None if api_key_file is None else read_api_key(api_key_file).decode()
+    key = None if api_key_file is None else first_key(api_key_file)
     rows: list[Row] = []
 
     def tell(row: Row) -> None:

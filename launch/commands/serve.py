@@ -5,6 +5,7 @@ import json as json_text
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ class Door:
 
     listener: socket.socket
     url: str
-    served_name: str
-    api_key_file: Path | None
     drain_s: float
+    arguments: tuple[str, ...]  # of the HTTP process
 
 
 @click.command
@@ -73,15 +73,33 @@ def command(
 
 
 def open_door(model: str, settings: ServeSettings) -> Door:
-    """Binds the port and reads the key, so that what is wrong with either is said before anything else is done."""
-    from ..listen import bind, read_api_key
+    """Binds the port and reads keys and certificates, so that what is wrong with them is said before anything else."""
+    from ..keys import KEYS_VARIABLE, read_keys
+    from ..listen import bind, is_loopback, tls_files
 
-    if settings.api_key_file is not None:
-        read_api_key(settings.api_key_file)
+    keys = read_keys(settings.api_key_file)
+    tls = tls_files(settings.tls_cert, settings.tls_key)
+    if settings.otlp is not None and find_spec("opentelemetry.exporter") is None:
+        need = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        raise UserError(f"--otlp {settings.otlp} needs OpenTelemetry's exporter", need)
+    if settings.access_log not in (None, "-") and not Path(settings.access_log).absolute().parent.is_dir():
+        raise UserError(f"--access-log {settings.access_log}: no such folder", "name a file in an existing folder")
+    if not keys and not is_loopback(settings.host):
+        advice = f"set --api-key-file or {KEYS_VARIABLE}"
+        click.echo(f"warning: whoever reaches {settings.host} may use this server, without a key: {advice}", err=True)
+    if keys and tls is None and not is_loopback(settings.host):
+        click.echo("warning: keys travel in the clear without --tls-cert and --tls-key", err=True)
     listener = bind(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{listener.getsockname()[1]}/v1"
-    return Door(listener, url, settings.served_name or model, settings.api_key_file, settings.drain_s)
+    url = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}/v1"
+    arguments = ["--served-name", settings.served_name or model, "--drain-s", str(settings.drain_s)]
+    options = {"api-key-file": settings.api_key_file, "access-log": settings.access_log, "otlp": settings.otlp}
+    options |= {"tls-cert": tls[0], "tls-key": tls[1]} if tls else {}
+    for name, value in options.items():
+        arguments += [] if value is None else [f"--{name}", str(value)]
+    for origin in settings.cors_origin:
+        arguments += ["--cors-origin", origin]
+    return Door(listener, url, settings.drain_s, tuple(arguments))
 
 
 async def serve(
@@ -106,7 +124,7 @@ async def serve(
     with StopSignals().caught() as stop, progress_bar() as bar:
         async with Supervisor(plan, worker, bar.show, worker_arguments, say, restarts) as supervisor:
             # The HTTP process first: alive, not ready, while the ranks load.
-            await supervisor.start_http(door.listener, door.served_name, door.api_key_file, door.drain_s)
+            await supervisor.start_http(door.listener, door.arguments)
             await supervisor.start_replicas()
             answers = await until(supervisor.ready(), stop.first)
             if answers is None:

@@ -249,23 +249,6 @@ def test_models(serving):
     assert call("GET", "/v1/models/tiny").json()["object"] == "model"
 
 
-def test_the_key(serving, markup):
-    _, call = serving(markup(ANSWERS), api_key=b"secret")
-    for headers in (
-        {},
-        {"Authorization": "Bearer wrong"},
-        {"Authorization": "secret"},
-        {"Authorization": b"Bearer \xff"},
-    ):
-        answer = call("POST", "/v1/chat/completions", json=BODY, headers=headers)
-        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-        assert call("GET", "/v1/models", headers=headers).status_code == 401
-        assert call("GET", "/health", headers=headers).status_code == 200
-        assert call("GET", "/ready", headers=headers).status_code == 200
-        assert call("GET", "/metrics", headers=headers).status_code == 200
-    assert call.chat().choices[0].message.content == "Hello, world"
-
-
 def test_more_requests_than_may_wait_are_told_to_come_back(serving, markup):
     engine, call = serving(markup(ANSWERS))
     engine.running = REQUEST_LIMIT

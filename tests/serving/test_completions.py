@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from in_process import HELLO, Call, DrawingEngine, ScriptedEngine, TellingEngine, served
+from in_process import Call, DrawingEngine, ScriptedEngine, TellingEngine, served
 
 
 def joined(chunks):
@@ -156,19 +156,6 @@ def test_version_and_models(tokenizer):
     assert call.ask(lambda client: client.models.retrieve("tiny")) == one and one.id == "tiny"
     with pytest.raises(openai.NotFoundError):
         call.ask(lambda client: client.models.retrieve("gpt-4"))
-
-
-def test_the_key_is_asked_for_on_every_route(tokenizer, markup):
-    call = Call(served(tokenizer, ScriptedEngine(markup("<|return|>")), api_key=b"secret"))
-    bodies = {
-        "/v1/chat/completions": {"model": "tiny", "messages": HELLO},
-        "/v1/completions": {"model": "tiny", "prompt": "x"},
-        "/tokenize": {"prompt": "x"},
-        "/detokenize": {"tokens": [1]},
-    }
-    for path, body in bodies.items():
-        assert call("POST", path, json=body).status_code == 401
-        assert call("POST", path, json=body, headers={"Authorization": "Bearer secret"}).status_code == 200
 
 
 def test_events_as_they_are_on_the_wire(tokenizer, markup):

@@ -38,7 +38,7 @@ def read(metrics: Metrics, *states: Replica) -> dict:
     families = list(text_string_to_metric_families(metrics.text(states).decode()))
     known = {"model_name", "replica"}
     return {
-        (s.name, s.labels["replica"], *(value for key, value in s.labels.items() if key not in known)): s.value
+        (s.name, s.labels.get("replica", ""), *(value for key, value in s.labels.items() if key not in known)): s.value
         for family in families
         for s in family.samples
     }
