@@ -273,6 +273,16 @@ def test_what_harmony_brings_about_by_itself_is_not_constrained(ask, engine) -> 
     assert [request.constraint for request in engine.asked[-4:]] == [None] * 4
 
 
+def test_a_grammar_without_any_text_is_an_error_that_says_so(ask, engine) -> None:
+    """Only the engine finds out; the stream of a request that has begun ends with the error."""
+    asked = len(engine.asked)
+    endless = {"$ref": "#"}
+    late = {"tools": [tool("endless", endless)], "tool_choice": "required", "max_reasoning_tokens": 4}
+    for error in ask(demands(endless, 0), demands(endless, 1), late, late | {"stream": True}):
+        assert isinstance(error, openai.APIError) and "no way on" in error.message, error
+    assert len(engine.asked) == asked + 4
+
+
 SCHEMA = "response_format.json_schema.schema"
 BAD = {
     "no such type": (demands({"type": "strng"}, 0), SCHEMA, "strng"),
