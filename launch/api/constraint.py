@@ -18,7 +18,7 @@ from .errors import ApiError
 
 @dataclass(frozen=True)
 class Offered:
-    """A function that the model may call. strict: its arguments are held to every keyword of the schema, else to those
+    """A function that the model may call. parameters: None or {} for none. strict: its arguments are held to every keyword of the schema, else to those
     that a grammar can express. field: where the schema stands in the body, e.g. "tools.0.function.parameters"."""
 
     name: str

@@ -4,6 +4,7 @@ end that says why where there is no way on.
 
 import dataclasses
 import time
+from concurrent.futures import Executor, Future
 from functools import partial
 
 import pytest
@@ -167,28 +168,29 @@ def test_no_way_on_ends_the_request_and_no_other() -> None:
     assert isinstance(loop.sent["later"][-1], Done)
 
 
-def test_a_request_that_leaves_while_its_grammar_compiles() -> None:
-    class Never(Grammars):
-        """Compiles, but nobody ever hears of it."""
+class Nobody(Executor):
+    """Takes work and never does it."""
 
-        def matcher_of(self, request: Request):
-            matcher = super().matcher_of(request)
-            if matcher is not None:
-                matcher._work = type(matcher._work)()
-            return matcher
+    def submit(self, work, /, *arguments):
+        return Future()
 
-    loop = Loop(Never(lambda: Vocabulary(TINY, SPEC.vocab)))
-    first, second, _ = constrained()
-    for front_end, request in (("a", first), ("b", second)):
+
+def test_while_a_grammar_compiles_others_go_on() -> None:
+    loop = Loop(Grammars(lambda: Vocabulary(TINY, SPEC.vocab), compiling=Nobody()))
+    cancelled, late, lost = constrained()
+    for front_end, request in (("a", cancelled), ("a", dataclasses.replace(late, deadline_s=0.5)), ("b", lost)):
         loop.leader.take(front_end, Generate(request))
-    assert not loop.leader.idle
-    for _ in range(3):
+    loop.leader.take("c", Generate(free()[0]))
+    limit_s = time.monotonic() + 60
+    while not loop.sent.keys() >= {"f0", late.id} or not isinstance(loop.sent["f0"][-1], Done):
+        assert time.monotonic() < limit_s
         loop.leader.turn()
-    loop.leader.take("a", Cancel(first.id))
+    assert [type(one) for one in loop.sent[late.id]] == [Token, Done]
+    assert loop.sent[late.id][0].finish_reason == "deadline"
+    loop.leader.take("a", Cancel(cancelled.id))
     assert not loop.leader.idle
     loop.leader.take("b", None)
-    loop.run(free()[0])
-    assert isinstance(loop.sent["f0"][-1], Done) and loop.sent.keys() == {"f0"}
+    assert loop.leader.idle and loop.sent.keys() == {"f0", late.id}
 
 
 def test_a_flaw_is_refused_at_the_door() -> None:
