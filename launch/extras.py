@@ -4,7 +4,10 @@ from importlib.util import find_spec
 
 from ..parallel.errors import UserError
 
-SERVE = ("torch", "safetensors", "tokenizers", "msgpack", "fastapi", "uvicorn", "httptools", "prometheus_client")
+SERVE = (
+    *("torch", "safetensors", "tokenizers", "msgpack", "fastapi", "uvicorn", "httptools", "prometheus_client"),
+    "llguidance",
+)
 
 
 def need_serve_extra(command: str) -> None:

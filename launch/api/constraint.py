@@ -18,8 +18,9 @@ from .errors import ApiError
 
 @dataclass(frozen=True)
 class Offered:
-    """A function that the model may call. strict: its arguments are held to every keyword of the schema, else to those
-    that a grammar can express. field: where the schema stands in the body, e.g. "tools.0.function.parameters"."""
+    """A function that the model may call. parameters: schema of its arguments, None or {} if it has none. strict: they
+    are held to every keyword of it, else to those that a grammar can express. field: where the schema stands in the
+    body, e.g. "tools.0.function.parameters"."""
 
     name: str
     parameters: Mapping[str, Any] | None

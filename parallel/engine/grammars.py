@@ -71,7 +71,7 @@ class Text:
 def checked(matcher: Any) -> Any:
     """The LLMatcher itself. Raises DeadEndError if it is in its error state, which it never leaves."""
     if matcher.is_error():
-        raise DeadEndError(matcher.get_error().strip().partition("\n")[0])
+        raise DeadEndError(f"the grammar has no way on: {matcher.get_error().strip().partition(chr(10))[0]}")
     return matcher
 
 

@@ -99,7 +99,8 @@ class Leader:
     def turn(self) -> None:
         """One step, if there is anything to do, and the tokens that have come."""
         for key, running in list(self._compiling.items()):
-            if running.masked or (running.matcher is not None and running.matcher.failure):
+            failed = running.matcher is not None and running.matcher.failure
+            if running.masked or failed or running.deadline_s <= self._clock():
                 self._scheduler.add(self._compiling.pop(key))
         for running, reason in self._scheduler.failed():
             self._scheduler.end(running)

@@ -4,12 +4,13 @@ end that says why where there is no way on.
 
 import dataclasses
 import time
+from concurrent.futures import Executor, Future
 from functools import partial
 
 import pytest
 import torch
 from bounded_schemas import BOUNDED
-from forced import Forced, answers
+from forced import AtOnce, Forced, answers
 from gptoss_launch.launch.api.constraint import Format, Offered, constraint_for
 from gptoss_launch.launch.harmony import stop_tokens
 from gptoss_launch.launch.tokenizer import load_tokenizer
@@ -34,7 +35,7 @@ TOOLS = (Offered("pick", BOUNDED["enums"], True, ""), Offered("say", BOUNDED["co
 
 def constrained() -> list[Request]:
     """Prompts that begin alike and are longer than a page, each with another demand and another way to draw."""
-    shared = prompt(SPEC, 40)
+    shared = prompt(SPEC, 44)
     demands = (
         constraint_for(TOKENIZER, response_format=Format(BOUNDED["arrays"], True, ""), max_reasoning_tokens=9),
         constraint_for(TOKENIZER, TOOLS, "required", max_reasoning_tokens=3),
@@ -42,14 +43,14 @@ def constrained() -> list[Request]:
     )
     samplings = (Sampling(seed=3, top_p=0.9), Sampling(temperature=0.0), Sampling(seed=5, presence=1.0))
     return [
-        Request(f"g{number}", (*shared, number), 20, sampling, STOPS, constraint=demand)
+        Request(f"g{number}", (*shared, number), 22, sampling, STOPS, constraint=demand)
         for number, (demand, sampling) in enumerate(zip(demands, samplings, strict=True))
     ]
 
 
 def free() -> list[Request]:
     return [
-        Request(f"f{number}", tuple(prompt(SPEC, 30 + 20 * number, seed=number)), 16, Sampling(seed=number))
+        Request(f"f{number}", tuple(prompt(SPEC, 30 + 20 * number, seed=number)), 10, Sampling(seed=number))
         for number in range(3)
     ]
 
@@ -131,8 +132,10 @@ class Loop:
 def test_together_as_alone(alone, pages: int | None, step_tokens: int, ahead: bool) -> None:
     """Also where pages run out, so that some are given up in mid-answer and found again in part."""
     plan = plain_plan(TINY, "fp64", context_tokens=112, step_tokens=step_tokens, sequences=6)
-    loop = Loop(grammars_of(str(TINY), SPEC.vocab), plan, pages, ahead=ahead)
-    loop.run(*free(), *constrained())
+    # At once where it is told below who was given up: threads would make that a matter of luck.
+    threads = AtOnce() if pages else None
+    loop = Loop(Grammars(lambda: Vocabulary(TINY, SPEC.vocab), threads, threads), plan, pages, ahead=ahead)
+    loop.run(*constrained(), *free())
     for name, expected in alone.items():
         *tokens, done = loop.sent[name]
         assert [token.id for token in tokens] == expected and isinstance(done, Done)
@@ -162,33 +165,34 @@ def test_no_way_on_ends_the_request_and_no_other() -> None:
     *tokens, last = loop.sent["stuck"]
     assert tokens and isinstance(last, Refused) and "no token of the vocabulary" in last.message
     assert [type(one) for one in loop.sent["no grammar"]] == [Refused] and "x" in loop.sent["no grammar"][0].message
-    assert isinstance(loop.sent["f0"][-1], Done) and len(loop.sent["f0"]) == 17
+    assert isinstance(loop.sent["f0"][-1], Done) and len(loop.sent["f0"]) == 11
     loop.run(dataclasses.replace(free()[0], id="later"))  # the leader lives on
     assert isinstance(loop.sent["later"][-1], Done)
 
 
-def test_a_request_that_leaves_while_its_grammar_compiles() -> None:
-    class Never(Grammars):
-        """Compiles, but nobody ever hears of it."""
+class Nobody(Executor):
+    """Takes work and never does it."""
 
-        def matcher_of(self, request: Request):
-            matcher = super().matcher_of(request)
-            if matcher is not None:
-                matcher._work = type(matcher._work)()
-            return matcher
+    def submit(self, work, /, *arguments):
+        return Future()
 
-    loop = Loop(Never(lambda: Vocabulary(TINY, SPEC.vocab)))
-    first, second, _ = constrained()
-    for front_end, request in (("a", first), ("b", second)):
+
+def test_while_a_grammar_compiles_others_go_on() -> None:
+    loop = Loop(Grammars(lambda: Vocabulary(TINY, SPEC.vocab), compiling=Nobody()))
+    cancelled, late, lost = constrained()
+    for front_end, request in (("a", cancelled), ("a", dataclasses.replace(late, deadline_s=0.5)), ("b", lost)):
         loop.leader.take(front_end, Generate(request))
-    assert not loop.leader.idle
-    for _ in range(3):
+    loop.leader.take("c", Generate(free()[0]))
+    limit_s = time.monotonic() + 60
+    while not loop.sent.keys() >= {"f0", late.id} or not isinstance(loop.sent["f0"][-1], Done):
+        assert time.monotonic() < limit_s
         loop.leader.turn()
-    loop.leader.take("a", Cancel(first.id))
+    assert [type(one) for one in loop.sent[late.id]] == [Token, Done]
+    assert loop.sent[late.id][0].finish_reason == "deadline"
+    loop.leader.take("a", Cancel(cancelled.id))
     assert not loop.leader.idle
     loop.leader.take("b", None)
-    loop.run(free()[0])
-    assert isinstance(loop.sent["f0"][-1], Done) and loop.sent.keys() == {"f0"}
+    assert loop.leader.idle and loop.sent.keys() == {"f0", late.id}
 
 
 def test_a_flaw_is_refused_at_the_door() -> None:
