@@ -96,7 +96,7 @@ def test_text_taken_for_a_header_has_its_tokens(tokenizer, markup):
 def test_a_token_that_stops_unseen_is_counted_and_not_said(tokenizer, markup):
     answer = Answer(StreamParser(tokenizer), [], [], keep_tokens=True)
     for token in markup("<|channel|>final<|message|>Hi"):
-        answer.feed(token)
+        answer.feed(token, -1.0)
     answer.stop_unseen()
     [end] = answer.finish("stop")
     assert (end.finish_reason, end.completion_tokens) == ("stop", len(markup("<|channel|>final<|message|>Hi")) + 1)
