@@ -4,6 +4,7 @@ import random
 
 import pytest
 from gptoss_launch.launch.api.answer import Answer, Content
+from gptoss_launch.launch.api.content_tokens import ContentToken, ContentTokens
 from gptoss_launch.launch.harmony import StreamParser
 from gptoss_launch.launch.plain_text import PlainText
 
@@ -91,6 +92,27 @@ def test_text_taken_for_a_header_has_its_tokens(tokenizer, markup):
         tokens = markup(text)
         content, kept = check(tokenizer, tokens, said(StreamParser(tokenizer), tokens), whole_characters=False)
         assert content and b"".join(tokenizer.token_bytes(token.id) for token in kept).decode().endswith(content)
+
+
+def test_a_token_that_is_half_header():
+    """Its text begins where the answer does."""
+
+    class Parser:
+        opening = b""
+
+        def text_bytes(self, token_id):
+            return (b"header", b"wordabc", "dé".encode(), b"f")[token_id]
+
+    parser = Parser()
+    tokens = ContentTokens(parser)
+    for place in range(3):
+        tokens.token(ContentToken(place, -1.0, ()), None)
+    parser.opening = "abcdé".encode()
+    tokens.begin("content")
+    tokens.say("abcdé")
+    tokens.token(ContentToken(3, -1.0, ()), "content")
+    tokens.say("f")
+    assert [(token.id, token.offset) for token in tokens.show("abcdéf")] == [(1, 0), (2, 3), (3, 5)]
 
 
 def test_a_token_that_stops_unseen_is_counted_and_not_said(tokenizer, markup):
