@@ -125,10 +125,11 @@ class Answer:
         self.completion_tokens = 0
         self.reasoning_tokens = 0
 
-    def feed(self, token_id: int, logprob: float = 0.0, top: tuple[tuple[int, float], ...] = ()) -> list[Piece]:
-        """logprob, top: as in `request.Token`."""
+    def feed(self, token_id: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()) -> list[Piece]:
+        """logprob, top: as in `request.Token`; needed where tokens are kept."""
         self._count()
         if self._tokens is not None:
+            assert logprob is not None, "the request did not ask for log probabilities"
             self._tokens.token(ContentToken(token_id, logprob, top), self._place)
         return self._pieces(self._parser.feed(token_id))
 
@@ -221,7 +222,7 @@ async def read_answer(
                 answer.stop_unseen()
                 break
             if token.id >= 0:  # an end may come without a token
-                for piece in answer.feed(token.id, token.logprob or 0.0, token.top):
+                for piece in answer.feed(token.id, token.logprob, token.top):
                     yield piece
             if token.finish_reason in ("length", "deadline"):
                 reason = "length"

@@ -97,7 +97,7 @@ async def _told(http: HttpRequest, served: Served, tell: Callable[[bytes, Served
         body = await read_body(http, served.body_limit_bytes)
     except ClientGoneError:
         return Response(status_code=499)  # nobody reads it
-    return JSONResponse(await asyncio.to_thread(tell, body, served))
+    return await asyncio.to_thread(lambda: JSONResponse(tell(body, served)))
 
 
 def _answer_errors(app: FastAPI) -> None:

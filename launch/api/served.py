@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from ..tokenizer import Tokenizer
+from .body import MOST_NAME_CHARS
 from .errors import ApiError
 from .replicas import Replicas
 from .responses_store import Store
@@ -28,4 +29,5 @@ class Served:
     def check_model(self, name: str) -> None:
         """Raises ApiError 404."""
         if name != self.name:
-            raise ApiError(404, f"no model {name!r} here, only {self.name!r}", "model", "model_not_found")
+            message = f"no model {name[:MOST_NAME_CHARS]!r} here, only {self.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")

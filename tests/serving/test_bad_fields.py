@@ -125,7 +125,7 @@ def test_every_field(tokenizer, path):
             error = got.error
             assert error.keys() == {"message", "type", "param", "code"}, shown
             assert error["param"] is not None and error["param"].split(".")[0] == field, f"{shown}: {error}"
-            assert error["code"] == "model_not_found" or field in error["message"], f"{shown}: {error}"
+            assert field in error["message"], f"{shown}: {error}"
             count += 1
         for name in UNKNOWN:
             got = await exchange(app, "POST", path, json.dumps(ROUTES[path][2] | {name: 1}).encode())
@@ -169,9 +169,9 @@ HUGE = {
     "depth of objects": b'{"model": "tiny", "metadata": ' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}",
     "unknown names": json.dumps({str(i): 1 for i in range(50_000)}).encode(),
     "unknown names within": json.dumps({"messages": [{"role": "user"} | {str(i): 1 for i in range(20_000)}]}).encode(),
-    "wrong entries": b'{"messages": [' + b"1," * 1_000_000 + b"1]}",
-    "wrong parts": b'{"messages": [{"role": "user", "content": [' + b"1," * 500_000 + b"1]}]}",
-    "wrong prompts": b'{"prompt": [' + b"[]," * 100_000 + b"[]]}",
+    "wrong entries": b'{"messages": [' + b"1," * 300_000 + b"1]}",
+    "wrong parts": b'{"messages": [{"role": "user", "content": [' + b"1," * 200_000 + b"1]}]}",
+    "wrong prompts": b'{"prompt": [' + b"[]," * 10_000 + b"[]]}",
     "biases": json.dumps({"logit_bias": {str(i): "x" for i in range(20_000)}}).encode(),
     "surrogates": b'{"model": "\\ud800", "messages": []}',
     "no UTF-8": b'{"model": "\xff\xfe"}',
@@ -193,3 +193,15 @@ def test_large_and_odd_bodies_are_refused_at_once(tokenizer, name):
 
     asyncio.run(check())
     assert not engine.asked
+
+
+def test_a_long_name_is_not_said_back(tokenizer):
+    app = create_app(served(tokenizer, DrawingEngine(1000)))
+
+    async def check():
+        for path in ROUTES:
+            body = json.dumps(ROUTES[path][2] | {"model": "x" * 100_000}).encode()
+            got = await exchange(app, "POST", path, body)
+            assert (got.status, got.error["param"]) == (404, "model") and len(got.body) < 1000
+
+    asyncio.run(check())

@@ -4,6 +4,7 @@ import random
 
 import pytest
 from gptoss_launch.launch.api.answer import Answer, Content
+from gptoss_launch.launch.api.content_tokens import ContentToken, ContentTokens
 from gptoss_launch.launch.harmony import StreamParser
 from gptoss_launch.launch.plain_text import PlainText
 
@@ -93,10 +94,31 @@ def test_text_taken_for_a_header_has_its_tokens(tokenizer, markup):
         assert content and b"".join(tokenizer.token_bytes(token.id) for token in kept).decode().endswith(content)
 
 
+def test_a_token_that_is_half_header():
+    """Its text begins where the answer does."""
+
+    class Parser:
+        opening = b""
+
+        def text_bytes(self, token_id):
+            return (b"header", b"wordabc", "dé".encode(), b"f")[token_id]
+
+    parser = Parser()
+    tokens = ContentTokens(parser)
+    for place in range(3):
+        tokens.token(ContentToken(place, -1.0, ()), None)
+    parser.opening = "abcdé".encode()
+    tokens.begin("content")
+    tokens.say("abcdé")
+    tokens.token(ContentToken(3, -1.0, ()), "content")
+    tokens.say("f")
+    assert [(token.id, token.offset) for token in tokens.show("abcdéf")] == [(1, 0), (2, 3), (3, 5)]
+
+
 def test_a_token_that_stops_unseen_is_counted_and_not_said(tokenizer, markup):
     answer = Answer(StreamParser(tokenizer), [], [], keep_tokens=True)
     for token in markup("<|channel|>final<|message|>Hi"):
-        answer.feed(token)
+        answer.feed(token, -1.0)
     answer.stop_unseen()
     [end] = answer.finish("stop")
     assert (end.finish_reason, end.completion_tokens) == ("stop", len(markup("<|channel|>final<|message|>Hi")) + 1)
