@@ -8,6 +8,7 @@ so. Every prompt is new to the server.
 import json
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -82,7 +83,8 @@ async def open_endpoint(url: str, key: str | None) -> Endpoint:
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError(f"{url}: /v1/models names no model", "is it the URL of an OpenAI-compatible server?") from None
     context = model.get("max_model_len")
-    about = About(ENGINES.get(owner, owner or "unknown"), await _version(base, key), name, route="")
+    shown = Path(name).name if name.startswith("/") else name  # a folder of that machine
+    about = About(ENGINES.get(owner, owner or "unknown"), await _version(base, key), shown, route="")
     room = Room(context if isinstance(context, int) else None)
     first = Endpoint(base, key, name, about, room, COMPLETIONS, {"ignore_eos": True}, (0, 200))
     for extra in ({"ignore_eos": True}, {}):

@@ -140,12 +140,12 @@ def test_the_floor_of_a_row() -> None:
     plan = make_plan("openai/gpt-oss-20b", Settings(machine="h200", ranks=1, dp=1), need_weights=False)
     figures = {"prompt": 1024, "new": 127, "batch": 1, "decode_ms": 1.66}
     ours = make_row("decode", About("gptoss-launch", "1", "20b", "r", device="NVIDIA H200", ranks=1), **figures)
-    floor = floor_of(ours, plan, ours=True)
+    floor = floor_of(ours, plan, "", ours=True)
     assert not isinstance(floor, str) and floor.kv_bytes == (12 * 1088 + 12 * 128) * 2048
     assert floor.share(1.66e-3) == pytest.approx(0.5, abs=0.01)
-    peer = make_row("decode", About("vllm", "1", "/ckpt", "r", device="NVIDIA H200", ranks=2), **figures)
-    assert floor_of(peer, None, ours=False) == "the architecture of '/ckpt' is not known here"
-    beside = floor_of(peer, plan, ours=False)
+    peer = make_row("decode", About("vllm", "1", "ckpt", "r", device="NVIDIA H200", ranks=2), **figures)
+    assert floor_of(peer, None, "/ckpt", ours=False) == "the architecture of '/ckpt' is not known here"
+    beside = floor_of(peer, plan, "/ckpt", ours=False)
     assert not isinstance(beside, str) and beside.read_bytes == pytest.approx(floor.read_bytes / 2, rel=0.01)
     assert spec_of("openai/gpt-oss-120b") == PUBLISHED["openai/gpt-oss-120b"]
     assert spec_of("tiny").layers == 4 and spec_of("somebody/elses") is None

@@ -56,6 +56,13 @@ def test_what_a_server_says_of_itself() -> None:
     assert not endpoint.notes
 
 
+def test_a_model_by_its_folder_is_asked_for_by_it_and_shown_without() -> None:
+    endpoint = opened(Script(model="/models/20b"))
+    assert endpoint.about.model == "20b" and endpoint.model == "/models/20b"
+    script = Script(model="/models/20b")
+    assert answer(script, 2).error == "" and script.seen[-1]["model"] == "/models/20b"
+
+
 def test_a_strict_server_is_not_told_to_ignore_the_end() -> None:
     script = Script(takes_ignore_eos=False)
     endpoint = opened(script)
