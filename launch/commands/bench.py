@@ -121,7 +121,7 @@ def _add(kind: Kind) -> None:
                      "Streams at a time: 1,8,32." + ("" if serves else "  [default: 1,8,32]")),
         click.option("--prompt", type=click.IntRange(1), default=1024, show_default=True, help="Prompt tokens."),
         *only,
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of prompts and arrivals."),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of arrivals."),
         click.option("--compare", metavar="URL", help="Measure this server as well, case by case in turn."),
         click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help=
                      "Add the lines of JSON to this file as well."),
