@@ -392,6 +392,8 @@ def _progress(total: int) -> "Iterator[Progress]":
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    # rich would take over stdout as well, where the lines for programs go
+    bar = Bar(*columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal)
+    with bar:
         task = bar.add_task("", total=total)
         yield Progress(lambda: bar.advance(task), lambda text: bar.update(task, description=text))
