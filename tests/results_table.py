@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "benchmarks" / "results"
-NONE_YET = "No result of `gptoss-launch bench` is kept yet.\n"
+NONE_YET = "No result of `bench` is kept yet.\n"
 KEYS = """engine version device model ranks ep batch prompt new prefill_tok_s decode_ms decode_tok_s ttft_ms roofline
 date bench""".split()
 OURS, PEER = "gptoss-launch", "vllm"

@@ -26,6 +26,7 @@ class Script:
     takes_ignore_eos: bool = True
     counts: bool = True
     owner: str = "vllm"
+    model: str = "some-model"
     vocab: int = 201_088
     fault: str = ""
     fault_after: int = 4
@@ -52,7 +53,7 @@ def handler_for(script: Script) -> type[BaseHTTPRequestHandler]:
             if script.key and self.headers.get("authorization") != f"Bearer {script.key}":
                 return self._refuse(401, "a key is needed")
             if self.path == "/v1/models":
-                model = {"id": "some-model", "owned_by": script.owner, "max_model_len": 4096}
+                model = {"id": script.model, "owned_by": script.owner, "max_model_len": 4096}
                 return self._send(200, json.dumps({"data": [model]}).encode())
             if self.path == "/version":
                 return self._send(200, b'{"version": "9.8.7"}')

@@ -2,12 +2,14 @@
 
 Prompts go as token ids to /v1/completions, with `ignore_eos` where that is taken, so that an answer has as many
 tokens as were asked for. A server that does not take them is asked by words on /v1/chat/completions, and the rows say
-so. Every prompt is new to the server.
+so. Every prompt is new to the server, also where the same benchmark ran before: prefix caches find nothing.
 """
 
 import json
 import random
+import secrets
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -33,7 +35,8 @@ Route = Literal["/v1/completions", "/v1/chat/completions"]
 class Endpoint:
     """url: with no path; routes are below /v1. extra: what is sent besides, as this server takes it.
 
-    ids: range of prompt tokens. fixed_tokens, word_tokens: a chat prompt of w words has about fixed + w * word tokens.
+    ids: range of prompt tokens. salt: makes its prompts differ from those of every other run. fixed_tokens,
+    word_tokens: a chat prompt of w words has about fixed + w * word tokens.
     """
 
     url: str
@@ -44,11 +47,13 @@ class Endpoint:
     route: Route
     extra: dict[str, Any]
     ids: tuple[int, int] = (0, 0)
+    salt: int = 0
     fixed_tokens: float = 0.0
     word_tokens: float = 1.0
     notes: tuple[str, ...] = ()
 
     def prompt(self, tokens: int, draw: random.Random) -> Prompt:
+        draw = random.Random(f"{self.salt} {draw.getrandbits(64)}")
         if self.route == COMPLETIONS:
             return Prompt(tokens, random_ids(tokens, self.ids, draw))
         words = max(1, round((tokens - self.fixed_tokens) / self.word_tokens))
@@ -82,9 +87,10 @@ async def open_endpoint(url: str, key: str | None) -> Endpoint:
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError(f"{url}: /v1/models names no model", "is it the URL of an OpenAI-compatible server?") from None
     context = model.get("max_model_len")
-    about = About(ENGINES.get(owner, owner or "unknown"), await _version(base, key), name, route="")
+    shown = Path(name).name if name.startswith("/") else name  # a folder of that machine
+    about = About(ENGINES.get(owner, owner or "unknown"), await _version(base, key), shown, route="")
     room = Room(context if isinstance(context, int) else None)
-    first = Endpoint(base, key, name, about, room, COMPLETIONS, {"ignore_eos": True}, (0, 200))
+    first = Endpoint(base, key, name, about, room, COMPLETIONS, {"ignore_eos": True}, (0, 200), secrets.randbits(64))
     for extra in ({"ignore_eos": True}, {}):
         asked = replace(first, extra=extra)
         trial = await asked.stream(Prompt(3, (65, 66, 67)), 2)

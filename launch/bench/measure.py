@@ -121,11 +121,7 @@ async def serve(
     """
     draw = random.Random(seed)
     prompts = [target.prompt(prompt, draw) for _ in range(requests)]
-    warm = await target.stream(target.prompt(prompt, draw), WARM_TOKENS)
-    if warm.error:
-        raise UserError(
-            f"{target.about.engine}: {warm.error}", "is it the URL of a running server, with /v1 at its end?"
-        )
+    await send(target, min(batch or 1, requests), prompt, WARM_TOKENS, draw)
     progress.step()
 
     async def one(number: int) -> Sample:
@@ -139,7 +135,7 @@ async def serve(
     else:
         samples = await _following(one, requests, batch or 1)
     whole = [sample for sample in samples if not sample.error]
-    spent_s = max(sample.ended_s for sample in samples) - began_s
+    spent_s = max((sample.ended_s for sample in whole), default=began_s) - began_s
     notes, tokens = list(target.notes), sum(sample.tokens for sample in whole)
     steps = [(sample.came_s[-1] - sample.came_s[0]) / (sample.tokens - 1) for sample in whole if len(sample.came_s) > 1]
     asked_ms = [(sample.ended_s - sample.sent_s) * 1e3 for sample in whole]
@@ -153,9 +149,9 @@ async def serve(
         rate=rate,
         requests=requests,
         seed=seed,
-        prefill_tok_s=sum(sample.prompt_tokens for sample in whole) / spent_s,
+        prefill_tok_s=sum(sample.prompt_tokens for sample in whole) / spent_s if whole else None,
         decode_ms=None if step_s is None else step_s * 1e3,
-        decode_tok_s=tokens / spent_s,
+        decode_tok_s=tokens / spent_s if whole else None,
         tok_s_user=None if not step_s else 1 / step_s,
         request_ms=percentile(asked_ms, 50),
         request_p99_ms=percentile(asked_ms, 99),

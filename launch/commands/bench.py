@@ -121,7 +121,7 @@ def _add(kind: Kind) -> None:
                      "Streams at a time: 1,8,32." + ("" if serves else "  [default: 1,8,32]")),
         click.option("--prompt", type=click.IntRange(1), default=1024, show_default=True, help="Prompt tokens."),
         *only,
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of prompts and arrivals."),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of arrivals."),
         click.option("--compare", metavar="URL", help="Measure this server as well, case by case in turn."),
         click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help=
                      "Add the lines of JSON to this file as well."),
@@ -274,6 +274,7 @@ async def _measure(
 ) -> list[dict[str, Any]]:
     """Every case on each target in turn; the ratios of two. plan: of the checkpoint, if it is one."""
     from ..bench.checkpoint import started
+    from ..bench.endpoint import Endpoint
     from ..bench.measure import runs_of
     from ..bench.profiled import profile
     from ..supervise import WORKER
@@ -303,7 +304,8 @@ async def _measure(
                     progress.doing(f"{one.about.engine}, {asked.kind}, {case}")
                     row = await _row(asked, one, batch, rate, progress)
                     if asked.kind == "decode":
-                        row = with_roofline(row, floor_of(row, plan, ours=one is first))
+                        name = one.model if isinstance(one, Endpoint) else ""
+                        row = with_roofline(row, floor_of(row, plan, name, ours=one is first))
                     if one is first and batch is not None and batch in kernels:
                         row = replace(row, kernels=kernels[batch])
                     rows.append(row)
@@ -321,7 +323,8 @@ async def _server(url: str, key: str | None, ranks: int | None, plan: Plan | Non
         return replace(server, about=replace(about_plan(plan, None), route=server.about.route))
     gpus = probe().gpus if is_local(url) else ()
     device = gpus[0].name if gpus else "cpu" if is_local(url) else None
-    return replace(server, about=replace(server.about, device=device, ranks=ranks))
+    told = 1 if ranks is None and len(gpus) == 1 else ranks
+    return replace(server, about=replace(server.about, device=device, ranks=told))
 
 
 async def _row(asked: Asked, target: "Target", batch: int | None, rate: float | None, progress: "Progress") -> Row:
@@ -335,20 +338,21 @@ async def _row(asked: Asked, target: "Target", batch: int | None, rate: float | 
     return await serve(target, asked.prompt, asked.new, asked.requests, asked.seed, progress, rate=rate, batch=batch)
 
 
-def floor_of(row: Row, plan: Plan | None, *, ours: bool) -> Floor | str:
+def floor_of(row: Row, plan: Plan | None, name: str, *, ours: bool) -> Floor | str:
     """What the decode step of `row` must read and how long that takes; or why that is not known.
 
-    plan: of the checkpoint that is measured, for a server beside it has the same model. ours: the row is that
-    checkpoint's, whose layout and dtypes are known; of others they are taken to be bf16, and tp over their ranks.
+    plan: of the checkpoint that is measured, for a server beside it has the same model. name: of the model, as its
+    server has it. ours: the row is that checkpoint's, whose layout and dtypes are known; of others they are taken to be
+    bf16, and tp over their ranks.
     """
     context_tokens = row.prompt + (row.new + 1) // 2  # of a step in the middle
     device = None if row.device == "cpu" else row.device
     if ours and plan is not None:
         layout = plan.spec, plan.mesh, plan.dtype, plan.kv_dtype
     else:
-        spec = spec_of(row.model) if plan is None else plan.spec
+        spec = spec_of(name) if plan is None else plan.spec
         if spec is None:
-            return f"the architecture of {row.model!r} is not known here"
+            return f"the architecture of {name!r} is not known here"
         layout = spec, Mesh(row.ranks or 1), "bf16", "bf16"
     return decode_floor(*layout, device, row.batch or 1, context_tokens)
 
@@ -388,6 +392,8 @@ def _progress(total: int) -> "Iterator[Progress]":
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    # rich would take over stdout as well, where the lines for programs go
+    bar = Bar(*columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal)
+    with bar:
         task = bar.add_task("", total=total)
         yield Progress(lambda: bar.advance(task), lambda text: bar.update(task, description=text))

@@ -17,13 +17,16 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import click
 
 from ...parallel.errors import UserError
 from ..prometheus import Reading, parse
-from ..top import Snapshot, View, render, snapshot
+
+if TYPE_CHECKING:
+    from ..top import Snapshot, View
 
 ANSWER_S = 3.0
 WINDOW_S = 10.0  # that rates and latencies are of, at most
@@ -51,6 +54,8 @@ def command(url: str, every_s: float, json: bool) -> None:
     """
     metrics = metrics_url(url)
     if json:
+        from ..top import snapshot
+
         before = look(metrics)
         time.sleep(every_s)
         try:
@@ -88,6 +93,8 @@ def watch(metrics: str, every_s: float) -> None:
     """Until q or Ctrl-C. Looks from a thread, so that keys are heard while a server is slow to answer."""
     from rich.console import Console
     from rich.live import Live
+
+    from ..top import render
 
     looks: queue.SimpleQueue[Reading | UserError] = queue.SimpleQueue()
     threading.Thread(target=_look_on, args=(metrics, every_s, looks), daemon=True).start()
@@ -127,6 +134,8 @@ class _Screen:
         self._lost_s: float | None = None
 
     def take(self, found: Reading | UserError) -> None:
+        from ..top import snapshot
+
         try:
             if isinstance(found, UserError):
                 raise ValueError(found.message.partition("/metrics: ")[2] or found.message)
@@ -142,7 +151,9 @@ class _Screen:
             self._lost_s = self._lost_s or time.monotonic()
             self._readings.clear()  # whoever answers next may be another process
 
-    def view(self) -> View:
+    def view(self) -> "View":
+        from ..top import View
+
         trouble = self._trouble
         if self._lost_s is not None:
             trouble = f"no answer for {time.monotonic() - self._lost_s:.0f} s, still trying: {trouble}"

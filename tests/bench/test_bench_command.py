@@ -1,7 +1,9 @@
 """`bench` as it is called: what goes to stdout and to files, what is refused, and tiny measured end to end."""
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +52,35 @@ def test_a_server_is_measured(server: str, tmp_path: Path, capsys: pytest.Captur
             "no roofline: the architecture of 'some-model' is not known here"
         ]
     assert "vllm 9.8.7" in stderr and "note: vllm: no roofline" in stderr
+
+
+def test_a_bar_in_the_terminal_and_lines_in_a_pipe(server: str) -> None:
+    """What is drawn stays out of what programs read."""
+    screen, inner = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "gptoss_launch.launch",
+        "bench",
+        "decode",
+        server,
+        "--batch",
+        "2",
+        "--prompt",
+        "12",
+    ]
+    environment = os.environ | {"TERM": "xterm-256color"}
+    process = subprocess.Popen([*command, "--new", "40"], stdout=subprocess.PIPE, stderr=inner, env=environment)
+    os.close(inner)
+    drawn = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that nobody writes any more
+        while data := os.read(screen, 1 << 16):
+            drawn += data
+    os.close(screen)
+    stdout, _ = process.communicate(timeout=60)
+    row, last = lines(stdout.decode())
+    assert process.returncode == 0 and last["rows"] == [row]
+    assert b"vllm, decode, batch 2" in drawn and b'"rows"' not in drawn
 
 
 def test_two_servers_in_turn(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,12 +171,12 @@ def test_the_floor_of_a_row() -> None:
     plan = make_plan("openai/gpt-oss-20b", Settings(machine="h200", ranks=1, dp=1), need_weights=False)
     figures = {"prompt": 1024, "new": 127, "batch": 1, "decode_ms": 1.66}
     ours = make_row("decode", About("gptoss-launch", "1", "20b", "r", device="NVIDIA H200", ranks=1), **figures)
-    floor = floor_of(ours, plan, ours=True)
+    floor = floor_of(ours, plan, "", ours=True)
     assert not isinstance(floor, str) and floor.kv_bytes == (12 * 1088 + 12 * 128) * 2048
     assert floor.share(1.66e-3) == pytest.approx(0.5, abs=0.01)
-    peer = make_row("decode", About("vllm", "1", "/ckpt", "r", device="NVIDIA H200", ranks=2), **figures)
-    assert floor_of(peer, None, ours=False) == "the architecture of '/ckpt' is not known here"
-    beside = floor_of(peer, plan, ours=False)
+    peer = make_row("decode", About("vllm", "1", "ckpt", "r", device="NVIDIA H200", ranks=2), **figures)
+    assert floor_of(peer, None, "/ckpt", ours=False) == "the architecture of '/ckpt' is not known here"
+    beside = floor_of(peer, plan, "/ckpt", ours=False)
     assert not isinstance(beside, str) and beside.read_bytes == pytest.approx(floor.read_bytes / 2, rel=0.01)
     assert spec_of("openai/gpt-oss-120b") == PUBLISHED["openai/gpt-oss-120b"]
     assert spec_of("tiny").layers == 4 and spec_of("somebody/elses") is None
@@ -177,22 +208,20 @@ def bench(*arguments: str, folder: Path) -> tuple[list[dict], str]:
 @pytest.mark.slow
 def test_tiny_is_decoded_and_profiled(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    sizes = ("--prompt", "16", "--new", "8", "--context", "256")
-    (one, two, last), said = bench(
-        *("decode", "tiny", "--batch", "1,2", *sizes, "--repeats", "1", "--profile", "--out", str(out)), folder=tmp_path
-    )
-    assert last["rows"] == [one, two] == lines(out.read_text())[:2]
-    assert (one["engine"], one["model"], one["device"], one["ranks"], one["ep"]) == (
+    sizes = ("--batch", "2", "--prompt", "8", "--new", "6", "--repeats", "1", "--context", "256")
+    (row, last), said = bench("decode", "tiny", *sizes, "--profile", "--out", str(out), folder=tmp_path)
+    assert last["rows"] == [row] == lines(out.read_text())[:1]
+    assert (row["engine"], row["model"], row["device"], row["ranks"], row["ep"]) == (
         "gptoss-launch",
         "tiny",
         "cpu",
         1,
         1,
     )
-    assert (one["batch"], two["batch"], one["prompt"], one["new"]) == (1, 2, 16, 8)
-    assert one["decode_ms"] > 0 and one["ttft_ms"] > 0 and one["packages"]["torch"] and one["start_s"] > 0
-    assert one["roofline"] is None and "no roofline: the bandwidth of cpu is unknown" in one["notes"]
-    assert one["kernels"]["products"] > 0 and two["kernels"]["products"] > 0
+    assert (row["batch"], row["prompt"], row["new"]) == (2, 8, 6)
+    assert row["decode_ms"] > 0 and row["ttft_ms"] > 0 and row["packages"]["torch"] and row["start_s"] > 0
+    assert row["roofline"] is None and "no roofline: the bandwidth of cpu is unknown" in row["notes"]
+    assert row["kernels"]["products"] > 0
     assert "us of kernels a step" in said and "note: gptoss-launch: no roofline" in said
 
 

@@ -56,6 +56,22 @@ def test_what_a_server_says_of_itself() -> None:
     assert not endpoint.notes
 
 
+def test_a_model_by_its_folder_is_asked_for_by_it_and_shown_without() -> None:
+    endpoint = opened(Script(model="/models/20b"))
+    assert endpoint.about.model == "20b" and endpoint.model == "/models/20b"
+    script = Script(model="/models/20b")
+    assert answer(script, 2).error == "" and script.seen[-1]["model"] == "/models/20b"
+
+
+@pytest.mark.parametrize("takes_ids", [True, False])
+def test_a_second_run_with_the_same_seed_sends_other_prompts(takes_ids: bool) -> None:
+    """A server's prefix cache would hold those of the first."""
+    with stub(Script(takes_ids=takes_ids)) as url:
+        first, second = (asyncio.run(open_endpoint(url, None)) for _ in range(2))
+    one, other = (endpoint.prompt(200, random.Random(0)) for endpoint in (first, second))
+    assert (one.ids[:16], one.text[:60]) != (other.ids[:16], other.text[:60])
+
+
 def test_a_strict_server_is_not_told_to_ignore_the_end() -> None:
     script = Script(takes_ignore_eos=False)
     endpoint = opened(script)

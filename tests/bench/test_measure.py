@@ -96,7 +96,7 @@ def test_a_stream_that_fails_ends_a_decode(draw: random.Random) -> None:
 
 
 def test_serve_at_a_rate_sends_when_requests_arrive() -> None:
-    target = Known(fails=frozenset({3, 6}))
+    target = Known(fails=frozenset({3, 6}))  # 0 is to warm it
     began_s = time.perf_counter()
     row = asyncio.run(serve(target, 10, 7, 12, 5, Progress(), rate=60.0))
     sent_s = sorted(at_s - began_s for at_s, new in target.sent if new == 7)
@@ -124,7 +124,13 @@ def test_serve_in_lanes_keeps_so_many_in_flight() -> None:
 
     target = Counting()
     row = asyncio.run(serve(target, 10, 7, 20, 0, Progress(), batch=3))
-    assert target.most == 3 and len(target.sent) == 21 and row.batch == 3 and not row.failed
+    assert target.most == 3 and len(target.sent) == 3 + 20 and row.batch == 3 and not row.failed
+
+
+def test_a_load_without_one_answer_has_no_speed() -> None:
+    row = asyncio.run(serve(Known(fails=frozenset(range(1, 9))), 10, 7, 8, 0, Progress(), rate=1000.0))
+    assert row.failed == {"429: the queue is full": 8}
+    assert row.decode_tok_s is None and row.prefill_tok_s is None and row.ttft_ms is None and row.decode_ms is None
 
 
 def test_prompts_of_a_published_model_are_those_of_the_peers() -> None:

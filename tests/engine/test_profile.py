@@ -42,6 +42,7 @@ def test_sizes_are_looked_at_once_each(path: Path) -> None:
     assert all(line["us"]["aten::mm"] > 0 for line in lines(path))
 
 
+@pytest.mark.slow
 def test_a_pause_begins_again(path: Path) -> None:
     profiler = Profiler(path, torch.device("cpu"))
     for _ in range(3):
