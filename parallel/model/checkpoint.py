@@ -7,7 +7,7 @@ were checked before (`planning.headers`), so a mismatch here is our own mistake.
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import safe_open
@@ -43,10 +43,13 @@ def load(
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
     pack: Callable[[Tensor, Tensor, Tensor], Packed] = Packed,
+    experts: Literal["device", "memory", "file"] = "device",
 ) -> Weights:
     """The share of `rank`. Calls progress(done_bytes, total_bytes) after each tensor, in bytes of the files.
 
-    pack: `Operations.pack`, of blocks, scales and bias of one product.
+    pack: `Operations.pack`, of blocks, scales and bias of one product. It is called layer by layer, for gate_up and
+    then for down. experts: where it gets them: on the device, in host memory, or as views into the mapped file (of
+    blocks and scales; a replica of one rank).
     """
     rows = {row.name: row for row in table(plan.spec)}
     total_bytes = sum(_read_bytes(row, plan, rank) for row in rows.values())
@@ -60,7 +63,13 @@ def load(
             path = inventory[row.published].path
             if path not in files:
                 files[path] = stack.enter_context(safe_open(path, framework="pt"))
-            tensor = _place(files[path], row, plan, rank, device)
+            is_expert = any(cut.axis == "ep" for cut in row.cuts)
+            if is_expert and experts == "file" and row.dtype == "U8":
+                assert plan.mesh.ranks == 1 and not plan.expert_order
+                tensor = files[path].get_tensor(row.published)
+            else:
+                there = device if experts == "device" or not is_expert else torch.device("cpu")
+                tensor = _place(files[path], row, plan, rank, there)
             done_bytes += _read_bytes(row, plan, rank)
             progress(done_bytes, total_bytes)
             return tensor
