@@ -55,7 +55,7 @@ def start(
         torch.cuda.set_device(device)
     folder = Path(plan.checkpoint)
     inventory = read_inventory(folder)
-    check_inventory(plan.spec, inventory, folder)
+    check_inventory(plan.spec, inventory, folder, quantizes=True)
     meter = Meter(device)
     read_bytes = 0
 
