@@ -70,7 +70,7 @@ def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
         folder = _from_hub(model, need_weights)
     spec = read_config(folder / CONFIG)
     if need_weights:
-        check_inventory(spec, read_inventory(folder), folder)
+        check_inventory(spec, read_inventory(folder), folder, quantizes=True)
     return spec, folder
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
 from ..kernels.choose import operations
 from ..model.calibrate import connect
 from ..model.checkpoint import load
 from ..model.comm import Alone, Comm, Marked, Sums
+from ..offload.experts import offloaded
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
 from .engine import Engine
@@ -53,13 +53,9 @@ def start(
     if plan.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if plan.offload != "none":
-        raise UserError(
-            f"offload ({plan.offload.taken.name}) can be planned, but not run yet", "a machine that holds all"
-        )
     folder = Path(plan.checkpoint)
     inventory = read_inventory(folder)
-    check_inventory(plan.spec, inventory, folder)
+    check_inventory(plan.spec, inventory, folder, quantizes=True)
     meter = Meter(device)
     read_bytes = 0
 
@@ -69,7 +65,13 @@ def start(
         progress(done_bytes, total_bytes)
 
     (ops, slow_ways), recorder = operations(plan), None
-    weights = load(plan, rank, inventory, device, count, ops.pack)
+    experts_on = "device"
+    if plan.offload != "none":
+        experts_on = plan.offload.taken.kept
+        if plan.offload.taken.device == "cuda":  # on the CPU only the place of the experts is another
+            ops, _, more = offloaded(plan.offload, ops, device)
+            slow_ways += (*more, "no CUDA graphs: not all experts are on the GPU")
+    weights = load(plan, rank, inventory, device, count, ops.pack, experts_on)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
@@ -89,7 +91,8 @@ def start(
             recorder = Recorder(options.record_routing, plan, device)
             ops = recorder.counted(ops)
     watched = options.check_ranks or options.record_routing is not None
-    engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if plan.kernels == "triton" and not watched else ())
+    in_graphs = plan.kernels == "triton" and plan.offload == "none" and not watched
+    engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if in_graphs else ())
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]

@@ -55,15 +55,30 @@ def experts(
     first_expert: global number of the first expert here. One expert is dequantized at a time.
     """
     out_TH = torch.zeros(x_TH.shape, dtype=wide(x_TH.dtype), device=x_TH.device)
-    linear = torch.nn.functional.linear
     for expert in experts_TX.unique().tolist():
         local = expert - first_expert
         if not 0 <= local < len(gate_up.blocks):
             continue
-        rows, column = (experts_TX == expert).nonzero(as_tuple=True)
-        weight = dequantize(gate_up.blocks[local], gate_up.scales[local], x_TH.dtype)
-        inner = swiglu(linear(x_TH[rows], weight, gate_up.bias[local]), limit)
-        weight = dequantize(down.blocks[local], down.scales[local], x_TH.dtype)
-        y = linear(inner, weight, down.bias[local])
-        out_TH.index_add_(0, rows, y.to(out_TH.dtype) * weights_TX[rows, column, None])
+        add_expert(out_TH, x_TH, weights_TX, experts_TX == expert, gate_up, down, local, limit)
     return out_TH.to(x_TH.dtype)
+
+
+def add_expert(
+    out_TH: Tensor,
+    x_TH: Tensor,
+    weights_TX: Tensor,
+    chosen_TX: Tensor,
+    gate_up: Packed,
+    down: Packed,
+    place: int,
+    limit: float,
+) -> None:
+    """Add to out, in its own precision, what the expert at `place` of gate_up and down makes of the tokens that chose
+    it. chosen_TX: bool."""
+    linear = torch.nn.functional.linear
+    rows, column = chosen_TX.nonzero(as_tuple=True)
+    weight = dequantize(gate_up.blocks[place], gate_up.scales[place], x_TH.dtype)
+    inner = swiglu(linear(x_TH[rows], weight, gate_up.bias[place]), limit)
+    weight = dequantize(down.blocks[place], down.scales[place], x_TH.dtype)
+    y = linear(inner, weight, down.bias[place])
+    out_TH.index_add_(0, rows, y.to(out_TH.dtype) * weights_TX[rows, column, None])

@@ -7,14 +7,16 @@ were checked before (`planning.headers`), so a mismatch here is our own mistake.
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..errors import UserError
 from ..kernels.experts import Packed
-from ..planning.headers import Entry
+from ..kernels.quantize import quantize
+from ..planning.headers import Entry, wide_name
 from ..planning.memory import stored_dtype
 from ..planning.plan import DType
 from ..planning.shards import Mesh, Row, is_zero_here, local_bytes, local_shape, local_slices, table
@@ -43,10 +45,14 @@ def load(
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
     pack: Callable[[Tensor, Tensor, Tensor], Packed] = Packed,
+    experts: Literal["device", "memory", "file"] = "device",
 ) -> Weights:
-    """The share of `rank`. Calls progress(done_bytes, total_bytes) after each tensor, in bytes of the files.
+    """The share of `rank`; experts that the files have in bf16 are quantized as they come. Calls progress(done_bytes,
+    total_bytes) after each tensor, in bytes of MXFP4 files.
 
-    pack: `Operations.pack`, of blocks, scales and bias of one product.
+    pack: `Operations.pack`, of blocks, scales and bias of one product. It is called layer by layer, for gate_up and
+    then for down. experts: where it gets them: on the device, in host memory, or as views into the mapped file (of
+    blocks and scales; a replica of one rank).
     """
     rows = {row.name: row for row in table(plan.spec)}
     total_bytes = sum(_read_bytes(row, plan, rank) for row in rows.values())
@@ -54,19 +60,44 @@ def load(
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
 
-        def read(name: str) -> Tensor:
-            nonlocal done_bytes
-            row = rows[name]
-            path = inventory[row.published].path
+        experts_device = device if experts == "device" else torch.device("cpu")
+
+        def file_of(published: str) -> Any:
+            path = inventory[published].path
             if path not in files:
                 files[path] = stack.enter_context(safe_open(path, framework="pt"))
-            tensor = _place(files[path], row, plan, rank, device)
+            return files[path]
+
+        def done(row: Row) -> None:
+            nonlocal done_bytes
             done_bytes += _read_bytes(row, plan, rank)
             progress(done_bytes, total_bytes)
+
+        def read(name: str) -> Tensor:
+            row = rows[name]
+            is_expert = any(cut.axis == "ep" for cut in row.cuts)
+            if is_expert and experts == "file" and row.dtype == "U8":
+                assert plan.mesh.ranks == 1 and not plan.expert_order
+                tensor = file_of(row.published).get_tensor(row.published)
+            else:
+                there = experts_device if is_expert else device
+                tensor = _place(file_of(row.published), row, plan, rank, there)
+            done(row)
             return tensor
 
         def read_packed(prefix: str) -> Packed:
-            return pack(read(f"{prefix}.blocks"), read(f"{prefix}.scales"), read(f"{prefix}.bias"))
+            blocks, scales = rows[f"{prefix}.blocks"], rows[f"{prefix}.scales"]
+            if blocks.published in inventory:
+                return pack(read(blocks.name), read(scales.name), read(f"{prefix}.bias"))
+            if experts == "file":
+                raise UserError(
+                    f"{wide_name(blocks)} is bf16: experts can be read from the file as they are only in MXFP4",
+                    "more --host-memory keeps them in memory",
+                )
+            packed = _quantized(file_of(wide_name(blocks)), blocks, plan, rank, experts_device)
+            done(blocks)
+            done(scales)
+            return pack(*packed, read(f"{prefix}.bias"))
 
         def read_layer(prefix: str) -> Layer:
             return Layer(
@@ -111,6 +142,19 @@ def _read(file: Any, row: Row, plan: Placed, rank: int) -> Tensor:
         return stored[slices]
     order = plan.expert_order[int(row.name.split(".")[1])]
     return torch.cat([stored[(slice(expert, expert + 1), *slices[1:])] for expert in order[slices[0]]])
+
+
+def _quantized(file: Any, row: Row, plan: Placed, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Blocks and scales of this rank's slice of a product that the file has in bf16, [experts, in, out]: an expert at
+    a time, on the device. row: that of the blocks."""
+    stored, (experts, *rest) = file.get_slice(wide_name(row)), local_slices(row, plan.mesh, rank)
+    order = plan.expert_order[int(row.name.split(".")[1])] if plan.expert_order else range(row.shape[0])
+    made = []
+    for expert in order[experts]:
+        blocks, scales = quantize(stored[expert : expert + 1][0].to(device).T)
+        made.append((blocks[tuple(rest)].contiguous(), scales[tuple(rest[:2])].contiguous()))
+    blocks, scales = zip(*made, strict=True)
+    return torch.stack(blocks), torch.stack(scales)
 
 
 def _read_bytes(row: Row, plan: Placed, rank: int) -> int:

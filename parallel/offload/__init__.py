@@ -1,1 +1,1 @@
-"""Weights that live in host memory and the cache that brings them in. Empty so far: the planner says so."""
+"""Weights that live in host memory or in the checkpoint's file, and the cache that brings them in. One rank."""

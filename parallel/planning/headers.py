@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from .shards import Row, table
-from .spec import Spec
+from .spec import MXFP4_BLOCK, Spec
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -86,10 +86,16 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def check_inventory(spec: Spec, inventory: dict[str, Entry], folder: Path) -> None:
-    """Raise UserError unless `inventory` has every row of the shard table with its dtype and shape."""
+def check_inventory(spec: Spec, inventory: dict[str, Entry], folder: Path, *, quantizes: bool = False) -> None:
+    """Raise UserError unless `inventory` has every row of the shard table with its dtype and shape.
+
+    quantizes: whoever loads it can make packed experts of bf16 ones, as Hugging Face saves those (`wide_name`).
+    """
     for row in table(spec):
         entry = inventory.get(row.published)
+        if entry is None and quantizes and row.dtype == "U8" and wide_name(row) in inventory:
+            _check_wide(row, inventory[wide_name(row)])
+            continue
         if entry is None:
             raise UserError(f"{folder}: no tensor {row.published}", _wanted(row))
         if entry.dtype != row.dtype:
@@ -97,6 +103,18 @@ def check_inventory(spec: Spec, inventory: dict[str, Entry], folder: Path) -> No
         if entry.shape != row.shape:
             found, wanted = list(entry.shape), list(row.shape)
             raise UserError(f"{entry.path}: {row.published} is {found}, wanted {wanted}", _wanted(row))
+
+
+def wide_name(row: Row) -> str:
+    """Of the bf16 tensor [experts, in, out] that some checkpoints have for a packed product's blocks and scales."""
+    return row.published.removesuffix("_blocks").removesuffix("_scales")
+
+
+def _check_wide(row: Row, entry: Entry) -> None:
+    shape = (row.shape[0], row.shape[2] * MXFP4_BLOCK, row.shape[1])
+    if (entry.dtype, entry.shape) != ("BF16", shape):
+        found = f"{wide_name(row)} is {entry.dtype} {list(entry.shape)}"
+        raise UserError(f"{entry.path}: {found}, wanted BF16 {list(shape)}", _wanted(row))
 
 
 def _wanted(row: Row) -> str:

@@ -24,7 +24,7 @@ from .spec import Spec
 CONTEXT_TOKENS = 8192  # chosen unasked: what a longer one takes, experts would lose
 SEQUENCES = 4  # at a time: many would need all experts in every step
 STEP_TOKENS = 512  # of a prompt, so that the workspace leaves room for experts
-STAGED_EXPERTS = 4  # on the device besides: one as it comes over the link, and what repacking it takes
+STAGED_EXPERTS = 10  # on the device besides: one as it comes over the link, and what repacking it takes
 
 # Where the machine's own are not known. Low on purpose: a desktop of some years ago.
 ASSUMED = Speeds(host=20e9, link=10e9, disk=1e9)

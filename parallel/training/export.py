@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.mxfp4 import dequantize
+from ..kernels.quantize import quantize
 from ..model.random_checkpoint import SINGLE_FILE_LIMIT_BYTES
 from ..planning.headers import INDEX, SINGLE_FILE, check_inventory, read_inventory
 from ..planning.shards import table
@@ -25,7 +26,6 @@ from . import adapters
 from .checkpoints import ranks_of, read_values
 from .job import Job
 from .products import LowRank
-from .quantize import quantize
 
 Format = Literal["adapter", "bf16", "mxfp4"]
 CONFIG = "config.json"

@@ -6,9 +6,10 @@ import pytest
 import torch
 from gptoss_launch.parallel.kernels.experts import Packed
 from gptoss_launch.parallel.kernels.mxfp4 import FP4_VALUES, dequantize
+from gptoss_launch.parallel.kernels.quantize import quantize
 from gptoss_launch.parallel.training import attention, loss
 from gptoss_launch.parallel.training.products import Experts, Linear, LowRank
-from gptoss_launch.parallel.training.quantize import quantize, through_mxfp4
+from gptoss_launch.parallel.training.quantize import through_mxfp4
 from small_models import GPU, SPECS
 from torch import Tensor
 

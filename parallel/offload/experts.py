@@ -1,0 +1,262 @@
+"""The mixture of experts where the device holds only some of them, as the plan's `offload` says.
+
+Two ways, with the signature and meaning of `kernels.experts.experts`. Copied: a layer's slots on the device are a
+cache; what a step needs and the cache has not is copied from the host in place of what was unused for longest, on a
+stream of its own, while experts that are there already compute. Computed: the slots never change, and the CPU computes
+the others while the device computes its own. Works on any device, so that all of it can be tried without a GPU. Does
+not know how the plan was chosen, nor anything of layers but the order in which they are loaded.
+"""
+
+import dataclasses
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels import PLAIN, Operations
+from ..kernels import experts as plain
+from ..kernels.experts import Packed
+from ..kernels.precision import wide
+from ..planning.plan import Offload
+
+PARTS = ("blocks", "scales", "bias")  # of a Packed; the first dim counts experts
+
+
+@dataclass
+class Counts:
+    """What the cache did since the start: experts found and not found on the device, bytes brought in, and the time for
+    which the host waited to learn which experts a step needs."""
+
+    hits: int = 0
+    misses: int = 0
+    moved_bytes: int = 0
+    waited_s: float = 0.0
+
+
+@dataclass
+class Slots:
+    """Which experts of a layer are on the device, and since when unused: the last ones were used last.
+
+    ready, free: events of each slot on a GPU: its weights are there; nobody reads them any more.
+    """
+
+    places: OrderedDict[int, int]
+    ready: list[torch.cuda.Event] = field(default_factory=list)
+    free: list[torch.cuda.Event] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Held(Packed):
+    """One product of a layer's experts on the device, at most `len(blocks)` of them, in the layout of the kernels
+    (packed), and on the host in the checkpoint's. Host experts are all of the layer's, or those of host_places.
+
+    device_places, host_places: int64 [E], where each expert is; -1: not there. The first on the device, the second on
+    the CPU, and both only where places never change.
+    """
+
+    packed: Packed
+    host: Packed
+    slots: Slots
+    device_places: Tensor
+    host_places: Tensor
+
+
+class Holder:
+    """`pack` of an offloaded model: called for gate_up and down of each layer in turn, with experts on the host."""
+
+    def __init__(self, offload: Offload, ops: Operations, device: torch.device) -> None:
+        self._offload, self._ops, self._device, self._calls = offload, ops, device, 0
+        self._slots: Slots | None = None
+
+    def __call__(self, blocks: Tensor, scales: Tensor, bias: Tensor) -> Held:
+        way, layer, count = self._offload.taken, self._calls // 2, len(blocks)
+        self._calls += 1
+        hot = self._offload.hot[layer] if self._offload.hot else tuple(range(way.slots))
+        if self._slots is None:  # shared by both products of a layer
+            events = [[torch.cuda.Event() for _ in hot] if self._device.type == "cuda" else [] for _ in range(2)]
+            slots = self._slots = Slots(OrderedDict((expert, slot) for slot, expert in enumerate(hot)), *events)
+            slots.places = OrderedDict(reversed(slots.places.items()))  # the most used one is given up last
+        else:
+            slots, self._slots = self._slots, None
+        whole = Packed(blocks, scales, bias)
+        kept = torch.tensor(hot, dtype=torch.int64)
+        packed = self._ops.pack(*(getattr(whole, part)[kept].to(self._device) for part in PARTS))
+        device_places = torch.full((count,), -1, dtype=torch.int64)
+        device_places[kept] = torch.arange(len(hot))
+        host_places = torch.full((count,), -1, dtype=torch.int64)
+        others = torch.tensor([expert for expert in range(count) if expert not in set(hot)], dtype=torch.int64)
+        if way.misses == "computed" and way.kept == "memory":
+            host_places[others] = torch.arange(len(others))
+            whole = Packed(*(getattr(whole, part)[others] for part in PARTS))
+        else:
+            host_places[others] = others
+        if way.misses == "computed":
+            if whole.bias.dtype == torch.float16:  # which the CPU's experts do not read
+                whole = dataclasses.replace(whole, bias=whole.bias.float())
+        elif way.kept == "memory" and self._device.type == "cuda":
+            for part in PARTS:
+                pin(getattr(whole, part))
+        empty = torch.empty((0,), device=self._device)
+        return Held(empty, empty, empty, packed, whole, slots, device_places.to(self._device), host_places)
+
+
+def pin(tensor: Tensor) -> None:
+    """Lock the tensor's memory where it is, so that copies from it need not wait. torch's own pinned memory is rounded
+    up to a power of two, which no plan foresees. Raises UserError where the system refuses."""
+    runtime: Any = torch.cuda.cudart()
+    code = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+    if code:
+        raise UserError(
+            f"{tensor.nbytes} bytes of host memory cannot be pinned: CUDA error {code}",
+            "--host-memory with less leaves experts in the checkpoint's file; or raise `ulimit -l`",
+        )
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Experts through the cache. ops: those of the device. stream: for copies; None on the CPU."""
+
+    ops: Operations
+    counts: Counts
+    stream: "torch.cuda.Stream | None"
+
+    def __call__(
+        self,
+        x_TH: Tensor,
+        weights_TX: Tensor,
+        experts_TX: Tensor,
+        gate_up: Held,
+        down: Held,
+        first_expert: int,
+        limit: float,
+    ) -> Tensor:
+        began_s = time.perf_counter()
+        wanted = experts_TX.unique().tolist()  # ascending
+        self.counts.waited_s += time.perf_counter() - began_s
+        out_TH = torch.zeros(x_TH.shape, dtype=wide(x_TH.dtype), device=x_TH.device)
+        slots, room = gate_up.slots, len(gate_up.slots.places)
+        for start in range(0, len(wanted), room):
+            some = wanted[start : start + room]
+            places = self._bring(some, gate_up, down)
+            if self.ops.experts is plain.experts:
+                for expert in some:  # in the order of the plain operation, so that the sums have the same bits
+                    self._await(slots, places[expert])
+                    chosen_TX = experts_TX == expert
+                    packs = gate_up.packed, down.packed
+                    plain.add_expert(out_TH, x_TH, weights_TX, chosen_TX, *packs, places[expert], limit)
+            else:
+                for expert in some:
+                    self._await(slots, places[expert])
+                table_E = torch.full((len(gate_up.host.blocks),), -1, dtype=torch.int64)
+                table_E[some] = torch.tensor([places[expert] for expert in some])
+                places_TX = table_E.to(x_TH.device)[experts_TX]
+                out_TH += self.ops.experts(x_TH, weights_TX, places_TX, gate_up.packed, down.packed, 0, limit)
+            for place in places.values() if slots.free else ():
+                slots.free[place].record()
+        return out_TH.to(x_TH.dtype)
+
+    def _bring(self, wanted: Sequence[int], gate_up: Held, down: Held) -> dict[int, int]:
+        """Where each of `wanted` is, or will be when its event comes."""
+        slots, places = gate_up.slots, {}
+        missing = []
+        for expert in wanted:
+            if expert in slots.places:
+                slots.places.move_to_end(expert)
+                places[expert] = slots.places[expert]
+            else:
+                missing.append(expert)
+        self.counts.hits += len(places)
+        self.counts.misses += len(missing)
+        for expert in missing:
+            _, place = slots.places.popitem(last=False)
+            slots.places[expert] = places[expert] = place
+            self._copy(expert, place, slots, (gate_up, down))
+        return places
+
+    def _copy(self, expert: int, place: int, slots: Slots, products: Sequence[Held]) -> None:
+        if self.stream is None:
+            self._fill(expert, place, products)
+            return
+        self.stream.wait_event(slots.free[place])  # one that was never recorded is not waited for
+        with torch.cuda.stream(self.stream):
+            self._fill(expert, place, products)
+            slots.ready[place].record()
+
+    def _fill(self, expert: int, place: int, products: Sequence[Held]) -> None:
+        for product in products:
+            one = [getattr(product.host, part)[expert : expert + 1] for part in PARTS]
+            self.counts.moved_bytes += sum(part.nbytes for part in one)
+            device = product.packed.blocks.device
+            packed = self.ops.pack(*(part.to(device, non_blocking=True) for part in one))
+            for part in PARTS:
+                getattr(product.packed, part)[place : place + 1].copy_(getattr(packed, part))
+
+    def _await(self, slots: Slots, place: int) -> None:
+        if slots.ready:
+            torch.cuda.current_stream().wait_event(slots.ready[place])
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Experts on the device, and the others on the CPU meanwhile. ops: those of the device. on_cpu: as
+    `kernels.experts.experts`, on the CPU."""
+
+    ops: Operations
+    counts: Counts
+    on_cpu: Callable[..., Tensor]
+
+    def __call__(
+        self,
+        x_TH: Tensor,
+        weights_TX: Tensor,
+        experts_TX: Tensor,
+        gate_up: Held,
+        down: Held,
+        first_expert: int,
+        limit: float,
+    ) -> Tensor:
+        began_s = time.perf_counter()
+        chosen_TX = experts_TX.cpu()
+        self.counts.waited_s += time.perf_counter() - began_s
+        places_TX = gate_up.host_places[chosen_TX]
+        missed_T = (places_TX >= 0).any(1)
+        missed = int((places_TX >= 0).sum())
+        self.counts.misses += missed
+        self.counts.hits += places_TX.numel() - missed
+        rows = missed_T.nonzero().squeeze(1)
+        # to the CPU before the device begins with its own: a copy waits for all that was begun before it
+        x_MH, weights_MX = (part.cpu()[rows] for part in (x_TH.float(), weights_TX)) if missed else (None, None)
+        out_TH = torch.zeros(x_TH.shape, dtype=wide(x_TH.dtype), device=x_TH.device)
+        if len(gate_up.packed.blocks):
+            here_TX = gate_up.device_places[experts_TX]
+            out_TH += self.ops.experts(x_TH, weights_TX, here_TX, gate_up.packed, down.packed, 0, limit)
+        if x_MH is not None and weights_MX is not None:
+            y_MH = self.on_cpu(x_MH, weights_MX, places_TX[rows], gate_up.host, down.host, 0, limit)
+            out_TH.index_add_(0, rows.to(x_TH.device), y_MH.to(x_TH.device, out_TH.dtype))
+        return out_TH.to(x_TH.dtype)
+
+
+def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[Operations, Counts, tuple[str, ...]]:
+    """`ops` with experts as `offload` has them, what is counted meanwhile, and slower ways that are taken by need.
+
+    A new value for each model that is loaded: `pack` counts layers.
+    """
+    counts = Counts()
+    holder = Holder(offload, ops, device)
+    if offload.taken.misses == "copied":
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        return dataclasses.replace(ops, pack=holder, experts=Copied(ops, counts, stream)), counts, ()
+    from ..kernels.cpu_build import NoLibraryError
+    from ..kernels.cpu_experts import cpu_operations
+
+    slow: tuple[str, ...] = ()
+    try:
+        on_cpu = cpu_operations().experts
+    except NoLibraryError as error:
+        on_cpu, slow = PLAIN.experts, (f"plain torch experts on the CPU, some 100 times slower: {error}",)
+    return dataclasses.replace(ops, pack=holder, experts=Computed(ops, counts, on_cpu)), counts, slow
