@@ -76,13 +76,14 @@ def plot(run: Path) -> Path | None:
 
     steps = read_metrics(run)
     figure = Figure(figsize=(8, 9), layout="constrained")
-    for axes, curves in zip(figure.subplots(len(CURVES), sharex=True), CURVES, strict=True):
+    rows = figure.subplots(len(CURVES), sharex=True)
+    for axes, curves in zip(rows, CURVES, strict=True):
         for key, label in curves.items():
             points = [(step["step"], step[key]) for step in steps if key in step]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
         axes.legend()
         axes.grid(alpha=0.3)
-    axes.set_xlabel("step")
+    rows[-1].set_xlabel("step")
     figure.savefig(run / PLOT_FILE, dpi=120)
     return run / PLOT_FILE
