@@ -42,10 +42,13 @@ class Metrics:
 @contextmanager
 def open_metrics(run: Path, names: Sequence[str], settings: Mapping[str, Any]) -> Iterator[Metrics]:
     """settings: of the run, for trackers that show them."""
+    if names:
+        from accelerate import PartialState
+
+        PartialState(cpu=settings["device"] == "cpu")  # its trackers want one, and it takes our process group as it is
     trackers = [_tracker(name, run) for name in names]
     with (run / METRICS_FILE).open("a", encoding="utf-8") as file:
         for tracker in trackers:
-            tracker.main_process_only = False  # this is the main process; it would join a process group of its own
             tracker.start()
             tracker.store_init_configuration(dict(settings))
         try:
