@@ -42,10 +42,13 @@ class Metrics:
 @contextmanager
 def open_metrics(run: Path, names: Sequence[str], settings: Mapping[str, Any]) -> Iterator[Metrics]:
     """settings: of the run, for trackers that show them."""
+    if names:
+        from accelerate import PartialState
+
+        PartialState(cpu=settings["device"] == "cpu")  # its trackers want one, and it takes our process group as it is
     trackers = [_tracker(name, run) for name in names]
     with (run / METRICS_FILE).open("a", encoding="utf-8") as file:
         for tracker in trackers:
-            tracker.main_process_only = False  # this is the main process; it would join a process group of its own
             tracker.start()
             tracker.store_init_configuration(dict(settings))
         try:
@@ -76,14 +79,14 @@ def plot(run: Path) -> Path | None:
 
     steps = read_metrics(run)
     figure = Figure(figsize=(8, 9), layout="constrained")
-    all_axes = figure.subplots(len(CURVES), sharex=True)
-    for axes, curves in zip(all_axes, CURVES, strict=True):
+    rows = figure.subplots(len(CURVES), sharex=True)
+    for axes, curves in zip(rows, CURVES, strict=True):
         for key, label in curves.items():
             points = [(step["step"], step[key]) for step in steps if key in step]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
         axes.legend()
         axes.grid(alpha=0.3)
-    all_axes[-1].set_xlabel("step")
+    rows[-1].set_xlabel("step")
     figure.savefig(run / PLOT_FILE, dpi=120)
     return run / PLOT_FILE

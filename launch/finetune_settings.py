@@ -153,7 +153,9 @@ class FinetuneSettings:
         None, _text, "A file of configs/deepspeed or of your own; zero3 for mode=full on several ranks, else none."
     )
     optimizer: OptimizerKind = _key(
-        "adamw", _one_of(get_args(OptimizerKind)), "adamw8bit: moments in 8 bits, by torchao."
+        "adamw",
+        _one_of(get_args(OptimizerKind)),
+        "adamw8bit: moments in 8 bits, by torchao; a run that goes on does so nearly, not exactly.",
     )
     dtype: DType | None = _key(None, _one_of(DTYPES), "Of products and hidden states; bf16 on a GPU, else fp32.")
     device: Literal["cuda", "cpu"] | None = _key(None, _one_of(("cuda", "cpu")), "A GPU if there is one, else the CPU.")

@@ -63,9 +63,11 @@ def start_ranks(ranks: int, words: Sequence[str], stop_file: Path) -> int:
 
 
 def ended(codes: Mapping[int, int]) -> int:
-    """The exit code of a run from those of the ranks that had ended when torchrun looked. A rank that lost the others
-    (7) or stopped (75) is only the cause where there is no other."""
-    rank, code = min(codes.items(), key=lambda item: ((RankDiedError.exit_code, STOPPED).count(item[1]), item))
+    """The exit code of a run from those of the ranks that had ended when torchrun looked, or that it ended then. A rank
+    stops (75) together with all; one that lost the others (7), or that torchrun ended, is only the cause where there is
+    no other."""
+    follows = {STOPPED: 1, RankDiedError.exit_code: 2, -signal.SIGTERM: 3}
+    rank, code = min(codes.items(), key=lambda item: (follows.get(item[1], 0), item[0]))
     if code == STOPPED or code in SAID:
         if code != STOPPED:
             print(f"{PROGRAM}: rank {rank} ended with exit code {code}, and with it the run", file=sys.stderr)

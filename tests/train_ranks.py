@@ -22,20 +22,22 @@ from gptoss_launch.parallel.training.samples import sample
 from gptoss_launch.parallel.training.saves import saves
 from gptoss_launch.parallel.training.trainee import Trainee, load_trainee
 from gptoss_launch.parallel.training.world import World, joined
-from small_models import SPECS, TINY, prompt
+from small_models import SPECS, prompt
 
-STEPS = 10
 SAMPLES = [
     sample(prompt(SPECS["tiny"], length, seed=length), [0, *[1.0 if place % 3 else 0.5 for place in range(1, length)]])
     for length in (12, 20, 9, 31, 16, 25, 40, 18, 22, 30, 11)
 ]
 
 
-def make_job(mode: Mode = "lora", deepspeed: dict[str, Any] | None = None, dtype: DType = "fp32") -> Job:
+def make_job(
+    folder: Path, mode: Mode = "lora", deepspeed: dict[str, Any] | None = None, dtype: DType = "fp32", steps: int = 10
+) -> Job:
+    """folder: of the checkpoint, by its name in SPECS."""
     return Job(
-        model="tiny",
-        checkpoint=str(TINY),
-        spec=SPECS["tiny"],
+        model=folder.name,
+        checkpoint=str(folder),
+        spec=SPECS[folder.name],
         mode=mode,
         attention_rank=4,
         attention_alpha=8,
@@ -45,14 +47,14 @@ def make_job(mode: Mode = "lora", deepspeed: dict[str, Any] | None = None, dtype
         device="cpu",
         sequence_tokens=48,
         packs_per_step=3,  # on two ranks one of them has a blank
-        steps=STEPS,
+        steps=steps,
         recipe=Recipe(5e-3 if mode == "lora" else 1e-3, "cosine", 0.2, 0.1, 0.9, 0.95, 0.01, 1.0),
         seed=1,
         data="",
         weights=(1.0,),
-        save_every=5,
+        save_every=steps // 2,
         keep_last=2,
-        eval_every=5,
+        eval_every=steps // 2,
         check_first_loss=False,
         deepspeed=deepspeed,
     )
@@ -86,7 +88,7 @@ def run_cases(out: Path, cases: dict[str, tuple[Job, str | None]], ranks: int) -
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=1500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-9000:]

@@ -1,5 +1,6 @@
 """AdamW (https://arxiv.org/abs/1711.05101), with moments in fp32 or, through torchao, in 8 bits.
 
+A run that goes on rounds moments of 8 bits once more: its losses are near those of the run without a stop, not equal.
 Knows nothing of gradients or ranks.
 """
 

@@ -73,8 +73,7 @@ class Replicated:
         self._world.add(gradients)
         norm = torch.nn.utils.clip_grad_norm_(list(self._leaves.values()), self._clip or math.inf).item()
         if math.isfinite(norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
+            self._set_rate(rate)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
@@ -87,8 +86,7 @@ class Replicated:
     def write(self, kept: Callable[[str], Kept], steps: int) -> None:
         for leaf in self._leaves.values():
             leaf.grad = torch.zeros_like(leaf)
-        for group in self._optimizer.param_groups:
-            group["lr"] = 0.0
+        self._set_rate(0.0)
         self._optimizer.step()  # makes the state, whatever its kind, and changes nothing at this rate
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -98,6 +96,13 @@ class Replicated:
                 for moment in MOMENTS:
                     state[moment].copy_(getattr(one, moment))
                 set_steps(state, steps)
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # torchao's, whose step is compiled
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 def set_steps(state: dict[str, Any], steps: int) -> None:

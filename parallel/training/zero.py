@@ -48,10 +48,19 @@ class Whole(torch.nn.Module):
             found |= {name.replace("/", "."): tensor for name, tensor in part.named_parameters()}
         return found
 
-    def within(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    def within(self, part: str, function: Callable[..., Any], *arguments: Tensor) -> Any:
         """As `Model.within` wants it. Parts of which nothing is trained are no modules."""
         key = part.replace(".", "/")
-        return self.parts[key](function, *arguments) if key in self.parts else function(*arguments)
+        if key not in self.parts:
+            return function(*arguments)
+        if not torch.is_grad_enabled():
+            return self.parts[key](function, *arguments)
+        # where no input wants a gradient, DeepSpeed takes weights away before their gradients are computed
+        if not arguments:
+            nothing = torch.zeros((), device=next(self.parameters()).device, requires_grad=True)
+            return self.parts[key](lambda nothing: (y := function()) + nothing.to(y.dtype), nothing)
+        arguments = tuple(one if one.requires_grad else one.detach().requires_grad_() for one in arguments)
+        return self.parts[key](function, *arguments)
 
 
 def deepspeed_config(job: Job) -> tuple[dict[str, Any], Zero]:
@@ -186,10 +195,11 @@ class Sharded:
         """DeepSpeed makes the moments at its first step: take one that changes nothing."""
 
         def nothing() -> tuple[Tensor, None]:
-            total = torch.zeros((), device=self._world.device)
-            for part in self._engine.module.parts.values():
-                total = total + part(lambda part=part: sum(one.sum() * 0.0 for one in part.parameters())).float()
-            return total, None
+            one = torch.ones((), device=self._world.device)
+            whole: Whole = self._engine.module
+            for name, part in whole.parts.items():
+                one = whole.within(name, lambda one, part=part: one + 0.0 * _sum(part), one)
+            return 0.0 * one, None
 
         self.add(nothing, last=True)
         self.step(0.0)
@@ -200,6 +210,10 @@ class Sharded:
     def _base(self) -> Any:
         """The optimizer that was handed to DeepSpeed."""
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+
+def _sum(part: torch.nn.Module) -> Tensor:
+    return torch.stack([parameter.sum().float() for parameter in part.parameters()]).sum()
 
 
 def _norm(leaves: Iterable[Tensor]) -> float:

@@ -25,6 +25,8 @@ from small_models import TINY, checkpoint
         ({1: 75}, 75),
         ({0: 7, 1: 2}, 2),  # rank 0 only lost the other
         ({0: 75, 1: 75}, 75),
+        ({0: -15, 1: 75}, 75),  # torchrun ends the others when the first has stopped
+        ({0: -15, 1: 4}, 4),
         ({0: 4}, 4),
     ],
 )
