@@ -143,7 +143,7 @@ def clients(port: int, streams: int, seconds: float, words: int) -> Seen:
         client = Client(socket.create_connection(("127.0.0.1", port)))
         selector.register(client.connection, selectors.EVENT_READ, client)
         ask(client)
-    last_s = until_s + 60
+    last_s = until_s + 180
     while selector.get_map() and time.monotonic() < last_s:
         for key, _ in selector.select(1.0):
             client = key.data
@@ -278,7 +278,7 @@ def front(step_s: float, *arguments: str, plan_context: int = 16384) -> Iterator
 def run_clients(port: int, streams: int, seconds: float, words: int) -> dict[str, Any]:
     """`clients` in a process of their own."""
     command = [sys.executable, __file__, "clients", *map(str, (port, streams, seconds, words))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds + 120, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds + 240, check=True)
     return json.loads(done.stdout)
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--words", type=int, default=60, help="of an answer; tiny takes five or six tokens for each")
+    parser.add_argument("--words", type=int, default=40, help="of an answer; tiny takes five or six tokens for each")
     parser.add_argument("--step-s", type=float, default=0.1)
     parser.add_argument("--out", type=Path, help="a file that the line is appended to")
     given = parser.parse_args()
