@@ -13,7 +13,7 @@ from ..parallel.engine.request import Request, Token
 from ..parallel.engine.wire import Cancel, Decoder, Done, Generate, Message, Refused, Stats, Tokens, encode
 from ..parallel.errors import UserError
 
-READ_BYTES = 16 << 10
+READ_BYTES = 64 << 10
 TOKENS_PER_TURN = 64  # given to their streams in one turn of the event loop; each costs it up to 0.1 ms
 POLL_S = 0.05  # between attempts to reach a leader that is still loading
 
@@ -126,27 +126,37 @@ class EngineClient:
         reason = "the engine died"
         try:
             while data := await reader.read(READ_BYTES):
+                tokens: dict[str, list[Token]] = {}
                 for message in decoder.feed(data):
                     if not isinstance(message, Tokens):
                         self._deliver(message)
                         continue
-                    # A step of a large batch, or many steps after a pause, would hold up the loop for as long as it
-                    # takes to send all of them: the streams get their turn in between.
-                    for start in range(0, len(message.tokens), TOKENS_PER_TURN):
-                        self._deliver(Tokens(message.tokens[start : start + TOKENS_PER_TURN]))
-                        await asyncio.sleep(0)
+                    for token in message.tokens:
+                        tokens.setdefault(token.request_id, []).append(token)
+                await self._hand_out(tokens)
         except (OSError, ValueError) as error:
             reason = f"the connection to the engine failed: {error}"
         finally:
             self._end(reason)
 
+    async def _hand_out(self, tokens: dict[str, list[Token]]) -> None:
+        """Gives each stream all that has come for it at once, which costs least when much has come; and lets the
+        streams have their turn now and then, since a step of a large batch would hold up everything else."""
+        given = 0
+        for request_id, own in tokens.items():
+            # A stream that is no longer there was cancelled; what was under way for it is dropped.
+            if (inbox := self._streams.get(request_id)) is None:
+                continue
+            for token in own:
+                inbox.put_nowait(token)
+            given += len(own)
+            if given >= TOKENS_PER_TURN:
+                given = 0
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)  # what has come meanwhile is read without waiting
+
     def _deliver(self, message: Message) -> None:
-        # A stream that is no longer there was cancelled; what was under way for it is dropped.
-        if isinstance(message, Tokens):
-            for token in message.tokens:
-                if (inbox := self._streams.get(token.request_id)) is not None:
-                    inbox.put_nowait(token)
-        elif isinstance(message, Refused) and (inbox := self._streams.get(message.request_id)) is not None:
+        if isinstance(message, Refused) and (inbox := self._streams.get(message.request_id)) is not None:
             inbox.put_nowait(UserError(message.message))
         elif isinstance(message, Done | Stats):
             self._on_report(message)

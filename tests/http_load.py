@@ -13,6 +13,7 @@ import random
 import selectors
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,11 +21,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+REFERENCE_S = 0.012  # `slowness` takes so long on a quiet core of a cloud server of 2026, Python 3.11
 SAME_WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima".split()
 
 
@@ -140,7 +143,7 @@ def clients(port: int, streams: int, seconds: float, words: int) -> Seen:
         client = Client(socket.create_connection(("127.0.0.1", port)))
         selector.register(client.connection, selectors.EVENT_READ, client)
         ask(client)
-    last_s = until_s + 60
+    last_s = until_s + 180
     while selector.get_map() and time.monotonic() < last_s:
         for key, _ in selector.select(1.0):
             client = key.data
@@ -275,7 +278,7 @@ def front(step_s: float, *arguments: str, plan_context: int = 16384) -> Iterator
 def run_clients(port: int, streams: int, seconds: float, words: int) -> dict[str, Any]:
     """`clients` in a process of their own."""
     command = [sys.executable, __file__, "clients", *map(str, (port, streams, seconds, words))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds + 120, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds + 240, check=True)
     return json.loads(done.stdout)
 
 
@@ -299,16 +302,53 @@ def quantile_from_buckets(metrics: str, name: str, share: float) -> float:
     return next(edge for edge, count in rows if count >= share * rows[-1][1])
 
 
+def slowness() -> float:
+    """How much more CPU time some encoding and sending takes here and now than on a quiet core of the kind that the
+    limits are for; at least 1."""
+    ours, theirs = socket.socketpair()
+    begun_s = time.process_time()
+    with ours, theirs:
+        for number in range(1000):
+            ours.send(json.dumps({"id": number, "choices": [{"index": 0, "delta": {"content": str(number)}}]}).encode())
+            json.loads(theirs.recv(1 << 16))
+    return max((time.process_time() - begun_s) / REFERENCE_S, 1.0)
+
+
+def bad_clients(port: int, words: int) -> list[socket.socket]:
+    """Some that ask and read nothing, and some that half close."""
+    connections = []
+    for number in range(20):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(request(1 << 50 | number, words))
+        if number % 2:
+            connection.shutdown(socket.SHUT_WR)
+        connections.append(connection)
+    return connections
+
+
 def measure(streams: int, seconds: float, words: int, step_s: float, *arguments: str) -> dict[str, Any]:
-    """One row: what came of it, and what a token cost."""
+    """One row: what came of it, with bad clients beside, and what a token cost. Tokens for bad clients are not counted,
+    so their cost falls on the others."""
     with front(step_s, *arguments) as served:
         before_s = served.cpu_s()
-        row = run_clients(served.port, streams, seconds, words)
+        bad = bad_clients(served.port, words)
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(run_clients, served.port, streams, seconds, words)
+            speeds = []
+            while not running.done():
+                speeds.append(slowness())
+                time.sleep(1)
+            row = running.result()
         row["cpu_us_per_token"] = round((served.cpu_s() - before_s) / max(row["tokens"], 1) * 1e6, 1)
+        row["slowness"] = round(statistics.median(speeds), 2)
         row["memory_bytes"] = served.memory_bytes()
         metrics = get(served.port, "/metrics")
-    for name in ("late", "busy"):
-        row[f"lag_{name}_p99_s"] = quantile_from_buckets(metrics, f"gptoss:event_loop_{name}_seconds", 0.99)
+        for connection in bad:
+            connection.close()
+    for name in ("late", "turn"):
+        row[f"{name}_p99_s"] = quantile_from_buckets(metrics, f"gptoss:event_loop_{name}_seconds", 0.99)
     return row
 
 

@@ -1,7 +1,8 @@
 """How late the event loop runs what is due: the time by which every stream is held up at that moment.
 
-Two figures for each sample. Late: by the clock, from when a timer was due until it ran. Busy: as much of that as this
-thread can have spent computing; the rest was lost to other processes on the same cores. Knows nothing of HTTP.
+Two figures for each sample. Late: by the clock, from when a timer was due until it ran. Turn: what this thread computed
+in the next turn of the loop; late is no more than one or two of those unless other processes take the cores. Knows
+nothing of HTTP.
 """
 
 import asyncio
@@ -12,10 +13,11 @@ EVERY_S = 0.05
 
 
 async def watch_lag(observe: Callable[[float, float], None], every_s: float = EVERY_S) -> None:
-    """Calls observe(late_s, busy_s) for ever, once every `every_s`."""
+    """Calls observe(late_s, turn_s) for ever, once every `every_s`."""
     loop = asyncio.get_running_loop()
     while True:
-        due_s, computed_s = loop.time() + every_s, time.thread_time()
+        due_s = loop.time() + every_s
         await asyncio.sleep(every_s)
-        late_s = max(loop.time() - due_s, 0.0)
-        observe(late_s, min(late_s, time.thread_time() - computed_s))
+        late_s, computed_s = max(loop.time() - due_s, 0.0), time.thread_time()
+        await asyncio.sleep(0)
+        observe(late_s, time.thread_time() - computed_s)

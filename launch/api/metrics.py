@@ -86,9 +86,9 @@ class Metrics:
         # Of the HTTP process itself, so without a replica.
         http, http_labels = "HTTP requests by route and status", (LABELS[0], "route", "method", "status")
         self._http = Counter(PREFIX + "http_requests", http, http_labels, registry=registry)
-        late, busy = "Time by which the event loop was late", "As much of it as it can have spent computing"
+        late, turn = "Time by which the event loop was late", "What one turn of the event loop computed"
         self._late = Histogram(PREFIX + "event_loop_late_seconds", late, LABELS[:1], registry=registry, buckets=LAG_S)
-        self._busy = Histogram(PREFIX + "event_loop_busy_seconds", busy, LABELS[:1], registry=registry, buckets=LAG_S)
+        self._turn = Histogram(PREFIX + "event_loop_turn_seconds", turn, LABELS[:1], registry=registry, buckets=LAG_S)
         registry.register(_Scrape(self._families))
 
     def report(self, replica: int, report: Done | Stats) -> None:
@@ -106,10 +106,10 @@ class Metrics:
         known = method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
         self._http.labels(self._model_name, route, known, str(status)).inc()
 
-    def lag(self, late_s: float, busy_s: float) -> None:
+    def lag(self, late_s: float, turn_s: float) -> None:
         """What `lag.watch_lag` saw."""
         self._late.labels(self._model_name).observe(late_s)
-        self._busy.labels(self._model_name).observe(busy_s)
+        self._turn.labels(self._model_name).observe(turn_s)
 
     def watch(self, prompt_tokens: int) -> "Watch":
         """For one request that begins now."""

@@ -1,4 +1,4 @@
-"""One TCP connection: uvicorn's httptools protocol, with limits on what it takes in before there is a request.
+"""One TCP connection: uvicorn's httptools protocol, with limits on what it takes in, and fewer system calls.
 
 uvicorn bounds neither the size of the headers nor the time that a request may take to arrive. Knows nothing of what is
 in a request.
@@ -14,6 +14,33 @@ HEAD_S = 30.0  # a connection, new or idle, has so long from its first byte to t
 MESSAGE_S = 600.0  # and so long to the end of the body
 
 
+class _Gathering:
+    """A transport that sends what is written in one turn of the event loop at once: where a client's tokens have piled
+    up, and for the headers with the first event. A system call costs more than making an event."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._parts:
+            parts, self._parts = self._parts, []
+            self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
+
+
 def connection(head_s: float = HEAD_S, message_s: float = MESSAGE_S) -> type[HttpToolsProtocol]:
     """The class of connections with these limits, as uvicorn takes it."""
 
@@ -23,7 +50,7 @@ def connection(head_s: float = HEAD_S, message_s: float = MESSAGE_S) -> type[Htt
         _limit: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+            super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
             self._end_after(head_s)
 
         def connection_lost(self, exc: Exception | None) -> None:

@@ -6,6 +6,7 @@ In this process, without sockets; tests/serving/test_connections.py has those.
 import asyncio
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -411,3 +412,20 @@ def test_what_is_wrong_with_the_door_is_said_first(tmp_path):
         path.write_text("no PEM")
     with pytest.raises(UserError, match="--tls-cert"):
         open_door("tiny", ServeSettings(port=0, tls_cert=tmp_path / "a", tls_key=tmp_path / "b"))
+
+
+@pytest.mark.slow
+def test_keys_of_the_environment_reach_the_http_process_and_nothing_else(start, monkeypatch):
+    monkeypatch.setenv(KEYS_VARIABLE, "the-very-secret-key name=ci at_once=2")
+    running = start("serve", 0, 5)
+    assert httpx.get(f"{running.url}/models").status_code == 401
+    assert httpx.get(f"{running.url}/models", headers=bearer("the-very-secret-key")).status_code == 200
+    pids = running.pids()
+    assert {"rank", "http", "torchrun"} <= pids.keys()
+    for role, pid in pids.items():
+        assert b"the-very-secret-key" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        holds = b"the-very-secret-key" in Path(f"/proc/{pid}/environ").read_bytes()
+        assert holds == (role in ("command", "http")), role
+    running.process.terminate()
+    running.gone_within()
+    assert running.process.wait() == 0 and "the-very-secret-key" not in running.stderr()

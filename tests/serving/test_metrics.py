@@ -1,9 +1,12 @@
 """/metrics: the names that dashboards ask for, and that the figures are right and never go back."""
 
+import asyncio
+import time
 from dataclasses import replace
 
 import pytest
 from gptoss_launch.launch.api import metrics as metrics_module
+from gptoss_launch.launch.api.lag import watch_lag
 from gptoss_launch.launch.api.metrics import Metrics, Replica
 from gptoss_launch.parallel.engine.request import Token
 from gptoss_launch.parallel.engine.wire import Done, Stats
@@ -133,3 +136,23 @@ def test_a_request_that_no_replica_had_is_not_counted():
     metrics = make()
     metrics.watch(3).end("abort")
     assert not [key for key in read(metrics, UP) if key[0] == "gptoss:request_success_total"]
+
+
+def test_a_loop_that_is_held_up_is_late_and_its_turn_long():
+    async def run() -> list[tuple[float, float]]:
+        seen: list[tuple[float, float]] = []
+        watching = asyncio.create_task(watch_lag(lambda late_s, turn_s: seen.append((late_s, turn_s)), every_s=0.01))
+
+        async def compute() -> None:
+            while len(seen) < 20:
+                begun_s = time.thread_time()
+                while time.thread_time() - begun_s < 0.03:
+                    pass
+                await asyncio.sleep(0)
+
+        await compute()
+        watching.cancel()
+        return seen
+
+    lates, turns = zip(*asyncio.run(run()), strict=True)
+    assert sorted(lates)[10] > 0.005 and 0.029 < sorted(turns)[10] < 0.06

@@ -1,0 +1,17 @@
+"""Five hundred streams at once through the HTTP process: whole, and cheap. tests/benchmarks/front_end.py runs longer.
+
+What a token costs is CPU time, which others on the machine do not use up but do make longer: `slowness` says by how
+much. The limits are 100 us a token and 50 ms for the 99th percentile of a turn of the event loop, in CPU time.
+"""
+
+import http_load
+import pytest
+
+
+@pytest.mark.slow
+def test_five_hundred_streams_are_whole_and_cheap():
+    row = http_load.measure(streams=500, seconds=5, words=40, step_s=0.08)
+    assert row["errors"] == {} and row["answers"] >= 500
+    assert row["tokens"] > 100_000
+    assert row["cpu_us_per_token"] <= 100 * row["slowness"], row
+    assert row["turn_p99_s"] <= 0.05 * row["slowness"], row
