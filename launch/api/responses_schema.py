@@ -158,7 +158,7 @@ class ResponsesRequest(Strict):
     include: list[Literal["message.output_text.logprobs"]] | None = None
     top_logprobs: int | None = Field(None, ge=0)
     max_output_tokens: Any = None
-    max_tool_calls: int | None = Field(None, ge=1)  # of built-in tools, which none can be here
+    max_tool_calls: int | None = Field(None, ge=1, lt=1 << 31)  # of built-in tools, which none can be here
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
     tools: Items[FunctionTool] | None = None

@@ -739,6 +739,7 @@ BAD = {
     "more than the context": (BODY | {"max_output_tokens": 2048}, "max_output_tokens"),
     "longer than the context": (BODY | {"input": "word " * 3000}, "input"),
     "max_tool_calls is 0": (BODY | {"max_tool_calls": 0}, "max_tool_calls"),
+    "max_tool_calls is no number of this world": (BODY | {"max_tool_calls": 10**4000}, "max_tool_calls"),
     "metadata is text": (BODY | {"metadata": "x"}, "metadata"),
     "metadata holds a number": (BODY | {"metadata": {"a": 1}}, "metadata.a"),
     "metadata is too large": (BODY | {"metadata": {"a": "x" * 600}}, "metadata.a"),
@@ -829,6 +830,13 @@ def test_any_body_is_answered(server):
         "include": ["message.output_text.logprobs"],
         "top_logprobs": 1,
         "metadata": {"a": "b"},
+        "max_tool_calls": 3,
+        "max_output_tokens": 30,
+        "truncation": "auto",
+        "instructions": "Be brief.",
+        "temperature": 0.5,
+        "user": "me",
+        "background": False,
         "store": False,
     }
 
