@@ -1,4 +1,4 @@
-"""The README's table of measured speed, from tests/benchmarks/results/*.jsonl, as `gptoss-launch bench --out` and the
+"""The README's table of measured speed, from tests/benchmarks/results/*.jsonl, as `bench --out` and the
 runners of peers write them.
 
 A file is one session on one machine, so that ratios within it mean something: MODEL_DEVICE_DATE.jsonl. Knows nothing of

@@ -12,10 +12,20 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from .completions import CompletionRequest
+from .gate import OPEN
+from .responses_schema import ResponsesRequest
 from .schema import ChatRequest
+from .tokens import DetokenizeRequest, TokenizeRequest
 
 # path of a POST: what its body is read with
-BODIES: Mapping[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest}
+BODIES: Mapping[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 
 _ERRORS = {
     "400": "What was sent is wrong; param names the field",
@@ -77,6 +87,6 @@ def describe(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> dict[str, A
                 schemas[bodies[path].__name__] = schema
                 reference = {"$ref": f"#/components/schemas/{bodies[path].__name__}"}
                 about["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
-            if path.startswith("/v1/") or path == "/plan":
+            if path not in OPEN:
                 about["security"] = [{"key": []}]
     return document

@@ -1,4 +1,4 @@
-"""What the runners of peers share: the cases, how they are timed, and rows with the keys of `gptoss-launch bench`.
+"""What the runners of peers share: the cases, how they are timed, and rows with the keys of `bench`.
 
 Timed as ours is: all prompts at once, t(1) and t(1 + n) with the last token on the host, medians of several runs, and
 random prompts that are new in every run. Knows no engine: `generate` is the peer's own call.
