@@ -37,6 +37,7 @@ def test_generate_refuses(name, capsys, tmp_path, monkeypatch):
     assert message in said.err.splitlines()[0] and said.err.splitlines()[1].startswith("hint: ")
 
 
+@pytest.mark.parametrize("text, message", [(None, "No such file"), ("\n# none\n", "no key in it")])
 def test_serve_wants_a_key_in_the_key_file(capsys, tmp_path, text, message):
     file = tmp_path / "key"
     if text is not None:
