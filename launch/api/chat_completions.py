@@ -46,7 +46,7 @@ def chat_job(chat: ChatRequest, served: Served) -> Job:
         unseen=set(chat.stop_token_ids or ()) - set(tokenizer.special.values()),
         keep_tokens=logprobs is not None,
     )
-    head = new_head("chatcmpl", served, len(prompt))
+    head = new_head("chatcmpl", served, choices, len(prompt))
     return Job(choices, reading, ChatShape(head, len(choices), tokenizer, logprobs))
 
 

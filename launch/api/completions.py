@@ -79,7 +79,7 @@ def completion_job(asked: CompletionRequest, served: Served) -> Job:
         keep_tokens=asked.logprobs is not None,
     )
     echoed = tuple(tokenizer.decode(choice.request.prompt_tokens) if asked.echo else "" for choice in choices)
-    head = new_head("cmpl", served, sum(map(len, prompts)))
+    head = new_head("cmpl", served, choices, sum(map(len, prompts)))
     return Job(choices, reading, TextShape(head, echoed, tokenizer, asked.logprobs))
 
 

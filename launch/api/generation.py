@@ -107,9 +107,10 @@ class Head:
         }
 
 
-def new_head(prefix: str, served: Served, prompt_tokens: int) -> Head:
-    """prefix: what the id begins with, as OpenAI's do."""
-    return Head(f"{prefix}-{secrets.token_hex(12)}", served.name, int(time.time()), prompt_tokens)
+def new_head(prefix: str, served: Served, choices: Sequence[Choice], prompt_tokens: int) -> Head:
+    """prefix: what the id begins with, as OpenAI's do; the rest is the engine's id of the first choice, so that what a
+    client reports can be found in the engine's logs."""
+    return Head(f"{prefix}-{choices[0].request.id}", served.name, int(time.time()), prompt_tokens)
 
 
 def make_choices(
