@@ -18,22 +18,12 @@ from ..parallel.planning.zero import read_zero
 from ..parallel.training.job import Mode, OptimizerKind, Schedule
 from .finetune_metrics import TRACKERS
 from .records import Source, read_source
-from .settings import DTYPES, read_keys, read_yaml
+from .settings import DTYPES, one_of, read_keys, read_path, read_text, read_yaml
 
 PRESETS, DEEPSPEED = "finetune", "deepspeed"  # folders in gptoss_launch.configs
 
 Target = Literal["attention", "experts"]
 CHANNELS = ("analysis", "commentary", "final")
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{value!r} is no text")
-    return value
-
-
-def _path(value: Any) -> Path:
-    return Path(_text(value)).expanduser()
 
 
 def _count(low: int) -> Callable[[Any], int]:
@@ -58,15 +48,6 @@ def _number(low: float, high: float) -> Callable[[Any], float]:
     return read
 
 
-def _one_of(choices: Sequence[str]) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if value not in choices:
-            raise UserError(f"{value!r} is none of {', '.join(choices)}")
-        return value
-
-    return read
-
-
 def _yes(value: Any) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{value!r} is neither true nor false")
@@ -83,7 +64,7 @@ def _sources(value: Any) -> tuple[Source, ...]:
 def _targets(value: Any) -> tuple[Target, ...]:
     items = value if isinstance(value, list) else [value]
     for item in items:
-        _one_of(get_args(Target))(item)
+        one_of(get_args(Target))(item)
     if not items:
         raise UserError("an empty list trains nothing")
     return tuple(dict.fromkeys(items))
@@ -92,7 +73,7 @@ def _targets(value: Any) -> tuple[Target, ...]:
 def _trackers(value: Any) -> tuple[str, ...]:
     items = value if isinstance(value, list) else [value]
     for item in items:
-        _one_of(TRACKERS)(item)
+        one_of(TRACKERS)(item)
     return tuple(dict.fromkeys(items))
 
 
@@ -126,8 +107,8 @@ def _key(default: Any, read: Callable[[Any], Any], help: str) -> Any:
 class FinetuneSettings:
     """Every setting of finetune, by the name of its key. model, data and run have no default that could be guessed."""
 
-    model: str | None = _key(None, _text, "A checkpoint folder, a hub id, or tiny.")
-    run: Path | None = _key(None, _path, "Folder of the run: its checkpoints, metrics and samples.")
+    model: str | None = _key(None, read_text, "A checkpoint folder, a hub id, or tiny.")
+    run: Path | None = _key(None, read_path, "Folder of the run: its checkpoints, metrics and samples.")
     data: tuple[Source, ...] = _key((), _sources, "FILE.jsonl or a dataset, or a list of {source, split, weight}.")
     eval_data: tuple[Source, ...] = _key((), _sources, "The same, to measure the loss on.")
     eval_fraction: float = _key(0.0, _number(0, 0.5), "Share of the data's records to measure on, where no eval_data.")
@@ -137,12 +118,12 @@ class FinetuneSettings:
         metadata={"read": _loss, "help": "Loss weight of each channel: {analysis: 1, commentary: 1, final: 1}."},
     )
     reasoning_effort: Literal["low", "medium", "high"] = _key(
-        "medium", _one_of(("low", "medium", "high")), "Effort that records without one are rendered with."
+        "medium", one_of(("low", "medium", "high")), "Effort that records without one are rendered with."
     )
     date: datetime.date | None = _key(
         datetime.date(2025, 8, 5), _date, "Day that records without one are rendered with; none: no line."
     )
-    mode: Mode = _key("lora", _one_of(get_args(Mode)), "lora: adapters to frozen weights; full: all weights.")
+    mode: Mode = _key("lora", one_of(get_args(Mode)), "lora: adapters to frozen weights; full: all weights.")
     targets: tuple[Target, ...] = _key(("attention", "experts"), _targets, "What lora adapts.")
     attention_rank: int = _key(16, _count(1), "Rank of the adapters of q, k, v and o.")
     attention_alpha: float = _key(32.0, _number(0, 1e6), "They are scaled by alpha / rank.")
@@ -150,22 +131,22 @@ class FinetuneSettings:
     expert_alpha: float = _key(8.0, _number(0, 1e6), "They are scaled by alpha / rank.")
     ranks: int | None = _key(None, _count(1), "GPUs that train together, each on its packs; 1, or as torchrun says.")
     deepspeed: str | None = _key(
-        None, _text, "A file of configs/deepspeed or of your own; zero3 for mode=full on several ranks, else none."
+        None, read_text, "A file of configs/deepspeed or of your own; zero3 for mode=full on several ranks, else none."
     )
     optimizer: OptimizerKind = _key(
         "adamw",
-        _one_of(get_args(OptimizerKind)),
+        one_of(get_args(OptimizerKind)),
         "adamw8bit: moments in 8 bits, by torchao; a run that goes on does so nearly, not exactly.",
     )
-    dtype: DType | None = _key(None, _one_of(DTYPES), "Of products and hidden states; bf16 on a GPU, else fp32.")
-    device: Literal["cuda", "cpu"] | None = _key(None, _one_of(("cuda", "cpu")), "A GPU if there is one, else the CPU.")
-    machine: str | None = _key(None, _text, "With --dry-run: a machine of configs/machines, or a YAML file.")
+    dtype: DType | None = _key(None, one_of(DTYPES), "Of products and hidden states; bf16 on a GPU, else fp32.")
+    device: Literal["cuda", "cpu"] | None = _key(None, one_of(("cuda", "cpu")), "A GPU if there is one, else the CPU.")
+    machine: str | None = _key(None, read_text, "With --dry-run: a machine of configs/machines, or a YAML file.")
     sequence_tokens: int = _key(2048, _count(16), "Tokens of a pack; no sample may be longer.")
     packs_per_step: int = _key(8, _count(1), "Packs that a step adds up, one after the other.")
     epochs: int = _key(1, _count(1), "How often the data is gone through, where steps is not set.")
     steps: int | None = _key(None, _count(1), "Steps of the optimizer.")
     learning_rate: float = _key(1e-4, _number(1e-12, 10), "At its highest.")
-    schedule: Schedule = _key("cosine", _one_of(get_args(Schedule)), "How it falls after the warmup.")
+    schedule: Schedule = _key("cosine", one_of(get_args(Schedule)), "How it falls after the warmup.")
     warmup_fraction: float = _key(0.03, _number(0, 1), "Share of the steps in which it rises.")
     floor_fraction: float = _key(0.1, _number(0, 1), "What is left of it at the end.")
     beta1: float = _key(0.9, _number(0, 1), "Of AdamW.")
@@ -178,10 +159,10 @@ class FinetuneSettings:
     trackers: tuple[str, ...] = _key((), _trackers, "Besides metrics.jsonl: tensorboard, wandb, or a list of both.")
     eval_every: int = _key(0, _count(0), "Steps between measurements; 0: one at the end.")
     resume: Literal["auto", "never"] = _key(
-        "auto", _one_of(("auto", "never")), "auto: go on from the last checkpoint in run; never: run must be new."
+        "auto", one_of(("auto", "never")), "auto: go on from the last checkpoint in run; never: run must be new."
     )
     first_loss: Literal["check", "ignore"] = _key(
-        "check", _one_of(("check", "ignore")), "check: stop if the first loss is none that a trained model has."
+        "check", one_of(("check", "ignore")), "check: stop if the first loss is none that a trained model has."
     )
 
     def with_ranks(self, started: int | None) -> "FinetuneSettings":

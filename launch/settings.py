@@ -7,7 +7,7 @@ are made from them. A YAML key is the flag's name with underscores. Does not kno
 import dataclasses
 import importlib.resources
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,14 +27,14 @@ WORKLOADS: tuple[Workload, ...] = ("latency", "throughput")
 PRESETS = "serve"  # folder in gptoss_launch.configs
 
 
-def _text(value: Any) -> str:
+def read_text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise UserError(f"{value!r} is no text")
     return value
 
 
-def _path(value: Any) -> Path:
-    return Path(_text(value)).expanduser()
+def read_path(value: Any) -> Path:
+    return Path(read_text(value)).expanduser()
 
 
 def _size(value: Any) -> int:
@@ -71,34 +71,13 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
-def _dtype(value: Any) -> DType:
-    if value not in DTYPES:
-        raise UserError(f"{value!r} is none of {', '.join(DTYPES)}")
-    return value
+def one_of(choices: Sequence[str]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if value not in choices:
+            raise UserError(f"{value!r} is none of {', '.join(choices)}")
+        return value
 
-
-def _kv_dtype(value: Any) -> KvDType:
-    if value not in KV_DTYPES:
-        raise UserError(f"{value!r} is none of {', '.join(KV_DTYPES)}")
-    return value
-
-
-def _kernels(value: Any) -> Kernels:
-    if value not in KERNELS:
-        raise UserError(f"{value!r} is none of {', '.join(KERNELS)}")
-    return value
-
-
-def _misses(value: Any) -> Misses:
-    if value not in MISSES:
-        raise UserError(f"{value!r} is none of {', '.join(MISSES)}")
-    return value
-
-
-def _workload(value: Any) -> Workload:
-    if value not in WORKLOADS:
-        raise UserError(f"{value!r} is none of {', '.join(WORKLOADS)}")
-    return value
+    return read
 
 
 _MOST = 2**31 - 1
@@ -118,17 +97,21 @@ class Settings:
     """What plan, serve and generate have in common. None: the planner chooses."""
 
     machine: str | None = _key(
-        None, "machine", "NAME", _text, "Plan for a machine of configs/machines, or a YAML file."
+        None, "machine", "NAME", read_text, "Plan for a machine of configs/machines, or a YAML file."
     )
-    dtype: DType | None = _key(None, "dtype", "|".join(DTYPES), _dtype, "Compute dtype.")
+    dtype: DType | None = _key(None, "dtype", "|".join(DTYPES), one_of(DTYPES), "Compute dtype.")
     kv_dtype: KvDType | None = _key(
-        None, "kv-dtype", "|".join(KV_DTYPES), _kv_dtype, "KV cache dtype; the compute dtype when left out."
+        None, "kv-dtype", "|".join(KV_DTYPES), one_of(KV_DTYPES), "KV cache dtype; the compute dtype when left out."
     )
     kernels: Kernels | None = _key(
-        None, "kernels", "|".join(KERNELS), _kernels, "Who computes; cpu-int8 is faster on a CPU and not exact."
+        None, "kernels", "|".join(KERNELS), one_of(KERNELS), "Who computes; cpu-int8 is faster on a CPU and not exact."
     )
     misses: Misses | None = _key(
-        None, "misses", "|".join(MISSES), _misses, "Experts that a small GPU has not: copied to it, or left to the CPU."
+        None,
+        "misses",
+        "|".join(MISSES),
+        one_of(MISSES),
+        "Experts that a small GPU has not: copied to it, or left to the CPU.",
     )
     gpu_memory_bytes: int | None = _key(
         None, "gpu-memory", "SIZE", _size, "Free memory a GPU, in place of what is found; 0: no GPU."
@@ -146,10 +129,14 @@ class Settings:
     ranks: int | None = _key(None, "ranks", "R", _number(1, _MOST), "Ranks of one replica.")
     ep: int | None = _key(None, "ep", "N", _number(1, _MOST), "How many ways experts are placed; divides R.")
     workload: Workload = _key(
-        "latency", "workload", "|".join(WORKLOADS), _workload, "What dp, R and ep are chosen for: one stream, or many."
+        "latency",
+        "workload",
+        "|".join(WORKLOADS),
+        one_of(WORKLOADS),
+        "What dp, R and ep are chosen for: one stream, or many.",
     )
     routing: Path | None = _key(
-        None, "routing", "FILE", _path, "Counts of each expert's use, to place experts by where ep > 1."
+        None, "routing", "FILE", read_path, "Counts of each expert's use, to place experts by where ep > 1."
     )
 
 
@@ -157,21 +144,23 @@ class Settings:
 class ServeSettings(Settings):
     """What serve needs besides."""
 
-    host: str = _key("127.0.0.1", "host", "ADDRESS", _text, "Address to listen on.")
+    host: str = _key("127.0.0.1", "host", "ADDRESS", read_text, "Address to listen on.")
     port: int = _key(8000, "port", "N", _number(0, 65535), "Port to listen on; 0 takes a free one.")
     api_key_file: Path | None = _key(
-        None, "api-key-file", "FILE", _path, "File of keys, one a line: clients must send one of them."
+        None, "api-key-file", "FILE", read_path, "File of keys, one a line: clients must send one of them."
     )
-    tls_cert: Path | None = _key(None, "tls-cert", "FILE", _path, "Certificate chain, PEM; serves HTTPS.")
-    tls_key: Path | None = _key(None, "tls-key", "FILE", _path, "Its private key, PEM, not encrypted.")
+    tls_cert: Path | None = _key(None, "tls-cert", "FILE", read_path, "Certificate chain, PEM; serves HTTPS.")
+    tls_key: Path | None = _key(None, "tls-key", "FILE", read_path, "Its private key, PEM, not encrypted.")
     cors_origin: tuple[str, ...] = _key(
         (), "cors-origin", "ORIGIN,..", _origins, "Web pages of these origins may call the server; * is all of them."
     )
     access_log: str | None = _key(
-        None, "access-log", "FILE", _text, "Write a line of JSON for each HTTP request; - is stderr."
+        None, "access-log", "FILE", read_text, "Write a line of JSON for each HTTP request; - is stderr."
     )
-    otlp: str | None = _key(None, "otlp", "URL", _text, "Send a span for each HTTP request to an OTLP collector.")
-    served_name: str | None = _key(None, "served-name", "NAME", _text, "Model name in the API; MODEL when left out.")
+    otlp: str | None = _key(None, "otlp", "URL", read_text, "Send a span for each HTTP request to an OTLP collector.")
+    served_name: str | None = _key(
+        None, "served-name", "NAME", read_text, "Model name in the API; MODEL when left out."
+    )
     drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
 
 
