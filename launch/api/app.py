@@ -18,7 +18,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -41,8 +41,6 @@ def create_app(served: Served) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _answer_errors(app)
 
-    v1 = APIRouter()
-
     @app.get("/health")
     async def health() -> Response:
         dead, everyone = served.replicas.dead, served.replicas.count
@@ -61,33 +59,32 @@ def create_app(served: Served) -> FastAPI:
     async def version_route() -> dict[str, Any]:
         return {"version": _version()}
 
-    @v1.get("/v1/models")
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(served)]}
 
-    @v1.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         served.check_model(name)
         return _model(served)
 
-    @v1.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions")
     async def chat_completions(http: HttpRequest) -> Response:
         return await answer(http, served, parse_chat_request, chat_job)
 
-    @v1.post("/v1/completions")
+    @app.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
         return await answer(http, served, parse_completion_request, completion_job)
 
-    @v1.post("/tokenize")
+    @app.post("/tokenize")
     async def tokenize_route(http: HttpRequest) -> Response:
         return await _told(http, served, tokenize)
 
-    @v1.post("/detokenize")
+    @app.post("/detokenize")
     async def detokenize_route(http: HttpRequest) -> Response:
         return await _told(http, served, detokenize)
 
-    v1.include_router(responses_routes(served))
-    app.include_router(v1)
+    app.include_router(responses_routes(served))
     return app
 
 
