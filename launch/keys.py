@@ -36,13 +36,7 @@ def read_keys(path: Path | None, environment: Mapping[str, str] = os.environ) ->
     without showing it."""
     keys: list[Key] = []
     if path is not None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"--api-key-file {path}: no UTF-8", "one key a line") from None
-        except OSError as error:
-            raise UserError(f"--api-key-file {path}: {error.strerror}", "a file with one key a line") from None
-        keys += _read_lines(text, f"--api-key-file {path}")
+        keys += _read_lines(_text(path), f"--api-key-file {path}")
     if KEYS_VARIABLE in environment:
         keys += _read_lines(environment[KEYS_VARIABLE], KEYS_VARIABLE)
     for place, key in enumerate(keys):
@@ -53,14 +47,7 @@ def read_keys(path: Path | None, environment: Mapping[str, str] = os.environ) ->
 
 def first_key(path: Path) -> str:
     """The first key of such a file, to be sent to a server. Raises UserError if there is none."""
-    try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api-key-file {path}: {error}", "a file with one key a line") from None
-    key = next((words[0] for words in lines if words and not words[0].startswith("#")), None)
-    if key is None:
-        raise UserError(f"--api-key-file {path}: no key in it", "one key a line")
-    return key
+    return _lines(_text(path), f"--api-key-file {path}")[0][1][0]
 
 
 def find_key(keys: Sequence[Key], given: bytes) -> Key | None:
@@ -74,15 +61,26 @@ def find_key(keys: Sequence[Key], given: bytes) -> Key | None:
 
 
 def _read_lines(text: str, where: str) -> list[Key]:
-    keys = []
-    for number, line in enumerate(text.splitlines(), 1):
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        keys.append(_read_line(words, f"{where}: line {number}", f"key-{len(keys) + 1}"))
-    if not keys:
+    lines = enumerate(_lines(text, where), 1)
+    return [_read_line(words, f"{where}: line {line}", f"key-{place}") for place, (line, words) in lines]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"--api-key-file {path}: no UTF-8", "one key a line") from None
+    except OSError as error:
+        raise UserError(f"--api-key-file {path}: {error.strerror}", "a file with one key a line") from None
+
+
+def _lines(text: str, where: str) -> list[tuple[int, list[str]]]:
+    """(number, words) of each line that holds a key; there is one at least."""
+    lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1)]
+    found = [(number, words) for number, words in lines if words and not words[0].startswith("#")]
+    if not found:
         raise UserError(f"{where}: no key in it", "one key a line")
-    return keys
+    return found
 
 
 def _read_line(words: list[str], where: str, name: str) -> Key:
