@@ -5,12 +5,9 @@ were checked before (`planning.headers`), so a mismatch here is our own mistake.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import UserError
@@ -22,6 +19,7 @@ from ..planning.plan import DType
 from ..planning.shards import Mesh, Row, is_zero_here, local_bytes, local_shape, local_slices, table
 from ..planning.spec import Spec
 from .dtypes import TORCH_DTYPE
+from .files import open_files
 from .weights import Layer, Weights
 
 
@@ -57,16 +55,8 @@ def load(
     rows = {row.name: row for row in table(plan.spec)}
     total_bytes = sum(_read_bytes(row, plan, rank) for row in rows.values())
     done_bytes = 0
-    with ExitStack() as stack:
-        files: dict[Path, Any] = {}
-
-        experts_device = device if experts == "device" else torch.device("cpu")
-
-        def file_of(published: str) -> Any:
-            path = inventory[published].path
-            if path not in files:
-                files[path] = stack.enter_context(safe_open(path, framework="pt"))
-            return files[path]
+    experts_device = device if experts == "device" else torch.device("cpu")
+    with open_files(inventory) as file_of:
 
         def done(row: Row) -> None:
             nonlocal done_bytes

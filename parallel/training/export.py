@@ -7,18 +7,17 @@ is not used: after dequantizing it silently writes checkpoints that come back wi
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.mxfp4 import dequantize
 from ..kernels.quantize import quantize
+from ..model.files import open_files
 from ..model.random_checkpoint import SINGLE_FILE_LIMIT_BYTES
 from ..planning.headers import INDEX, SINGLE_FILE, check_inventory, read_inventory
 from ..planning.shards import table
@@ -95,14 +94,11 @@ def _merged(job: Job, saved: Path, names: list[str], layout: Literal["bf16", "mx
     folder = Path(job.checkpoint)
     inventory = read_inventory(folder)
     check_inventory(job.spec, inventory, folder)
-    with ExitStack() as stack:
-        files: dict[Path, Any] = {}
+    with open_files(inventory) as file_of:
 
         def stored(name: str) -> Tensor:
-            path = inventory[rows[name].published].path
-            if path not in files:
-                files[path] = stack.enter_context(safe_open(path, framework="pt"))
-            return files[path].get_tensor(rows[name].published)
+            published = rows[name].published
+            return file_of(published).get_tensor(published)
 
         for name in names:
             published = rows[name].published

@@ -4,17 +4,15 @@ Knows nothing of settings, data or the loop.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..kernels.mxfp4 import dequantize
 from ..model.checkpoint import load
+from ..model.files import open_files
 from ..model.weights import Weights
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import DType
@@ -63,14 +61,11 @@ def read_parameters(
     rows = {row.name: row for row in table(spec)}
     shapes = parameter_shapes(spec)
     groups = parts(shapes)
-    with ExitStack() as stack:
-        files: dict[Path, Any] = {}
+    with open_files(inventory) as file_of:
 
         def stored(name: str) -> Tensor:
-            path = inventory[rows[name].published].path
-            if path not in files:
-                files[path] = stack.enter_context(safe_open(path, framework="pt"))
-            return files[path].get_tensor(rows[name].published).to(device)
+            published = rows[name].published
+            return file_of(published).get_tensor(published).to(device)
 
         def read(name: str) -> Tensor:
             if name in rows:
