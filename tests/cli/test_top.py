@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fcntl import ioctl
 
+import engine_stats
 import pytest
 from gptoss_launch.launch.api.metrics import Metrics
 from gptoss_launch.launch.api.metrics import Replica as Served
@@ -32,22 +33,7 @@ from rich.console import Console
 from stub_server import Script, stub
 
 WAIT_S = 60.0  # on a machine that is busy with other things
-STATS = Stats(
-    running=3,
-    waiting=4,
-    kv_pages=200,
-    kv_pages_used=50,
-    prefix_queried_tokens_total=1000,
-    prefix_hit_tokens_total=600,
-    preemptions_total=7,
-    exact_draws_total=8,
-    steps_total=90,
-    prefill_tokens_total=400,
-    decode_tokens_total=70,
-    decode_step_s=0.02,
-    communication_s=0.005,
-    slow_paths=('a "slow" \\ path',),
-)
+STATS = replace(engine_stats.STATS, slow_paths=('a "slow" \\ path',))
 
 
 def metrics_text(tokens: int, stats: Stats = STATS, replicas: int = 1) -> str:

@@ -5,30 +5,15 @@ import time
 from dataclasses import replace
 
 import pytest
+from engine_stats import STATS
 from gptoss_launch.launch.api import metrics as metrics_module
 from gptoss_launch.launch.api.lag import watch_lag
 from gptoss_launch.launch.api.metrics import Metrics, Replica
 from gptoss_launch.parallel.engine.request import Token
-from gptoss_launch.parallel.engine.wire import Done, Stats
+from gptoss_launch.parallel.engine.wire import Done
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-STATS = Stats(
-    running=3,
-    waiting=4,
-    kv_pages=200,
-    kv_pages_used=50,
-    prefix_queried_tokens_total=1000,
-    prefix_hit_tokens_total=600,
-    preemptions_total=7,
-    exact_draws_total=8,
-    steps_total=90,
-    prefill_tokens_total=400,
-    decode_tokens_total=70,
-    decode_step_s=0.02,
-    communication_s=0.005,
-    slow_paths=("sampling: on the host",),
-)
 UP = Replica(True, 0)
 # vLLM's, facts of its dashboards, under our prefix
 PEERS = """num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries prefix_cache_hits
