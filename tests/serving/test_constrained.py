@@ -20,6 +20,7 @@ from gptoss_launch.launch.api.app import Served, create_app
 from gptoss_launch.launch.api.metrics import Metrics
 from gptoss_launch.launch.api.replicas import Replicas
 from gptoss_launch.launch.dispatch import Dispatch
+from gptoss_launch.launch.json_grammar import flaw_of, json_grammar
 from gptoss_launch.parallel.engine.engine import refusal, scheduler_for
 from gptoss_launch.parallel.engine.grammars import grammars_of
 from gptoss_launch.parallel.engine.leader import Device, Leader
@@ -324,3 +325,8 @@ def test_bad_demands_are_refused_by_name_before_any_work(ask, engine) -> None:
         assert isinstance(error, openai.BadRequestError), (name, error)
         assert error.param == param and param in error.message and word in error.message, (name, error.message)
     assert len(engine.asked) == asked
+
+
+def test_a_schema_deeper_than_a_body_may_be_does_not_compile_either() -> None:
+    deep = json.loads('{"items":' * 160 + "{}" + "}" * 160)
+    assert "recursion" in (flaw_of(json_grammar(deep, strict=True)) or "")

@@ -95,6 +95,20 @@ def test_no_file_of_keys(tmp_path):
         read_keys(tmp_path / "none", {})
 
 
+def test_the_key_is_asked_for_on_every_route(ask):
+    front = {"keys": read_keys(None, {KEYS_VARIABLE: "secret"})}
+    bodies = {
+        "/v1/chat/completions": BODY,
+        "/v1/completions": {"model": "tiny", "prompt": "x"},
+        "/v1/responses": {"model": "tiny", "input": "x"},
+        "/tokenize": {"prompt": "x"},
+        "/detokenize": {"tokens": [1]},
+    }
+    for path, body in bodies.items():
+        assert ask("POST", path, front, json=body).status_code == 401, path
+        assert ask("POST", path, front, json=body, headers=bearer("secret")).status_code == 200, path
+
+
 def test_the_key_opens_everything_but_what_is_open(ask, tmp_path):
     front = {"keys": read_keys(None, {KEYS_VARIABLE: "good-key\nsecond"})}
     wrong = (
