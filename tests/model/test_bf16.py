@@ -54,7 +54,8 @@ def check(folder: Path, tokens: list[int], device, step_tokens: int, what: str, 
     assert ours[1] <= 1.2 * theirs[1]
 
 
-@pytest.mark.parametrize("name", [pytest.param("tiny", marks=pytest.mark.slow), "three_blocks"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "three_blocks"])
 def test_bf16_on_the_cpu(name: str, tmp_path: Path) -> None:
     check(checkpoint(name, tmp_path), prompt(SPECS[name], 3000), "cpu", 1000, f"{name} on the CPU")
 

@@ -16,6 +16,7 @@ MODES: tuple[Mode, ...] = ("lora", "full")
 ON_HOST = {"offload_optimizer": {"device": "cpu"}}
 
 
+@pytest.mark.slow  # so does the next one, on the embedded model
 def test_two_ranks_adapt_what_one_adapts(tmp_path: Path) -> None:
     job = make_job(checkpoint("three_blocks", tmp_path), steps=4)
     wanted, _ = take_steps(job, tmp_path / "alone", ALONE)
