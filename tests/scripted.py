@@ -20,16 +20,12 @@ from gptoss_launch.launch.listen import bind
 from gptoss_launch.launch.tokenizer import Tokenizer
 from gptoss_launch.parallel.engine.request import Request, Token
 from gptoss_launch.parallel.planning.plan import Plan
+from in_process import TellingEngine
 from prometheus_client import CollectorRegistry
 
 
-class Scripted:
+class Scripted(TellingEngine):
     """One replica. script: the tokens of every answer; it ends with the first stop token, or for its length."""
-
-    def __init__(self, script: Sequence[int]) -> None:
-        self.script = script
-        self.ready, self.dead, self.running, self.restarts = True, False, 0, 0
-        self.asked: list[Request] = []
 
     async def generate(self, request: Request) -> AsyncGenerator[Token]:
         self.asked.append(request)
@@ -39,7 +35,7 @@ class Scripted:
             for place, token in enumerate(said):
                 stops = "stop" if token in request.stop_tokens else None
                 ended = stops or ("length" if place + 1 == len(said) else None)
-                yield Token(request.id, token, ended)
+                yield self.tell(request, place, token, ended)
                 if ended:
                     return
             yield Token(request.id, -1, "deadline")
