@@ -169,7 +169,18 @@ def test_kill_9_of_the_others_leaves_nothing(server, victim):
 @pytest.mark.slow
 def test_a_rank_of_one_replica_dies_and_the_replica_comes_back(start):
     """Two replicas of two ranks: the leader of the one that is hit lives at first, and waits in a collective."""
-    arguments = ("--machine", "cpu", "--ranks", "2", "--dp", "2", "--context", "256", "--port", "0")
+    arguments = (
+        "--machine",
+        "cpu",
+        "--ranks",
+        "2",
+        "--dp",
+        "2",
+        "--context",
+        "8192",
+        "--port",
+        "0",
+    )  # still answering when hit
     running = start("serve", "tiny", *arguments, program=PROGRAM)
     streams = [Stream(running) for _ in range(2)]
     pids = {replica: rank_pids(running, replica) for replica in (0, 1)}
