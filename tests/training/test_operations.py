@@ -77,8 +77,7 @@ def test_the_self_test_passes_what_is_right_and_catches_what_is_not() -> None:
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 def test_flex_attention_proves_right(device: str) -> None:
     choice = attention.choose(SPECS["true_width"], torch.device(device), torch.bfloat16, 1000)
-    print(choice.why)
-    assert choice.attention.name == "flex"
+    assert choice.attention.name == "flex", choice.why
 
 
 @pytest.mark.parametrize("rows_at_once", [1000, 3])
