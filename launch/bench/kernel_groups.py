@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 GROUPS: tuple[tuple[str, str], ...] = (
     ("all-reduce", r"nccl|all_?reduce|allreduce|one_shot|two_shot|all_?gather|symm_mem|c10d::|gloo"),
-    ("experts", r"^_gate_up|^_down|^_grouped|^_sort$|^_sort_|^_reorder|^_sum$|^_expert|swiglu|fp4|_moe_"),
+    ("experts", r"^_gate_up|^_down|^_grouped|^_sort$|^_sort_|^_reorder|^_sum$|^_dequantize|^_expert|swiglu|fp4|_moe_"),
     ("attention", r"^_attend|^_decode|^_merge|flash|scaled_dot_product|softmax"),
     ("rope and KV write", r"^_rotate_and_write|rope|rotary"),
     ("router", r"^_route|topk|TopK"),
