@@ -27,7 +27,7 @@ def check_other_routes(client: openai.OpenAI, url: str) -> None:
     for chunk in client.completions.create(**fields, prompt="Once upon", stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == [choice.text for choice in by_text.choices]
-    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "seed": 1, "max_tokens": 16, "n": 2}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "seed": 1, "max_tokens": 32, "n": 2}
     chat |= {"logprobs": True, "top_logprobs": 2, "presence_penalty": 0.5, "logit_bias": {"5": 1}}
     plain = client.chat.completions.create(**chat, extra_body={"top_k": 50, "min_p": 0.01}).choices
     streamed: list[list[tuple[str, float]]] = [[], []]
