@@ -26,7 +26,7 @@ from .checkpoints import write_save
 from .forward import Precision, summed_loss
 from .job import Job
 from .order import Mixture, pack, steps
-from .products import Products
+from .products import ExpertOperations
 from .samples import Sample
 from .saves import saves
 from .trainee import Trainee
@@ -75,7 +75,7 @@ def train(
     choice = choose(job.spec, world.device, dtype, job.sequence_tokens)
     ranks = (job.expert_rank,) if job.mode == "lora" and job.expert_rank else ()
     experts = grouped.choose(world.device, dtype, ranks)
-    pass_ = Pass(job, world, trainee, choice.attention, experts.products, Precision(dtype, dtype))
+    pass_ = Pass(job, world, trainee, choice.attention, experts.ops, Precision(dtype, dtype))
     if world.first:
         if trainee.steps:
             say(f"going on after step {trainee.steps} of {job.steps}")
@@ -137,7 +137,7 @@ class Pass:
     world: World
     trainee: Trainee
     attention: Attention
-    products: Products
+    experts: ExpertOperations
     precision: Precision
 
     def add_up(
@@ -190,7 +190,7 @@ class Pass:
 
     def _loss(self, one: Pack, recompute: bool) -> tuple[Tensor, Tensor]:
         return summed_loss(
-            self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute, self.products
+            self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute, self.experts
         )
 
     def _mine(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Pack]:
