@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import CheckError
 from ..model.dtypes import TORCH_DTYPE
+from ..planning.flops import peak_flops, training_flops
 from . import gate, grouped
 from .attention import Attention, choose
 from .batch import Pack, blank_pack, make_pack
@@ -37,7 +38,8 @@ from .world import World
 class Step:
     """What is known after one step. loss: mean over the step's loss weights, before the update. expert_load: tokens of
     the busiest expert over the mean, the worst layer's and the mean over layers. memory_bytes: the most that this
-    process has held, of the GPU where there is one, else of the host."""
+    process has held, of the GPU where there is one, else of the host. mfu: `planning.flops`; None where the device's
+    peak is not known."""
 
     step: int
     epoch: int
@@ -52,6 +54,7 @@ class Step:
     expert_load_mean: float
     memory_bytes: int
     eval_loss: float | None = None
+    mfu: float | None = None
 
 
 def train(
@@ -85,6 +88,7 @@ def train(
     stream = steps(mixture, job.seed, job.sequence_tokens, job.packs_per_step, trainee.steps)
     eval_packs = pack(range(len(eval_samples)), [len(one) for one in eval_samples], job.sequence_tokens)
 
+    peak = peak_flops(torch.cuda.get_device_name(world.device), job.dtype) if world.device.type == "cuda" else None
     for number in range(trainee.steps + 1, job.steps + 1):
         began_s = time.perf_counter()
         epoch, groups = next(stream)
@@ -100,7 +104,8 @@ def train(
                 CheckError(f"step {number}: loss {loss}, gradient norm {norm}", f"{hint}; lower learning_rate")
             )
         last = number == job.steps
-        tokens = sum(len(samples[index]) for group in groups for index in group)
+        lengths = [len(samples[index]) for group in groups for index in group]
+        tokens = sum(lengths)
         step_s = time.perf_counter() - began_s
         evaluate = bool(eval_packs) and (last or (job.eval_every > 0 and number % job.eval_every == 0))
         over_mean = load_LE.amax(1) / load_LE.mean(1)
@@ -117,6 +122,7 @@ def train(
             expert_load_worst=over_mean.max().item(),
             expert_load_mean=over_mean.mean().item(),
             memory_bytes=int(world.largest(held_bytes(world.device))),
+            mfu=training_flops(job.spec, lengths, job.mode) / (peak * world.size * step_s) if peak else None,
             eval_loss=pass_.mean_loss(eval_samples, eval_packs) if evaluate else None,
         )
         if world.first:
