@@ -187,6 +187,15 @@ class Scheduler:
         else:
             self.waiting.remove(running)
 
+    def abandon(self, step: Step) -> list[Running]:
+        """`step` was not computed: its sequences are ended, and returned. The device has not heard of their new pages,
+        and pages were named as if they had been written."""
+        lost = [item.running for item in step.items if item.running.row >= 0]
+        for running in lost:
+            self.end(running)
+        self.cache.pool.forget()
+        return lost
+
     def expired(self, now_s: float) -> list[Running]:
         """Those whose deadline is over; the caller ends them."""
         return [one for one in (*self.running, *self.waiting) if one.deadline_s <= now_s]

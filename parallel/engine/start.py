@@ -26,6 +26,11 @@ GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # decodes
 CAPTURED_AT_START = (1, 2, 4, 8, 16, 32)
 
 
+def graph_sizes(sequences: int) -> tuple[int, ...]:
+    """Those of a plan of so many sequences: no step has more, and none is padded to more."""
+    return tuple(sorted({*(size for size in GRAPH_SIZES if size < sequences), min(sequences, GRAPH_SIZES[-1])}))
+
+
 @dataclass(frozen=True)
 class Options:
     """What changes how a rank is watched, but not what it computes."""
@@ -92,10 +97,10 @@ def start(
             ops = recorder.counted(ops)
     watched = options.check_ranks or options.record_routing is not None
     in_graphs = plan.kernels == "triton" and plan.offload == "none" and not watched
-    engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if in_graphs else (), offload_counts)
+    engine = Engine(plan, rank, weights, ops, comm, graph_sizes(plan.sequences) if in_graphs else (), offload_counts)
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
-    first = [size for size in CAPTURED_AT_START if size <= plan.sequences and engine.graphs.size_for(size) == size]
+    first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
     times = step_times(engine)
     if recorder is not None:
