@@ -155,9 +155,8 @@ def launch_step(engine: "Engine", record: "Record") -> "Launched":
     except torch.OutOfMemoryError as error:
         if engine.plan.ranks > 1:
             raise
-        wanted = ". ".join(
-            " ".join(str(error).split()).split(". ")[:2]
-        )  # how much was wanted; then come GPU and advice
+        sentences = " ".join(str(error).split()).split(". ")
+    wanted = ". ".join(sentences[:2])  # that it is full, and how much was wanted; then come figures and advice
     torch.cuda.empty_cache()  # outside of the handler, whose traceback keeps the step's tensors
     raise StepError(f"no memory on the device for a step of {record.head.tokens} tokens: {wanted}")
 
