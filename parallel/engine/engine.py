@@ -22,6 +22,7 @@ from ..model.dtypes import TORCH_DTYPE
 from ..model.forward import forward
 from ..model.weights import Weights
 from ..offload.counts import Counts
+from ..offload.mapped import Mapped
 from ..planning.pages import layers_per_page, local_kv_heads, pool_pages
 from ..planning.plan import Plan
 from . import inputs
@@ -100,7 +101,8 @@ class Launched:
 
 class Engine:
     """`plan` is resolved; nothing is detected here. graph_sizes: of steps of decodes that run as CUDA graphs; none on
-    the CPU, or where every operation has to be watched. experts: what `ops` count of experts that are elsewhere."""
+    the CPU, or where every operation has to be watched. experts: what `ops` count of experts that are
+    elsewhere. files: that experts are read from meanwhile."""
 
     def __init__(
         self,
@@ -111,9 +113,10 @@ class Engine:
         comm: Comm,
         graph_sizes: Sequence[int] = (),
         experts: Counts | None = None,
+        files: Mapped | None = None,
     ) -> None:
         spec = plan.spec
-        self.experts = experts
+        self.experts, self._files = experts, files
         self.plan, self.weights, self.ops, self.comm = plan, weights, ops, comm
         self.device = weights.embed_VH.device
         self.sizes = sizes_of(plan)
@@ -139,7 +142,10 @@ class Engine:
 
     @torch.inference_mode()
     def launch(self, record: Record) -> Launched:
-        """Start the step; on the CPU it is over on return."""
+        """Start the step; on the CPU it is over on return. Raises UserError for a file that the weights are read from
+        and that has been cut."""
+        if self._files is not None:
+            self._files.check()
         head = record.head
         in_graph = bool(head.graph and not head.exact)
         if in_graph:
