@@ -67,7 +67,6 @@ def _factors(word, SHIFT: tl.constexpr):
 def _product(
     x,
     row_N,
-    live_N,
     blocks,
     scales,
     tile,
@@ -78,60 +77,74 @@ def _product(
     SCALE_X: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
+    TILES: tl.constexpr,
     EVEN: tl.constexpr,
     WAIT: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Steps begin to end of one tile by `COLUMNS` rows of x: [2 rh, 8 g, columns] fp32.
+    """Steps begin to end of each of TILES tiles by `COLUMNS` rows of x: a tuple of [2 rh, 8 g, columns] fp32.
 
-    row_N: where each row of x begins, live_N: which exist. width: columns of x. EVEN: UNROLL divides the steps, and x
-    has 64 columns for each. WAIT: x may be of a kernel that still runs.
+    row_N: where each row of x begins; where a column is of no token, any row: what comes of it is not stored. width:
+    columns of x. EVEN: UNROLL divides the steps, and x has 64 columns for each. WAIT: x may be of a kernel that still
+    runs.
     """
     lane = tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    blocks += tile * steps * _HALVES
+    blocks += tile * steps * _HALVES + lane
     scales += tile * steps * 8 + tl.arange(0, 8)
     row_L = tl.multiple_of(row_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4), 32)
-    live = live_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4)[:, None]
     x += (row_L + tl.arange(0, COLUMNS * 4) % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
-    acc = tl.zeros((2, 8, COLUMNS), tl.float32)
+    accs = ()
+    for _ in tl.static_range(TILES):
+        accs += (tl.zeros((2, 8, COLUMNS), tl.float32),)
     for step in range(begin, end, UNROLL):
+        block, scale, row = blocks + step * _HALVES, scales + step * 8, x + step * _CODES
         halves = ()
         words = ()
         for i in tl.static_range(UNROLL):
-            at = step + i  # weights pass by the L1 cache, which x is to stay in
-            if EVEN:
-                halves += (tl.load(blocks + at * _HALVES + lane, cache_modifier=".cg"),)
-                words += (tl.load(scales + at * 8, cache_modifier=".cg"),)
-            else:
-                halves += (tl.load(blocks + at * _HALVES + lane, mask=at < end, other=0, cache_modifier=".cg"),)
-                words += (tl.load(scales + at * 8, mask=at < end, other=0, cache_modifier=".cg"),)
+            for j in tl.static_range(TILES):  # weights pass by the L1 cache, which x is to stay in
+                at = j * steps
+                if EVEN:
+                    halves += (tl.load(block + at * _HALVES + i * _HALVES, cache_modifier=".cg"),)
+                    words += (tl.load(scale + at * 8 + i * 8, cache_modifier=".cg"),)
+                else:
+                    more = step + i < end
+                    half = tl.load(block + at * _HALVES + i * _HALVES, mask=more, other=0, cache_modifier=".cg")
+                    halves += (half,)
+                    words += (tl.load(scale + at * 8 + i * 8, mask=more, other=0, cache_modifier=".cg"),)
         # ptxas sinks loads to their use, but not across this; x is read after it, so that no use can climb above it
         tl.debug_barrier()
         if WAIT:
             gdc_wait()
         values = ()
         for i in tl.static_range(UNROLL):
-            at = (step + i) * _CODES
             if EVEN:
-                x_0 = tl.load(x + at, mask=live, other=0.0)
-                x_1 = tl.load(x + at + 32, mask=live, other=0.0)
+                values += (tl.load(row + i * _CODES), tl.load(row + i * _CODES + 32))
             else:
-                x_0 = tl.load(x + at, mask=live & (step + i < end), other=0.0)
-                x_1 = tl.load(x + at + 32, mask=live & (step + i < end) & (at + 32 < width), other=0.0)
-            values += (x_0, x_1)
+                values += (
+                    tl.load(row + i * _CODES, mask=step + i < end, other=0.0),
+                    tl.load(
+                        row + i * _CODES + 32, mask=(step + i < end) & ((step + i) * _CODES + 32 < width), other=0.0
+                    ),
+                )
         for i in tl.static_range(UNROLL):
-            x_0, x_1 = values[2 * i], values[2 * i + 1]
+            b_0, b_1 = _operands(values[2 * i], COLUMNS)
+            b_2, b_3 = _operands(values[2 * i + 1], COLUMNS)
             if SCALE_X:
-                x_0 = _scaled_up(x_0, PLAIN)
-                x_1 = _scaled_up(x_1, PLAIN)
-            v_0, v_1, v_2, v_3 = planes(halves[i], PLAIN)
-            b_0, b_1 = _operands(x_0.to(v_0.dtype), COLUMNS)
-            b_2, b_3 = _operands(x_1.to(v_0.dtype), COLUMNS)
-            first = tl.dot(_weights(v_1), b_1, tl.dot(_weights(v_0), b_0))
-            second = tl.dot(_weights(v_3), b_3, tl.dot(_weights(v_2), b_2))
-            acc += first.reshape(2, 8, COLUMNS) * _factors(words[i], 0)
-            acc += second.reshape(2, 8, COLUMNS) * _factors(words[i], 1)
-    return acc * _BACK
+                b_0, b_1 = _scaled_up(b_0, PLAIN), _scaled_up(b_1, PLAIN)
+                b_2, b_3 = _scaled_up(b_2, PLAIN), _scaled_up(b_3, PLAIN)
+            sums = ()
+            for j in tl.static_range(TILES):
+                v_0, v_1, v_2, v_3 = planes(halves[i * TILES + j], PLAIN)
+                word = words[i * TILES + j]
+                first = tl.dot(_weights(v_1), b_1.to(v_1.dtype), tl.dot(_weights(v_0), b_0.to(v_0.dtype)))
+                second = tl.dot(_weights(v_3), b_3.to(v_3.dtype), tl.dot(_weights(v_2), b_2.to(v_2.dtype)))
+                acc = accs[j] + first.reshape(2, 8, COLUMNS) * _factors(word, 0)
+                sums += (acc + second.reshape(2, 8, COLUMNS) * _factors(word, 1),)
+            accs = sums
+    backs = ()
+    for j in tl.static_range(TILES):
+        backs += (accs[j] * _BACK,)
+    return backs
 
 
 @triton.jit
@@ -225,6 +238,7 @@ def _gate_up(
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
+    TILES: tl.constexpr,
     SPLIT: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -238,17 +252,16 @@ def _gate_up(
     if EARLY:
         gdc_wait()  # the routes are of the kernel before
         gdc_launch_dependents()  # not earlier: what comes next reads the routes without waiting
-    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, slot, part = tl.program_id(0) * TILES, tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         if begin > 0:
             _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
         live_N = begin + tl.arange(0, COLUMNS) < count
-        y = _product(
+        ys = _product(
             x,
             (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
-            live_N,
             blocks,
             scales,
             expert.to(tl.int64) * tiles + tile,
@@ -259,22 +272,26 @@ def _gate_up(
             True,
             COLUMNS,
             UNROLL,
+            TILES,
             EVEN,
             False,
             PLAIN,
         )
         if SPLIT == 1:
-            _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+            for j in tl.static_range(TILES):
+                _store_inner(ys[j], inner, bias, expert, tile + j, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
         else:
             row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
             at = partial + pair_N[None, None, :] * (tiles * 16) + row[:, :, None]
-            tl.store(at + part * pairs * tiles * 16, y, mask=live_N[None, None, :])
+            for j in tl.static_range(TILES):
+                tl.store(at + part * pairs * tiles * 16 + j * 16, ys[j], mask=live_N[None, None, :])
             if arrive(arrivals + slot * tiles + tile, SPLIT):
-                y = tl.zeros((2, 8, COLUMNS), tl.float32)
-                for i in tl.static_range(SPLIT):
-                    part_y = at + i * pairs * tiles * 16
-                    y += tl.load(part_y, mask=live_N[None, None, :], other=0.0, cache_modifier=".cg")
-                _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+                for j in tl.static_range(TILES):
+                    y = tl.zeros((2, 8, COLUMNS), tl.float32)
+                    for i in tl.static_range(SPLIT):
+                        part_y = at + i * pairs * tiles * 16 + j * 16
+                        y += tl.load(part_y, mask=live_N[None, None, :], other=0.0, cache_modifier=".cg")
+                    _store_inner(y, inner, bias, expert, tile + j, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert", "tokens", "slots"])
@@ -302,6 +319,7 @@ def _down(
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
+    TILES: tl.constexpr,
     SPLIT: tl.constexpr,
     FINISH: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -313,17 +331,16 @@ def _down(
 
     partial: fp32 [SPLIT, P, tiles * 16].
     """
-    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, slot, part = tl.program_id(0) * TILES, tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         if begin > 0:
             _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
         live_N = begin + tl.arange(0, COLUMNS) < count
-        y = _product(
+        ys = _product(
             inner,
             pair_N.to(tl.int64) * width,
-            live_N,
             blocks,
             scales,
             expert.to(tl.int64) * tiles + tile,
@@ -334,20 +351,22 @@ def _down(
             False,
             COLUMNS,
             UNROLL,
+            TILES,
             EVEN,
             EARLY,
             PLAIN,
         )
         row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
         at = (part * pairs + pair_N)[None, None, :] * (tiles * 16) + row[:, :, None]
-        tl.store(partial + at, y, mask=live_N[None, None, :])
+        for j in tl.static_range(TILES):
+            tl.store(partial + at + j * 16, ys[j], mask=live_N[None, None, :])
     if EARLY:
         gdc_wait()
     if arrive(arrivals + tile, slots * SPLIT):
-        row = tile * 16 + tl.arange(0, 16)
+        row = tile * 16 + tl.arange(0, 16 * TILES)
         for begin in range(0, tokens, FINISH):
             token = begin + tl.arange(0, FINISH)
-            total = tl.zeros((FINISH, 16), tl.float32)
+            total = tl.zeros((FINISH, 16 * TILES), tl.float32)
             for place in tl.static_range(EXPERTS_PER_TOKEN):
                 pair = token * EXPERTS_PER_TOKEN + place
                 chosen = tl.load(experts + pair, mask=token < tokens, other=-1).to(tl.int32) - first
@@ -368,12 +387,14 @@ def _down(
 @dataclass(frozen=True)
 class Cut:
     """How a product is cut: K into `split` parts; `unroll` steps whose loads are in flight together; `columns` rows
-    of x in one product (8, or 16 where experts have more tokens). early: the kernel is launched while the one before
-    it still runs (programmatic dependent launch, from sm_90 on), and waits inside."""
+    of x in one product (8, or 16 where experts have more tokens); `tiles` that a program makes from the same x (1 where
+    their number is odd). early: the kernel is launched while the one before it still runs (programmatic dependent
+    launch, from sm_90 on), and waits inside."""
 
     split: int
     unroll: int
     columns: int = 8
+    tiles: int = 1
     early: bool = True
 
 
@@ -411,7 +432,8 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
     slots = _slots(experts_TX, held)
     split = cut.split if tokens <= cut.columns and slots <= MAX_SLOTS else 1
     inner_PI = torch.empty((pairs, rows // 2), dtype=x_TH.dtype, device=x_TH.device)
-    _gate_up[tiles, slots, split](
+    together = cut.tiles if tiles % cut.tiles == 0 else 1
+    _gate_up[tiles // together, slots, split](
         x_TH,
         packed.blocks,
         packed.scales.view(torch.int32),
@@ -430,6 +452,7 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
         rows,
         limit,
         ALPHA=SWIGLU_ALPHA,
+        TILES=together,
         **_constants(experts_TX, steps, width, cut, split),
     )
     return inner_PI
@@ -445,7 +468,8 @@ def down_sum(
     _, tiles, steps, *_ = packed.blocks.shape
     slots = _slots(experts_TX, held)
     out_TH = torch.empty((tokens, rows), dtype=inner_PI.dtype, device=inner_PI.device)
-    _down[tiles, slots, cut.split](
+    together = cut.tiles if tiles % cut.tiles == 0 else 1
+    _down[tiles // together, slots, cut.split](
         inner_PI,
         packed.blocks,
         packed.scales.view(torch.int32),
@@ -466,6 +490,7 @@ def down_sum(
         rows,
         width,
         FINISH=1 if tokens == 1 else FINISH_TOKENS,
+        TILES=together,
         **_constants(experts_TX, steps, width, cut, cut.split),
     )
     return out_TH
