@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .experts import SWIGLU_ALPHA
+from .triton_launch import constants, early
 from .triton_mxfp4 import HALVES, MAX_SLOTS, SCALES, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
 MAX_PAIRS = 256
@@ -505,17 +506,15 @@ def _slots(experts_TX: Tensor, held: int) -> int:
 def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int) -> dict[str, Any]:
     """Few values of each, as each combination is compiled."""
     tokens, per_token = experts_TX.shape
-    early = cut.early and experts_TX.is_cuda and torch.cuda.get_device_capability(experts_TX.device) >= (9, 0)
-    return {
-        "EXPERTS_PER_TOKEN": per_token,
-        "CHUNK": CHUNK_PAIRS,
-        "COLUMNS": cut.columns,
-        "UNROLL": cut.unroll,
-        "SPLIT": split,
-        "SINGLE": tokens == 1,
-        "EVEN": steps % (split * cut.unroll) == 0 and width == steps * TILE_COLUMNS,
-        "EARLY": early,
-        "PLAIN": not experts_TX.is_cuda,
-        "num_warps": 1,
-        **({"launch_pdl": True} if early else {}),
-    }
+    return constants(
+        EXPERTS_PER_TOKEN=per_token,
+        CHUNK=CHUNK_PAIRS,
+        COLUMNS=cut.columns,
+        UNROLL=cut.unroll,
+        SPLIT=split,
+        SINGLE=tokens == 1,
+        EVEN=steps % (split * cut.unroll) == 0 and width == steps * TILE_COLUMNS,
+        EARLY=cut.early and early(experts_TX),
+        PLAIN=not experts_TX.is_cuda,
+        num_warps=1,
+    )

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants
+from .triton_launch import constants, early
 from .triton_linear import linear
 from .triton_pages import as_stored, entry, to_stored
 
@@ -47,6 +48,7 @@ def qkv_write(
             HEAD_DIM=head_dim,
             PAGE_TOKENS=page_tokens,
             TOGETHER=HEADS_TOGETHER,
+            EARLY=early(x_TH),
             num_warps=WARPS,
         ),
     )
@@ -66,6 +68,7 @@ def _rotate_and_write(
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     TOGETHER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0).to(tl.int64)
@@ -73,9 +76,13 @@ def _rotate_and_write(
     dim = tl.arange(0, HALF)[None, :]
     here = head < HEADS + 2 * KV_HEADS
     at = (token * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + dim
+    c, s = tl.load(cos + token * HALF + dim), tl.load(sin + token * HALF + dim)
+    slot = tl.load(slots + token)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     left = tl.load(qkv + at, mask=here, other=0.0)
     right = tl.load(qkv + at + HALF, mask=here, other=0.0)
-    c, s = tl.load(cos + token * HALF + dim), tl.load(sin + token * HALF + dim)
     turns = head < HEADS + KV_HEADS
     turned_left = (left.to(tl.float32) * c - right.to(tl.float32) * s).to(left.dtype)
     turned_right = (right.to(tl.float32) * c + left.to(tl.float32) * s).to(left.dtype)
@@ -84,7 +91,6 @@ def _rotate_and_write(
     at = (token * HEADS + head) * HEAD_DIM + dim
     tl.store(q + at, left, mask=head < HEADS)
     tl.store(q + at + HALF, right, mask=head < HEADS)
-    slot = tl.load(slots + token)
     kv_head = head - HEADS  # a value's is KV_HEADS too much, and that many heads and some pass before it comes
     part = tl.where(turns, 0, PAGE_TOKENS * KV_HEADS * HEAD_DIM - KV_HEADS * HEAD_DIM)
     at = entry(slot // PAGE_TOKENS, slot % PAGE_TOKENS, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS) + part + dim

@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_decode import arrive
+from .triton_launch import constants, early
 
 GROUP_TOKENS = 16  # tokens of a program: the least that a tensor core's product has
 STEP_COLUMNS = 64
@@ -43,6 +45,7 @@ def _route(
     EXPERTS_PER_TOKEN: tl.constexpr,
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,
+    EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     """partial: fp32 [parts, T, EXPERTS_2]. Equal logits go to the lower number. NaN is never chosen before a number,
@@ -55,6 +58,9 @@ def _route(
     x_TK = x + token.to(tl.int64)[:, None] * width
     weight_EK = weight + expert[:, None] * width
     acc = tl.zeros((TOKENS, EXPERT_BLOCK), tl.float32)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     for begin in range(part * share, tl.minimum((part + 1) * share, width), STEP):
         at = begin + column[None, :]
         value = tl.load(x_TK + at, mask=(token < tokens)[:, None] & (at < width), other=0.0)
@@ -115,15 +121,18 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
         _arrivals(device),
         tokens,
         width,
-        PARTS=parts,
-        EXPERTS=count,
-        EXPERTS_2=padded,
-        EXPERT_BLOCK=block,
-        EXPERTS_PER_TOKEN=experts_per_token,
-        TOKENS=GROUP_TOKENS,
-        STEP=STEP_COLUMNS,
-        PLAIN=not x_TH.is_cuda,
-        num_warps=4,
+        **constants(
+            PARTS=parts,
+            EXPERTS=count,
+            EXPERTS_2=padded,
+            EXPERT_BLOCK=block,
+            EXPERTS_PER_TOKEN=experts_per_token,
+            TOKENS=GROUP_TOKENS,
+            STEP=STEP_COLUMNS,
+            EARLY=early(x_TH),
+            PLAIN=not x_TH.is_cuda,
+            num_warps=4,
+        ),
     )
     return weights_TX, experts_TX
 
