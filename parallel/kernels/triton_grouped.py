@@ -277,7 +277,7 @@ def _shape(pairs: int, held: int) -> Shape:
 
 _SHAPES = (  # rows as tests/benchmarks/kernels_experts.py found them on an H200; warps: see Shape
     (16, Shape(rows=16, tiles=8, warps=4, stages=4)),
-    (48, Shape(rows=64, tiles=8, warps=8, stages=4)),
-    (512, Shape(rows=128, tiles=8, warps=8, stages=4)),
-    (math.inf, Shape(rows=256, tiles=8, warps=8, stages=3)),
+    (40, Shape(rows=32, tiles=8, warps=8, stages=5)),
+    (128, Shape(rows=64, tiles=8, warps=8, stages=4)),
+    (math.inf, Shape(rows=128, tiles=8, warps=4, stages=4)),
 )
