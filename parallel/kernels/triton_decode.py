@@ -1,4 +1,4 @@
-"""Experts for few tokens: two kernels that read each needed expert once, by programs of one warp.
+"""Experts for few tokens: two kernels that read each needed expert once, by programs of one warp, and one that sums up.
 
 A program owns 16 rows (a tile) of one expert, a slot, and all tokens that chose it: 8 or so are the columns of the
 tensor core's product. So many tokens fill no wgmma, and what is left is to keep the memory busy: all loads of a few
@@ -26,7 +26,7 @@ from .triton_mxfp4 import HALVES, MAX_SLOTS, SCALES, TILE_COLUMNS, TILE_ROWS, Ti
 
 MAX_PAIRS = 256
 CHUNK_PAIRS = 64  # pairs that a program looks at together
-FINISH_TOKENS = 16  # tokens that the last program of a tile sums together
+FINISH_ROWS = 512  # of a program that sums up
 _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as weights come times 2**-126
 _BACK = tl.constexpr(2.0**26)
 _UP_ASM = tl.constexpr("{ .reg .b32 f, z; mov.b32 f, 0x71807180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }")
@@ -116,20 +116,15 @@ def _product(
         tl.debug_barrier()
         if WAIT:
             gdc_wait()
-        values = ()
         for i in tl.static_range(UNROLL):
             if EVEN:
-                values += (tl.load(row + i * _CODES), tl.load(row + i * _CODES + 32))
+                x_0, x_1 = tl.load(row + i * _CODES), tl.load(row + i * _CODES + 32)
             else:
-                values += (
-                    tl.load(row + i * _CODES, mask=step + i < end, other=0.0),
-                    tl.load(
-                        row + i * _CODES + 32, mask=(step + i < end) & ((step + i) * _CODES + 32 < width), other=0.0
-                    ),
-                )
-        for i in tl.static_range(UNROLL):
-            b_0, b_1 = _operands(values[2 * i], COLUMNS)
-            b_2, b_3 = _operands(values[2 * i + 1], COLUMNS)
+                more = step + i < end
+                x_0 = tl.load(row + i * _CODES, mask=more, other=0.0)
+                x_1 = tl.load(row + i * _CODES + 32, mask=more & ((step + i) * _CODES + 32 < width), other=0.0)
+            b_0, b_1 = _operands(x_0, COLUMNS)
+            b_2, b_3 = _operands(x_1, COLUMNS)
             if SCALE_X:
                 b_0, b_1 = _scaled_up(b_0, PLAIN), _scaled_up(b_1, PLAIN)
                 b_2, b_3 = _scaled_up(b_2, PLAIN), _scaled_up(b_3, PLAIN)
@@ -295,26 +290,19 @@ def _gate_up(
                     _store_inner(y, inner, bias, expert, tile + j, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert", "tokens", "slots"])
+@triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert"])
 def _down(
     inner,
     blocks,
     scales,
-    bias,
     experts,
-    weights,
-    out,
     partial,
-    arrivals,
     first,
     held,
     pairs,
     by_expert,
-    tokens,
-    slots,
     tiles,
     steps,
-    rows,
     width,
     EXPERTS_PER_TOKEN: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -322,16 +310,12 @@ def _down(
     UNROLL: tl.constexpr,
     TILES: tl.constexpr,
     SPLIT: tl.constexpr,
-    FINISH: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """out [T, rows]: the last program of a tile adds up all its slots' and parts' products, in a fixed order.
-
-    partial: fp32 [SPLIT, P, tiles * 16].
-    """
+    """partial: fp32 [SPLIT, P, tiles * 16]; rows of pairs that are not here stay as they were."""
     tile, slot, part = tl.program_id(0) * TILES, tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
@@ -362,27 +346,43 @@ def _down(
         for j in tl.static_range(TILES):
             tl.store(partial + at + j * 16, ys[j], mask=live_N[None, None, :])
     if EARLY:
+        gdc_wait()  # programs without work too: what is launched next may rely on all before this being over
+        gdc_launch_dependents()
+
+
+@triton.jit(do_not_specialize=["first", "held", "pairs"])
+def _finish(
+    partial,
+    bias,
+    experts,
+    weights,
+    out,
+    first,
+    held,
+    pairs,
+    rows,
+    tile_rows,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """out [T, rows]: of each token the weighted sum of what its experts here gave, parts and experts in order."""
+    token = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if EARLY:
         gdc_wait()
-    if arrive(arrivals + tile, slots * SPLIT):
-        row = tile * 16 + tl.arange(0, 16 * TILES)
-        for begin in range(0, tokens, FINISH):
-            token = begin + tl.arange(0, FINISH)
-            total = tl.zeros((FINISH, 16 * TILES), tl.float32)
-            for place in tl.static_range(EXPERTS_PER_TOKEN):
-                pair = token * EXPERTS_PER_TOKEN + place
-                chosen = tl.load(experts + pair, mask=token < tokens, other=-1).to(tl.int32) - first
-                here = (token < tokens) & (chosen >= 0) & (chosen < held)
-                weight = tl.load(weights + pair, mask=here, other=0.0)
-                there = here[:, None] & (row < rows)[None, :]
-                at = chosen.to(tl.int64)[:, None] * rows + row[None, :]
-                y = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
-                for i in tl.static_range(SPLIT):
-                    at = (i * pairs + pair)[:, None] * (tiles * 16) + row[None, :]
-                    y += tl.load(partial + at, mask=there, other=0.0, cache_modifier=".cg")
-                total += weight[:, None] * y
-            there = (token < tokens)[:, None] & (row < rows)[None, :]
-            at = token[:, None] * rows + row[None, :]
-            tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+        gdc_launch_dependents()
+    total = tl.zeros((BLOCK,), tl.float32)
+    for place in tl.static_range(EXPERTS_PER_TOKEN):
+        pair = token * EXPERTS_PER_TOKEN + place
+        chosen = tl.load(experts + pair).to(tl.int32) - first
+        there = (chosen >= 0) & (chosen < held) & (row < rows)
+        y = tl.load(bias + chosen.to(tl.int64) * rows + row, mask=there, other=0.0).to(tl.float32)
+        for i in tl.static_range(SPLIT):
+            y += tl.load(partial + (i * pairs + pair).to(tl.int64) * tile_rows + row, mask=there, other=0.0)
+        total += tl.load(weights + pair) * y
+    tl.store(out + token.to(tl.int64) * rows + row, total.to(out.dtype.element_ty), mask=row < rows)
 
 
 @dataclass(frozen=True)
@@ -400,8 +400,8 @@ class Cut:
 
 
 _CUTS = (  # up to so many tokens, gate_up, down; the fastest on an H200 of those in tests/benchmarks/kernels_experts.py
-    (1, Cut(split=3, unroll=5), Cut(split=5, unroll=3)),
-    (MAX_PAIRS, Cut(split=1, unroll=5), Cut(split=1, unroll=5)),
+    (1, Cut(split=5, unroll=3), Cut(split=5, unroll=3)),
+    (MAX_PAIRS, Cut(split=1, unroll=3), Cut(split=1, unroll=9, tiles=2)),
 )
 
 
@@ -470,29 +470,42 @@ def down_sum(
     slots = _slots(experts_TX, held)
     out_TH = torch.empty((tokens, rows), dtype=inner_PI.dtype, device=inner_PI.device)
     together = cut.tiles if tiles % cut.tiles == 0 else 1
+    partial = torch.empty((cut.split, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=inner_PI.device)
+    constant = _constants(experts_TX, steps, width, cut, cut.split)
     _down[tiles // together, slots, cut.split](
         inner_PI,
         packed.blocks,
         packed.scales.view(torch.int32),
-        packed.bias,
         experts_TX,
-        weights_TX,
-        out_TH,
-        torch.empty((cut.split, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=inner_PI.device),
-        packed.arrivals,
+        partial,
         first_expert,
         held,
         pairs,
         int(slots == held),
-        tokens,
-        slots,
         tiles,
         steps,
-        rows,
         width,
-        FINISH=1 if tokens == 1 else FINISH_TOKENS,
         TILES=together,
-        **_constants(experts_TX, steps, width, cut, cut.split),
+        **constant,
+    )
+    _finish[tokens, triton.cdiv(rows, FINISH_ROWS)](
+        partial,
+        packed.bias,
+        experts_TX,
+        weights_TX,
+        out_TH,
+        first_expert,
+        held,
+        pairs,
+        rows,
+        tiles * TILE_ROWS,
+        **constants(
+            EXPERTS_PER_TOKEN=constant["EXPERTS_PER_TOKEN"],
+            SPLIT=cut.split,
+            BLOCK=FINISH_ROWS,
+            EARLY=constant["EARLY"],
+            num_warps=4,
+        ),
     )
     return out_TH
 
