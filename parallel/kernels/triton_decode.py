@@ -25,6 +25,7 @@ from .triton_launch import constants, early
 from .triton_mxfp4 import HALVES, MAX_SLOTS, SCALES, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
 MAX_PAIRS = 256
+COLUMNS = 8  # rows of x in one product
 CHUNK_PAIRS = 64  # pairs that a program looks at together
 FINISH_ROWS = 512  # of a program that sums up
 _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as weights come times 2**-126
@@ -78,12 +79,11 @@ def _product(
     SCALE_X: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
-    TILES: tl.constexpr,
     EVEN: tl.constexpr,
     WAIT: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Steps begin to end of each of TILES tiles by `COLUMNS` rows of x: a tuple of [2 rh, 8 g, columns] fp32.
+    """Steps begin to end of one tile by `COLUMNS` rows of x: [2 rh, 8 g, columns] fp32.
 
     row_N: where each row of x begins; where a column is of no token, any row: what comes of it is not stored. width:
     columns of x. EVEN: UNROLL divides the steps, and x has 64 columns for each. WAIT: x may be of a kernel that still
@@ -94,24 +94,19 @@ def _product(
     scales += tile * steps * 8 + tl.arange(0, 8)
     row_L = tl.multiple_of(row_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4), 32)
     x += (row_L + tl.arange(0, COLUMNS * 4) % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
-    accs = ()
-    for _ in tl.static_range(TILES):
-        accs += (tl.zeros((2, 8, COLUMNS), tl.float32),)
+    acc = tl.zeros((2, 8, COLUMNS), tl.float32)
     for step in range(begin, end, UNROLL):
         block, scale, row = blocks + step * _HALVES, scales + step * 8, x + step * _CODES
         halves = ()
         words = ()
         for i in tl.static_range(UNROLL):
-            for j in tl.static_range(TILES):  # weights pass by the L1 cache, which x is to stay in
-                at = j * steps
-                if EVEN:
-                    halves += (tl.load(block + at * _HALVES + i * _HALVES, cache_modifier=".cg"),)
-                    words += (tl.load(scale + at * 8 + i * 8, cache_modifier=".cg"),)
-                else:
-                    more = step + i < end
-                    half = tl.load(block + at * _HALVES + i * _HALVES, mask=more, other=0, cache_modifier=".cg")
-                    halves += (half,)
-                    words += (tl.load(scale + at * 8 + i * 8, mask=more, other=0, cache_modifier=".cg"),)
+            if EVEN:  # weights pass by the L1 cache, which x is to stay in
+                halves += (tl.load(block + i * _HALVES, cache_modifier=".cg"),)
+                words += (tl.load(scale + i * 8, cache_modifier=".cg"),)
+            else:
+                more = step + i < end
+                halves += (tl.load(block + i * _HALVES, mask=more, other=0, cache_modifier=".cg"),)
+                words += (tl.load(scale + i * 8, mask=more, other=0, cache_modifier=".cg"),)
         # ptxas sinks loads to their use, but not across this; x is read after it, so that no use can climb above it
         tl.debug_barrier()
         if WAIT:
@@ -128,19 +123,12 @@ def _product(
             if SCALE_X:
                 b_0, b_1 = _scaled_up(b_0, PLAIN), _scaled_up(b_1, PLAIN)
                 b_2, b_3 = _scaled_up(b_2, PLAIN), _scaled_up(b_3, PLAIN)
-            sums = ()
-            for j in tl.static_range(TILES):
-                v_0, v_1, v_2, v_3 = planes(halves[i * TILES + j], PLAIN)
-                word = words[i * TILES + j]
-                first = tl.dot(_weights(v_1), b_1.to(v_1.dtype), tl.dot(_weights(v_0), b_0.to(v_0.dtype)))
-                second = tl.dot(_weights(v_3), b_3.to(v_3.dtype), tl.dot(_weights(v_2), b_2.to(v_2.dtype)))
-                acc = accs[j] + first.reshape(2, 8, COLUMNS) * _factors(word, 0)
-                sums += (acc + second.reshape(2, 8, COLUMNS) * _factors(word, 1),)
-            accs = sums
-    backs = ()
-    for j in tl.static_range(TILES):
-        backs += (accs[j] * _BACK,)
-    return backs
+            v_0, v_1, v_2, v_3 = planes(halves[i], PLAIN)
+            first = tl.dot(_weights(v_1), b_1.to(v_1.dtype), tl.dot(_weights(v_0), b_0.to(v_0.dtype)))
+            second = tl.dot(_weights(v_3), b_3.to(v_3.dtype), tl.dot(_weights(v_2), b_2.to(v_2.dtype)))
+            acc += first.reshape(2, 8, COLUMNS) * _factors(words[i], 0)
+            acc += second.reshape(2, 8, COLUMNS) * _factors(words[i], 1)
+    return acc * _BACK
 
 
 @triton.jit
@@ -234,7 +222,6 @@ def _gate_up(
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
-    TILES: tl.constexpr,
     SPLIT: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -248,14 +235,14 @@ def _gate_up(
     if EARLY:
         gdc_wait()  # the routes are of the kernel before
         gdc_launch_dependents()  # not earlier: what comes next reads the routes without waiting
-    tile, slot, part = tl.program_id(0) * TILES, tl.program_id(1), tl.program_id(2)
+    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         if begin > 0:
             _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
         live_N = begin + tl.arange(0, COLUMNS) < count
-        ys = _product(
+        y = _product(
             x,
             (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
             blocks,
@@ -268,26 +255,53 @@ def _gate_up(
             True,
             COLUMNS,
             UNROLL,
-            TILES,
             EVEN,
             False,
             PLAIN,
         )
         if SPLIT == 1:
-            for j in tl.static_range(TILES):
-                _store_inner(ys[j], inner, bias, expert, tile + j, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+            _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
         else:
             row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
             at = partial + pair_N[None, None, :] * (tiles * 16) + row[:, :, None]
-            for j in tl.static_range(TILES):
-                tl.store(at + part * pairs * tiles * 16 + j * 16, ys[j], mask=live_N[None, None, :])
+            tl.store(at + part * pairs * tiles * 16, y, mask=live_N[None, None, :])
             if arrive(arrivals + slot * tiles + tile, SPLIT):
-                for j in tl.static_range(TILES):
-                    y = tl.zeros((2, 8, COLUMNS), tl.float32)
-                    for i in tl.static_range(SPLIT):
-                        part_y = at + i * pairs * tiles * 16 + j * 16
-                        y += tl.load(part_y, mask=live_N[None, None, :], other=0.0, cache_modifier=".cg")
-                    _store_inner(y, inner, bias, expert, tile + j, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+                y = tl.zeros((2, 8, COLUMNS), tl.float32)
+                for i in tl.static_range(SPLIT):
+                    part_y = at + i * pairs * tiles * 16
+                    y += tl.load(part_y, mask=live_N[None, None, :], other=0.0, cache_modifier=".cg")
+                _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+
+
+@triton.jit
+def _sum_up(
+    bias,
+    experts,
+    weights,
+    out,
+    partial,
+    first,
+    held,
+    pairs,
+    rows,
+    token,
+    row,
+    tile_rows,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """These rows of out [T, rows]: the weighted sum of what the token's experts here gave, in a fixed order."""
+    total = tl.zeros(row.shape, tl.float32)
+    for place in tl.static_range(EXPERTS_PER_TOKEN):
+        pair = token * EXPERTS_PER_TOKEN + place
+        chosen = tl.load(experts + pair).to(tl.int32) - first
+        there = (chosen >= 0) & (chosen < held) & (row < rows)
+        y = tl.load(bias + chosen.to(tl.int64) * rows + row, mask=there, other=0.0).to(tl.float32)
+        for i in tl.static_range(SPLIT):
+            at = partial + (i * pairs + pair).to(tl.int64) * tile_rows + row
+            y += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+        total += tl.load(weights + pair) * y
+    tl.store(out + tl.cast(token, tl.int64) * rows + row, total.to(out.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert"])
@@ -295,35 +309,40 @@ def _down(
     inner,
     blocks,
     scales,
+    bias,
     experts,
+    weights,
+    out,
     partial,
+    arrivals,
     first,
     held,
     pairs,
     by_expert,
     tiles,
     steps,
+    rows,
     width,
     EXPERTS_PER_TOKEN: tl.constexpr,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
-    TILES: tl.constexpr,
     SPLIT: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """partial: fp32 [SPLIT, P, tiles * 16]; rows of pairs that are not here stay as they were."""
-    tile, slot, part = tl.program_id(0) * TILES, tl.program_id(1), tl.program_id(2)
+    """partial: fp32 [SPLIT, P, tiles * 16]; rows of pairs that are not here stay as they were. SINGLE: the last program
+    of a tile sums up, which is faster where there is a chain of few; else `_finish` does."""
+    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         if begin > 0:
             _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
         live_N = begin + tl.arange(0, COLUMNS) < count
-        ys = _product(
+        y = _product(
             inner,
             pair_N.to(tl.int64) * width,
             blocks,
@@ -336,27 +355,44 @@ def _down(
             False,
             COLUMNS,
             UNROLL,
-            TILES,
             EVEN,
             EARLY,
             PLAIN,
         )
         row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
         at = (part * pairs + pair_N)[None, None, :] * (tiles * 16) + row[:, :, None]
-        for j in tl.static_range(TILES):
-            tl.store(partial + at + j * 16, ys[j], mask=live_N[None, None, :])
+        tl.store(partial + at, y, mask=live_N[None, None, :])
     if EARLY:
         gdc_wait()  # programs without work too: what is launched next may rely on all before this being over
         gdc_launch_dependents()
+    if SINGLE:
+        if arrive(arrivals + tile, EXPERTS_PER_TOKEN * SPLIT):
+            row = tile * 16 + tl.arange(0, 16)
+            _sum_up(
+                bias,
+                experts,
+                weights,
+                out,
+                partial,
+                first,
+                held,
+                pairs,
+                rows,
+                0,
+                row,
+                tiles * 16,
+                EXPERTS_PER_TOKEN,
+                SPLIT,
+            )
 
 
 @triton.jit(do_not_specialize=["first", "held", "pairs"])
 def _finish(
-    partial,
     bias,
     experts,
     weights,
     out,
+    partial,
     first,
     held,
     pairs,
@@ -367,41 +403,30 @@ def _finish(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """out [T, rows]: of each token the weighted sum of what its experts here gave, parts and experts in order."""
-    token = tl.program_id(0)
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """out [T, rows] from partial, as `_down` left it."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    total = tl.zeros((BLOCK,), tl.float32)
-    for place in tl.static_range(EXPERTS_PER_TOKEN):
-        pair = token * EXPERTS_PER_TOKEN + place
-        chosen = tl.load(experts + pair).to(tl.int32) - first
-        there = (chosen >= 0) & (chosen < held) & (row < rows)
-        y = tl.load(bias + chosen.to(tl.int64) * rows + row, mask=there, other=0.0).to(tl.float32)
-        for i in tl.static_range(SPLIT):
-            y += tl.load(partial + (i * pairs + pair).to(tl.int64) * tile_rows + row, mask=there, other=0.0)
-        total += tl.load(weights + pair) * y
-    tl.store(out + token.to(tl.int64) * rows + row, total.to(out.dtype.element_ty), mask=row < rows)
+    token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    _sum_up(
+        bias, experts, weights, out, partial, first, held, pairs, rows, token, row, tile_rows, EXPERTS_PER_TOKEN, SPLIT
+    )
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a product is cut: K into `split` parts; `unroll` steps whose loads are in flight together; `columns` rows
-    of x in one product (8, or 16 where experts have more tokens); `tiles` that a program makes from the same x (1 where
-    their number is odd). early: the kernel is launched while the one before it still runs (programmatic dependent
-    launch, from sm_90 on), and waits inside."""
+    """How a product is cut: K into `split` parts; `unroll` steps whose loads are in flight together. early: the kernel
+    is launched while the one before it still runs (programmatic dependent launch, from sm_90 on), and waits inside."""
 
     split: int
     unroll: int
-    columns: int = 8
-    tiles: int = 1
     early: bool = True
 
 
 _CUTS = (  # up to so many tokens, gate_up, down; the fastest on an H200 of those in tests/benchmarks/kernels_experts.py
     (1, Cut(split=5, unroll=3), Cut(split=5, unroll=3)),
-    (MAX_PAIRS, Cut(split=1, unroll=3), Cut(split=1, unroll=9, tiles=2)),
+    (2, Cut(split=1, unroll=3), Cut(split=3, unroll=3)),
+    (MAX_PAIRS, Cut(split=1, unroll=9), Cut(split=1, unroll=3)),
 )
 
 
@@ -431,10 +456,9 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
     held, rows = packed.bias.shape
     _, tiles, steps, *_ = packed.blocks.shape
     slots = _slots(experts_TX, held)
-    split = cut.split if tokens <= cut.columns and slots <= MAX_SLOTS else 1
+    split = cut.split if tokens <= COLUMNS and slots <= MAX_SLOTS else 1
     inner_PI = torch.empty((pairs, rows // 2), dtype=x_TH.dtype, device=x_TH.device)
-    together = cut.tiles if tiles % cut.tiles == 0 else 1
-    _gate_up[tiles // together, slots, split](
+    _gate_up[tiles, slots, split](
         x_TH,
         packed.blocks,
         packed.scales.view(torch.int32),
@@ -453,7 +477,6 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
         rows,
         limit,
         ALPHA=SWIGLU_ALPHA,
-        TILES=together,
         **_constants(experts_TX, steps, width, cut, split),
     )
     return inner_PI
@@ -463,50 +486,46 @@ def down_sum(
     inner_PI: Tensor, weights_TX: Tensor, experts_TX: Tensor, packed: Tiles, first_expert: int, cut: Cut
 ) -> Tensor:
     """The second product of what `gate_up_inner` gave, and its weighted sum, [T, H] in the dtype of inner."""
-    tokens = len(experts_TX)
+    tokens, per_token = experts_TX.shape
     pairs, width = inner_PI.shape
     held, rows = packed.bias.shape
     _, tiles, steps, *_ = packed.blocks.shape
     slots = _slots(experts_TX, held)
     out_TH = torch.empty((tokens, rows), dtype=inner_PI.dtype, device=inner_PI.device)
-    together = cut.tiles if tiles % cut.tiles == 0 else 1
     partial = torch.empty((cut.split, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=inner_PI.device)
-    constant = _constants(experts_TX, steps, width, cut, cut.split)
-    _down[tiles // together, slots, cut.split](
+    summed = (packed.bias, experts_TX, weights_TX, out_TH, partial)
+    _down[tiles, slots, cut.split](
         inner_PI,
         packed.blocks,
         packed.scales.view(torch.int32),
-        experts_TX,
-        partial,
+        *summed,
+        packed.arrivals,
         first_expert,
         held,
         pairs,
         int(slots == held),
         tiles,
         steps,
-        width,
-        TILES=together,
-        **constant,
-    )
-    _finish[tokens, triton.cdiv(rows, FINISH_ROWS)](
-        partial,
-        packed.bias,
-        experts_TX,
-        weights_TX,
-        out_TH,
-        first_expert,
-        held,
-        pairs,
         rows,
-        tiles * TILE_ROWS,
-        **constants(
-            EXPERTS_PER_TOKEN=constant["EXPERTS_PER_TOKEN"],
-            SPLIT=cut.split,
-            BLOCK=FINISH_ROWS,
-            EARLY=constant["EARLY"],
-            num_warps=4,
-        ),
+        width,
+        **_constants(experts_TX, steps, width, cut, cut.split),
     )
+    if tokens > 1:
+        _finish[tokens, triton.cdiv(rows, FINISH_ROWS)](
+            *summed,
+            first_expert,
+            held,
+            pairs,
+            rows,
+            tiles * TILE_ROWS,
+            **constants(
+                EXPERTS_PER_TOKEN=per_token,
+                SPLIT=cut.split,
+                BLOCK=FINISH_ROWS,
+                EARLY=cut.early and early(experts_TX),
+                num_warps=4,
+            ),
+        )
     return out_TH
 
 
@@ -522,7 +541,7 @@ def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int)
     return constants(
         EXPERTS_PER_TOKEN=per_token,
         CHUNK=CHUNK_PAIRS,
-        COLUMNS=cut.columns,
+        COLUMNS=COLUMNS,
         UNROLL=cut.unroll,
         SPLIT=split,
         SINGLE=tokens == 1,

@@ -29,11 +29,8 @@ LAYERS = {32: 8, 128: 4}  # by experts a layer
 FEW = {32: (1, 2, 4, 8, 16, 32, 64), 128: (1, 2, 8, 32, 64)}
 MANY = {32: (32, 64, 128, 256, 1024, 2048, 8192), 128: (128, 256, 2048)}
 CUTS_1 = [Cut(s, u) for s, u in ((3, 3), (3, 5), (5, 3), (5, 9), (9, 5))]
-CUTS_1 += [Cut(s, u, tiles=2) for s, u in ((3, 3), (3, 5), (5, 3))]
-CUTS_FEW = [Cut(s, u) for s, u in ((1, 3), (1, 9), (1, 15), (3, 3), (3, 5), (3, 15))]
-CUTS_FEW += [Cut(s, u, tiles=2) for s, u in ((1, 9), (1, 15), (3, 5), (3, 15))]
-CUTS_MORE = [Cut(1, u, tiles=tiles) for u, tiles in ((3, 1), (9, 1), (15, 1), (9, 2), (15, 2), (5, 3), (5, 4))]
-CUTS_MORE += [Cut(1, u, columns=16, tiles=2) for u in (3, 5, 9)]
+CUTS_FEW = [Cut(s, u) for s, u in ((1, 3), (1, 5), (1, 9), (1, 15), (3, 3), (3, 5))]
+CUTS_MORE = [Cut(1, u) for u in (3, 5, 9, 15)]
 SHAPES = {
     "thin": [
         Shape(*s)

@@ -123,9 +123,7 @@ FEW = {
     "a slot a pair, others' experts": (Case(2, 64, 32, 6, 2, 10), (Cut(1, 1), Cut(1, 1))),
     "a slot an expert, more tokens than columns": (Case(11, 64, 32, 2, 1, 3), (Cut(2, 1), Cut(1, 3))),
     "no expert is here": (Case(2, 64, 32, 2, 8, 10), (Cut(1, 1), Cut(1, 1))),
-    "wide columns": (Case(12, 96, 32, 2), (Cut(1, 2, 16), Cut(1, 1, 16))),
-    "two tiles a program, K in parts": (Case(3, 128, 32, 4), (Cut(2, 1, tiles=2), Cut(1, 1, tiles=2))),
-    "two tiles a program, odd K": (Case(9, 96, 96, 2), (Cut(1, 1, tiles=2), Cut(2, 1, tiles=2))),
+    "two rounds of columns, odd K": (Case(12, 96, 96, 2), (Cut(1, 2), Cut(2, 1))),
 }
 
 
