@@ -76,6 +76,8 @@ class StopStrings:
 
     def feed(self, text: str) -> str:
         """What may be shown now; after a hit nothing more."""
+        if not self._stops:
+            return text
         if self.hit:
             return ""
         self._held += text
@@ -153,21 +155,11 @@ class Answer:
     def _pieces(self, deltas: Sequence[Delta]) -> list[Piece]:
         pieces: list[Piece] = []
         for delta in deltas:
-            function = self._function(delta)
-            to_tool = delta.recipient is not None and delta.channel != "final"
-            reasons = delta.channel == "analysis" or to_tool
-            self._place = "call" if function is not None else "reasoning" if reasons else "content"
             if delta.kind == "start":
-                if self._tokens is not None:
-                    self._tokens.begin(self._place)
-                if kind := _recipient_repair(delta, function):
-                    self._parser.repair(kind)
-            if delta.kind == "start" and function is not None:
-                pieces.append(Call(self._calls, f"call_{secrets.token_hex(12)}", function))
-                self._calls += 1
-            elif delta.kind == "text" and function is not None:
+                pieces += self._begin(delta)
+            elif delta.kind == "text" and self._place == "call":
                 pieces.append(Arguments(self._calls - 1, delta.text))
-            elif delta.kind == "text" and reasons:
+            elif delta.kind == "text" and self._place == "reasoning":
                 pieces.append(Reasoning(delta.text, delta.index))
             elif delta.kind == "text":
                 if self._tokens is not None:
@@ -179,12 +171,27 @@ class Answer:
                 self._place = None
         return pieces
 
+    def _begin(self, start: Delta) -> list[Piece]:
+        """A message begins, and it is known what it is."""
+        function = self._called(start)
+        to_tool = start.recipient is not None and start.channel != "final"
+        reasons = start.channel == "analysis" or to_tool
+        self._place = "call" if function is not None else "reasoning" if reasons else "content"
+        if self._tokens is not None:
+            self._tokens.begin(self._place)
+        if kind := _recipient_repair(start, function):
+            self._parser.repair(kind)
+        if function is None:
+            return []
+        self._calls += 1
+        return [Call(self._calls - 1, f"call_{secrets.token_hex(12)}", function)]
+
     def _content(self, shown: str) -> list[Piece]:
         tokens = () if self._tokens is None else self._tokens.show(shown)
         return [Content(shown, tokens, self._message, self._preamble)] if shown else []
 
-    def _function(self, delta: Delta) -> str | None:
-        name = delta.recipient or ""
+    def _called(self, start: Delta) -> str | None:
+        name = start.recipient or ""
         while name.startswith("functions."):
             name = name.removeprefix("functions.")
         return name if name in self._functions else None

@@ -2,18 +2,19 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
 from ..harmony import StreamParser, render
 from ..tokenizer import Tokenizer
-from .answer import Arguments, Call, Content, End, Piece, Reasoning
+from .answer import Arguments, Call, Content, End, Reasoning
 from .chat import conversation, demands
 from .constraint import constraint_for
 from .content_tokens import ContentToken
 from .generation import Head, Job, Pieces, Reading, make_choices, new_head
 from .logprobs import chat_logprobs
+from .respond import TextEvent, event
 from .schema import ChatRequest
 from .served import Served
 
@@ -88,26 +89,38 @@ class ChatShape:
         ends = [said.end for said in everyone if said.end is not None]
         return self.head.of("chat.completion") | {"choices": choices, "usage": self.head.usage(ends)}
 
-    async def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
+    async def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[bytes]:
         def chunk(index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> Any:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
             body = self.head.of("chat.completion.chunk") | {"choices": [choice]}
             return body | ({"usage": None} if include_usage else {})
 
+        def grown(index: int, piece: Reasoning | Content | Arguments) -> bytes:
+            """The event for more text, which is nearly all of a stream."""
+            if isinstance(piece, Content) and self.logprobs is not None:
+                return event(chunk(index, _delta(piece), logprobs=self._logprobs(piece.tokens)))
+            kind = index, type(piece), piece.index if isinstance(piece, Arguments) else 0
+            if kind not in texts:
+                texts[kind] = TextEvent(lambda text: chunk(index, _delta(replace(piece, text=text))))
+            return texts[kind](piece.text)
+
+        texts: dict[tuple[int, type, int], TextEvent] = {}
         ends = []
         async with aclosing(pieces):
             for index in range(self.choices):
-                yield chunk(index, {"role": "assistant", "content": ""})
+                yield event(chunk(index, {"role": "assistant", "content": ""}))
             async for index, piece in pieces:
-                if isinstance(piece, End):
-                    ends.append(piece)
-                    yield chunk(index, {}, piece.finish_reason)
-                else:
-                    told = self._logprobs(piece.tokens) if isinstance(piece, Content) else None
-                    yield chunk(index, _delta(piece), logprobs=told)
+                match piece:
+                    case End():
+                        ends.append(piece)
+                        yield event(chunk(index, {}, piece.finish_reason))
+                    case Call():
+                        yield event(chunk(index, _delta(piece)))
+                    case _:
+                        yield grown(index, piece)
             if include_usage:
                 usage = {"choices": [], "usage": self.head.usage(ends)}
-                yield self.head.of("chat.completion.chunk") | usage
+                yield event(self.head.of("chat.completion.chunk") | usage)
 
     def _choice(self, index: int, said: _Said) -> dict[str, Any]:
         assert said.end is not None, "an answer ends with an End"
@@ -127,7 +140,7 @@ class ChatShape:
         return {"content": chat_logprobs(tokens, self.tokenizer, self.logprobs), "refusal": None}
 
 
-def _delta(piece: Piece) -> dict[str, Any]:
+def _delta(piece: Reasoning | Content | Call | Arguments) -> dict[str, Any]:
     match piece:
         case Reasoning():
             return _reasoning(piece.text)
@@ -138,8 +151,6 @@ def _delta(piece: Piece) -> dict[str, Any]:
             return {"tool_calls": [{"index": piece.index} | _call(piece) | {"function": function}]}
         case Arguments():
             return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
-        case End():
-            return {}
 
 
 def _reasoning(text: str | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .errors import ApiError
 from .fields import MOST_CHOICES, GenerationFields, TokenId, check_id, check_together
 from .generation import Head, Job, Pieces, Reading, make_choices, new_head
 from .logprobs import text_logprobs
+from .respond import event
 from .served import Served
 
 MAX_TOKENS = 16  # where none is given, as OpenAI has it
@@ -123,10 +124,10 @@ class TextShape:
         ]
         return self.head.of("text_completion") | {"choices": choices, "usage": self.head.usage([*ends.values()])}
 
-    async def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
-        def chunk(choice: dict[str, Any]) -> dict[str, Any]:
+    async def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[bytes]:
+        def chunk(choice: dict[str, Any]) -> bytes:
             body = self.head.of("text_completion") | {"choices": [choice]}
-            return body | ({"usage": None} if include_usage else {})
+            return event(body | ({"usage": None} if include_usage else {}))
 
         ends = []
         async with aclosing(pieces):
@@ -140,7 +141,7 @@ class TextShape:
                     ends.append(piece)
                     yield chunk(self._choice(index, "", (), piece.finish_reason))
             if include_usage:
-                yield self.head.of("text_completion") | {"choices": [], "usage": self.head.usage(ends)}
+                yield event(self.head.of("text_completion") | {"choices": [], "usage": self.head.usage(ends)})
 
     def _choice(
         self, index: int, text: str, tokens: "list[ContentToken] | tuple[ContentToken, ...]", finish_reason: str | None

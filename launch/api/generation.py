@@ -41,8 +41,8 @@ class Shape(Protocol):
         """The answer as one object."""
         ...
 
-    def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
-        """The answer as objects for events, each as soon as its piece is there."""
+    def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events, each as soon as its piece is there."""
         ...
 
 

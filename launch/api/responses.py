@@ -14,7 +14,7 @@ has its status.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from .errors import ApiError, explain
 from .gate import KEY_NAME
 from .generation import Job, begin
 from .logprobs import chat_logprobs
-from .respond import Begun, ClientGoneError, EventStream, read_body, unless_gone
+from .respond import Begun, ClientGoneError, EventStream, event, read_body, unless_gone
 from .responses_chat import Item, response_job
 from .responses_events import Draft, Event, place_of_item, response_id
 from .responses_query import Page, page_of, read_page, read_retrieval
@@ -121,7 +121,7 @@ def responses_routes(served: Served) -> APIRouter:
         if kept.recording is None:
             message = "stream: only what was created with background=true and stream=true has kept its events"
             raise ApiError(400, message, "stream")
-        return EventStream(kept.recording.read(starting_after), explain, _nothing, served.quiet_s, done=None)
+        return _stream(kept.recording.read(starting_after), _nothing, served)
 
     @routes.delete("/{id}")
     async def delete(http: HttpRequest, id: str) -> Response:
@@ -175,7 +175,7 @@ async def _answer(
         if not request.stream:
             return JSONResponse(await unless_gone(http.receive, making.whole()))
         close = stack.pop_all().aclose  # the stream closes it
-        return EventStream(making.events(), explain, close, served.quiet_s, done=None)
+        return _stream(making.events(), close, served)
 
 
 def _in_background(kept: Kept, making: _Making, served: Served, stream: bool) -> Response:
@@ -209,7 +209,16 @@ def _in_background(kept: Kept, making: _Making, served: Served, stream: bool) ->
     served.store.put(kept)
     if recording is None:
         return JSONResponse(kept.draft.response)
-    return EventStream(recording.read(-1), explain, _nothing, served.quiet_s, done=None)
+    return _stream(recording.read(-1), _nothing, served)
+
+
+def _stream(events: AsyncGenerator[Event], close: Callable[[], Awaitable[None]], served: Served) -> Response:
+    async def encoded() -> AsyncGenerator[bytes]:
+        async with aclosing(events):
+            async for one in events:
+                yield event(one)
+
+    return EventStream(encoded(), explain, close, served.quiet_s, done=None)
 
 
 async def _close(making: _Making, kept: Kept, store: Store) -> None:
