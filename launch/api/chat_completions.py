@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
-from ..harmony import StreamParser, render
+from ..harmony import ResponseFormat, StreamParser, render
 from ..tokenizer import Tokenizer
 from .answer import Arguments, Call, Content, End, Reasoning
 from .chat import conversation, demands
@@ -19,13 +19,18 @@ from .schema import ChatRequest
 from .served import Served
 
 
+def chat_prompt(chat: ChatRequest, shown: ResponseFormat | None, served: Served) -> tuple[int, ...]:
+    """shown: as of `chat.Demands`. Raises ApiError 400."""
+    tools = [] if chat.tool_choice == "none" else chat.tools or []
+    talk = conversation(chat.messages, tools, chat.reasoning_effort, date.today(), shown)
+    return tuple(render(talk, served.tokenizer))
+
+
 def chat_job(chat: ChatRequest, served: Served) -> Job:
     """Raises ApiError 400."""
     tokenizer = served.tokenizer
-    tools = [] if chat.tool_choice == "none" else chat.tools or []
     wanted = demands(chat)
-    talk = conversation(chat.messages, tools, chat.reasoning_effort, date.today(), wanted.shown)
-    prompt = tuple(render(talk, tokenizer))
+    prompt = chat_prompt(chat, wanted.shown, served)
     logprobs = chat.top_logprobs or 0 if chat.logprobs else None
     choices = make_choices(
         chat,
@@ -42,7 +47,7 @@ def chat_job(chat: ChatRequest, served: Served) -> Job:
     reading = Reading(
         parser=lambda repaired: StreamParser(tokenizer, on_repair=repaired),
         stops=chat.stops,
-        functions=[tool.function.name for tool in tools],
+        functions=[tool.name for tool in wanted.tools] if chat.tool_choice != "none" else [],
         # Markup that ends an answer is for the parser, which knows what it means.
         unseen=set(chat.stop_token_ids or ()) - set(tokenizer.special.values()),
         keep_tokens=logprobs is not None,

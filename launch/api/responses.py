@@ -4,6 +4,7 @@
     GET     /v1/responses/{id}               as it is now; ?stream=true&starting_after=N its events from there
     DELETE  /v1/responses/{id}
     POST    /v1/responses/{id}/cancel        ends one in the background
+    POST    /v1/responses/input_tokens       how many tokens the same body would send to the model
     GET     /v1/responses/{id}/input_items   what it was asked, the conversation before it included
 
 A response ends with its client, unless it is made in the background. What is said of one that fails before its first
@@ -32,7 +33,7 @@ from .gate import KEY_NAME
 from .generation import Job, begin
 from .logprobs import chat_logprobs
 from .respond import Begun, ClientGoneError, EventStream, event, read_body, unless_gone
-from .responses_chat import Item, response_job
+from .responses_chat import Item, count_tokens, response_job
 from .responses_events import Draft, Event, place_of_item, response_id
 from .responses_query import Page, page_of, read_page, read_retrieval
 from .responses_schema import ResponsesRequest, echo, input_items, parse_responses_request
@@ -95,22 +96,34 @@ def responses_routes(served: Served) -> APIRouter:
     def find(http: HttpRequest, id: str) -> Kept:
         return store.find(id, _owner(http))
 
+    async def read(http: HttpRequest) -> tuple[ResponsesRequest, list[Item], list[Item]]:
+        """A body, the items of the conversation before it, and its own, without references."""
+        body = await read_body(http, served.body_limit_bytes)
+        # In a thread, like the tokens later: a long prompt would hold up the streams of everyone else.
+        request, items = await asyncio.to_thread(_read, body)
+        served.check_model(request.model)
+        before = [item for kept in store.chain(request.previous_response_id, _owner(http)) for item in _said(kept)]
+        return request, before, [_followed(item, place, http, store) for place, item in enumerate(items)]
+
     @routes.post("")
     async def create(http: HttpRequest) -> Response:
         try:
-            body = await read_body(http, served.body_limit_bytes)
-            # In a thread, like the tokens below: a long prompt would hold up the streams of everyone else.
-            request, items = await asyncio.to_thread(_read, body)
-            served.check_model(request.model)
+            request, before, items = await read(http)
             served.replicas.choose(())  # what nobody could take is refused before anything is made of it
-            before = [item for kept in store.chain(request.previous_response_id, _owner(http)) for item in _said(kept)]
-            items = [_followed(item, place, http, store) for place, item in enumerate(items)]
             job = await asyncio.to_thread(response_job, request, before, items, served)
             return await _answer(http, served, request, items, job)
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
         except (EngineDiedError, UserError) as error:
             raise explain(error) from None
+
+    @routes.post("/input_tokens")
+    async def count_input(http: HttpRequest) -> Response:
+        try:
+            count = await asyncio.to_thread(count_tokens, *await read(http), served)
+        except ClientGoneError:
+            return Response(status_code=499)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
     @routes.get("/{id}")
     async def retrieve(http: HttpRequest, id: str) -> Response:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .chat_completions import chat_job
+from .chat import demands
+from .chat_completions import chat_job, chat_prompt
 from .errors import ApiError
 from .generation import Job
 from .responses_schema import SAME_AS_CHAT, NamedFunction, ResponsesRequest
@@ -50,6 +51,13 @@ def response_job(request: ResponsesRequest, before: Sequence[Item], items: Seque
         if job is None:
             raise
         return job
+
+
+def count_tokens(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item], served: Served) -> int:
+    """Of the prompt, as it would be sent. before, items: as of `response_job`. Raises ApiError 400."""
+    chat = chat_request(request, before, items)
+    with _chat_names(len(chat.messages) - len(items)):
+        return len(chat_prompt(chat, demands(chat).shown, served))
 
 
 def _job(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item], served: Served) -> Job:
