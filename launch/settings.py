@@ -22,6 +22,8 @@ DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
 KV_DTYPES: tuple[KvDType, ...] = (*DTYPES, "fp8")
 KERNELS: tuple[Kernels, ...] = ("triton", "plain", "cpu", "cpu-int8")
 MISSES: tuple[Misses, ...] = ("copied", "computed")
+Engine = Literal["ours", "vllm"]
+ENGINES: tuple[Engine, ...] = ("ours", "vllm")
 WORKLOADS: tuple[Workload, ...] = ("latency", "throughput")
 
 PRESETS = "serve"  # folder in gptoss_launch.configs
@@ -161,6 +163,7 @@ class ServeSettings(Settings):
     served_name: str | None = _key(
         None, "served-name", "NAME", read_text, "Model name in the API; MODEL when left out."
     )
+    engine: Engine = _key("ours", "engine", "|".join(ENGINES), one_of(ENGINES), "Who runs the plan: ours, or vLLM.")
     drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
 
 
