@@ -63,6 +63,16 @@ def _origins(value: Any) -> tuple[str, ...]:
     return origins
 
 
+def _urls(value: Any) -> tuple[str, ...]:
+    """A list, or text with commas."""
+    items = value if isinstance(value, list | tuple) else str(value).split(",")
+    urls = tuple(str(item).strip() for item in items)
+    for url in urls:
+        if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
+            raise UserError(f"{url!r} is no URL such as http://127.0.0.1:9000/mcp")
+    return urls
+
+
 def _seconds(value: Any) -> float:
     try:
         seconds = float(value)
@@ -164,6 +174,9 @@ class ServeSettings(Settings):
         None, "served-name", "NAME", read_text, "Model name in the API; MODEL when left out."
     )
     engine: Engine = _key("ours", "engine", "|".join(ENGINES), one_of(ENGINES), "Who runs the plan: ours, or vLLM.")
+    tool_server: tuple[str, ...] = _key(
+        (), "tool-server", "URL,..", _urls, "MCP servers that run the built-in tools, python and browser."
+    )
     drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
 
 

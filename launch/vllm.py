@@ -151,6 +151,8 @@ def _check(plan: Plan, settings: ServeSettings) -> None:
         raise UserError(f"--engine vllm: dtype {plan.dtype}", f"--dtype of {', '.join(DTYPES)}")
     if plan.expert_order:
         raise UserError("--engine vllm: experts placed by --routing", "leave --routing out")
+    if settings.tool_server:
+        raise UserError("--engine vllm: --tool-server", "leave it out: vLLM's speaks MCP over SSE, ours over HTTP")
     if settings.access_log is not None:
         raise UserError("--engine vllm: --access-log", "vLLM writes its own log to stderr")
 

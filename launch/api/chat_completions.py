@@ -8,12 +8,13 @@ from typing import Any
 
 from ..harmony import ResponseFormat, StreamParser, render
 from ..tokenizer import Tokenizer
-from .answer import Arguments, Call, Content, End, Reasoning
-from .chat import conversation, demands
+from .answer import Arguments, Call, Content, End, Reasoning, Run, RunBegun, RunInput, RunOutput
+from .chat import check_builtins, conversation, demands
 from .constraint import constraint_for
 from .content_tokens import ContentToken
-from .generation import Head, Job, Pieces, Reading, make_choices, new_head
+from .generation import Head, Job, Pieces, make_choices, new_head
 from .logprobs import chat_logprobs
+from .reading import Reading
 from .respond import TextEvent, event
 from .schema import ChatRequest
 from .served import Served
@@ -21,6 +22,7 @@ from .served import Served
 
 def chat_prompt(chat: ChatRequest, shown: ResponseFormat | None, served: Served) -> tuple[int, ...]:
     """shown: as of `chat.Demands`. Raises ApiError 400."""
+    check_builtins(chat.tools or (), served)
     tools = [] if chat.tool_choice == "none" else chat.tools or []
     talk = conversation(chat.messages, tools, chat.reasoning_effort, date.today(), shown)
     return tuple(render(talk, served.tokenizer))
@@ -41,7 +43,12 @@ def chat_job(chat: ChatRequest, served: Served) -> Job:
         max_param="max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens",
         logprobs=logprobs,
         constraint=constraint_for(
-            tokenizer, wanted.tools, wanted.tool_choice, wanted.response_format, chat.max_reasoning_tokens
+            tokenizer,
+            wanted.tools,
+            wanted.tool_choice,
+            wanted.response_format,
+            chat.max_reasoning_tokens,
+            wanted.builtins,
         ),
     )
     reading = Reading(
@@ -51,6 +58,8 @@ def chat_job(chat: ChatRequest, served: Served) -> Job:
         # Markup that ends an answer is for the parser, which knows what it means.
         unseen=set(chat.stop_token_ids or ()) - set(tokenizer.special.values()),
         keep_tokens=logprobs is not None,
+        builtins=wanted.builtins,
+        most_runs=chat.max_tool_calls,
     )
     head = new_head("chatcmpl", served, choices, len(prompt))
     return Job(choices, reading, ChatShape(head, len(choices), tokenizer, logprobs))
@@ -87,6 +96,10 @@ class ChatShape:
                         said.calls[piece.index]["function"]["arguments"] += piece.text
                     case End():
                         said.end = piece
+                    case RunInput():  # what it thinks, as much as the analysis that it stands in
+                        said.text[Reasoning] += piece.text
+                    case Run() | RunBegun() | RunOutput():
+                        pass
                     case _:
                         said.text[type(piece)] += piece.text
                         said.tokens += piece.tokens if isinstance(piece, Content) else ()
@@ -121,6 +134,10 @@ class ChatShape:
                         yield event(chunk(index, {}, piece.finish_reason))
                     case Call():
                         yield event(chunk(index, _delta(piece)))
+                    case RunInput():
+                        yield grown(index, Reasoning(piece.text))
+                    case Run() | RunBegun() | RunOutput():
+                        pass
                     case _:
                         yield grown(index, piece)
             if include_usage:

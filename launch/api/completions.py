@@ -19,8 +19,9 @@ from .body import Items, parse_body
 from .content_tokens import ContentToken
 from .errors import ApiError
 from .fields import MOST_CHOICES, GenerationFields, TokenId, check_id, check_together
-from .generation import Head, Job, Pieces, Reading, make_choices, new_head
+from .generation import Head, Job, Pieces, make_choices, new_head
 from .logprobs import text_logprobs
+from .reading import Reading
 from .respond import event
 from .served import Served
 

@@ -7,7 +7,7 @@ becomes a `Job`, and how pieces become JSON (`Shape`). What belongs to no route,
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +17,18 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ...parallel.engine.constraint import Constraint
-from ...parallel.engine.request import Request, Token
+from ...parallel.engine.request import Request
 from ...parallel.errors import UserError
 from ..dispatch import prompt_blocks
 from ..engine_client import EngineDiedError
 from ..harmony import stop_tokens
-from .answer import End, Parser, Piece, read_answer
+from .answer import End, Piece
 from .errors import ApiError, explain
 from .fields import GenerationFields, check_ids, samplings
-from .metrics import Watch
+from .reading import Reading
 from .respond import Begun, ClientGoneError, EventStream, first_of, read_body, unless_gone
 from .served import Served
+from .tool_loop import in_turns
 
 Fields = TypeVar("Fields", bound=GenerationFields)
 Item = TypeVar("Item")
@@ -44,29 +45,6 @@ class Shape(Protocol):
     def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[bytes]:
         """The answer as server-sent events, each as soon as its piece is there."""
         ...
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How tokens are read: `answer.read_answer`'s arguments. parser: makes a new one, which calls what it
-    is given for each repair, with its kind."""
-
-    parser: Callable[[Callable[[str], None]], Parser]
-    stops: Sequence[str]
-    functions: Collection[str]
-    unseen: Collection[int]
-    keep_tokens: bool
-
-    def pieces(self, tokens: AsyncGenerator[Token], watch: Watch) -> AsyncGenerator[Piece]:
-        return read_answer(
-            tokens,
-            self.parser(watch.repaired),
-            self.stops,
-            self.functions,
-            partial(watch.end, "stop"),
-            self.unseen,
-            keep_tokens=self.keep_tokens,
-        )
 
 
 @dataclass(frozen=True)
@@ -203,6 +181,8 @@ def begin(choice: Choice, reading: Reading, served: Served) -> tuple[Begun, Asyn
     """A choice on its way to a replica, to be closed by the caller, and what comes of it."""
     watch = served.replicas.watch(choice.request)
     begun = Begun(served.replicas.generate(choice.request, choice.blocks, watch), partial(watch.end, "abort"))
+    if reading.builtins and served.tools is not None:
+        return begun, in_turns(choice.request, begun.tokens(), reading, served, served.tools, watch)
     return begun, reading.pieces(begun.tokens(), watch)
 
 

@@ -172,7 +172,8 @@ async def _answer(
     def logprobs_of(tokens: Sequence[ContentToken]) -> list[dict[str, Any]]:
         return chat_logprobs(tokens, served.tokenizer, request.top_logprobs or 0)
 
-    draft = Draft(head | echo(request, served.name), len(choice.request.prompt_tokens), logprobs_of)
+    prompt_tokens = len(choice.request.prompt_tokens)
+    draft = Draft(head | echo(request, served.name), prompt_tokens, logprobs_of, request.shows_outputs)
     begun, pieces = begin(choice, job.reading, served)
     making = _Making(draft, begun, pieces)
     kept = Kept(draft, _owner(http), _named(items, choice.request.id), request.previous_response_id)
@@ -281,6 +282,7 @@ def _followed(item: Item, place: int, http: HttpRequest, store: Store) -> Item:
 def _named(items: Sequence[Item], request_id: str) -> list[Item]:
     """With an id each, and a status, as lists of them have."""
     prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+    prefix |= {"code_interpreter_call": "ci", "web_search_call": "ws"}
     return [
         {"id": f"{prefix[item['type']]}_{request_id}_in{place}", "status": "completed"} | item
         for place, item in enumerate(items)

@@ -112,6 +112,7 @@ def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
 
 def open_door(model: str, settings: ServeSettings) -> Door:
     """Binds the port and reads keys and certificates, so that what is wrong with them is said before anything else."""
+    from ..extras import need_tools_extra
     from ..keys import KEYS_VARIABLE, read_keys
     from ..listen import bind, is_loopback, tls_files
 
@@ -120,6 +121,8 @@ def open_door(model: str, settings: ServeSettings) -> Door:
     if settings.otlp is not None and find_spec("opentelemetry.exporter") is None:
         need = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
         raise UserError(f"--otlp {settings.otlp} needs OpenTelemetry's exporter", need)
+    if settings.tool_server:
+        need_tools_extra(f"--tool-server {settings.tool_server[0]}")
     if settings.access_log not in (None, "-") and not Path(settings.access_log).absolute().parent.is_dir():
         raise UserError(f"--access-log {settings.access_log}: no such folder", "name a file in an existing folder")
     if not keys and not is_loopback(settings.host):
@@ -137,6 +140,8 @@ def open_door(model: str, settings: ServeSettings) -> Door:
         arguments += [] if value is None else [f"--{name}", str(value)]
     for origin in settings.cors_origin:
         arguments += ["--cors-origin", origin]
+    for server in settings.tool_server:
+        arguments += ["--tool-server", server]
     return Door(listener, url, settings.drain_s, tuple(arguments))
 
 

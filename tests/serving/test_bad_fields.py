@@ -58,7 +58,10 @@ WRONG = {
     "logprobs": {"chat": [*NO_TRUTH, 3], "text": [*NO_INTEGER, -1, 21]},
     "top_logprobs": [*NO_INTEGER, -1, 21, 5],  # 5: without logprobs
     "reasoning_effort": [*NO_TEXT, [], "minimal", "none", ""],
-    "tools": [1, "x", {}, [1], [{}], [{"type": "web_search"}], [{"type": "function", "function": {"name": "a b"}}]],
+    "tools": [
+        *(1, "x", {}, [1], [{}], [{"type": "web_search"}], [{"type": "code_interpreter"}], [{"type": ["mcp"]}]),
+        *([{"type": "mcp"}], [{"type": "function", "function": {"name": "a b"}}]),
+    ],
     "tool_choice": [1, True, [], "x", "required", {}, {"type": "function", "function": {"name": "x"}}],
     "response_format": [
         *(1, "json", [], {}, {"type": "xml"}, {"type": "json_object", "strict": True}, {"type": "json_schema"}),
@@ -69,6 +72,7 @@ WRONG = {
         {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "robot"}}},
     ],
     "max_reasoning_tokens": [*NO_INTEGER, -1],
+    "max_tool_calls": [*NO_INTEGER, 0, -1, 2**31],
     "parallel_tool_calls": [*NO_TRUTH],
     "modalities": [1, "text", ["audio"], [1], {}],
     **{
