@@ -237,6 +237,51 @@ def test_cut_short_is_length(said) -> None:
     assert answers[3].reasoning_tokens <= 5 and answers[3].content, "the final channel is open"
 
 
+def test_everything_together_on_responses(engine, tokenizer) -> None:
+    """A schema, a tool that must be called, log probabilities and a stream in one request; then the answer after it."""
+    schema = BOUNDED["enums"]
+    form = {"format": {"type": "json_schema", "name": "form", "schema": schema, "strict": True}}
+    pick = {"type": "function", "name": "pick", "parameters": schema, "strict": True}
+    fields = {
+        "model": "tiny",
+        "tools": [pick],
+        "text": form,
+        "include": ["message.output_text.logprobs"],
+        "stream": True,
+    }
+    fields |= {
+        "top_logprobs": 2,
+        "max_output_tokens": 400,
+        "extra_body": {"max_reasoning_tokens": REASONING, "seed": 3},
+    }
+
+    async def talk() -> list:
+        replicas = Replicas([engine], Dispatch(1), Metrics(CollectorRegistry(), "tiny", 1))
+        transport = httpx.ASGITransport(create_app(Served("tiny", CONTEXT, tokenizer, replicas)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=300) as http:
+            client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=http, max_retries=0)
+            turns, said = [], {"input": "Hello", "tool_choice": "required"}
+            for _ in range(2):
+                turns.append([event async for event in await client.responses.create(**fields, **said)])
+                response = turns[-1][-1].response
+                call = next((item for item in response.output if item.type == "function_call"), None)
+                result = {"type": "function_call_output", "call_id": call and call.call_id, "output": "ok"}
+                said = {"input": [result], "previous_response_id": response.id, "tool_choice": "none"}
+            return turns
+
+    first, second = asyncio.run(talk())
+    [call] = [item for item in first[-1].response.output if item.type == "function_call"]
+    deltas = [event.delta for event in first if event.type == "response.function_call_arguments.delta"]
+    assert call.name == "pick" and "".join(deltas) == call.arguments and first[-1].type == "response.completed"
+    jsonschema.validate(json.loads(call.arguments), schema)
+    [message] = [item for item in second[-1].response.output if item.type == "message"]
+    jsonschema.validate(json.loads(message.content[0].text), schema)
+    told = [entry for event in second if event.type == "response.output_text.delta" for entry in event.logprobs]
+    assert "".join(entry.token for entry in told) == message.content[0].text
+    assert all(len(entry.top_logprobs) == 2 for entry in told)
+    assert second[-1].response.usage.output_tokens_details.reasoning_tokens <= REASONING
+
+
 def test_any_object(said) -> None:
     [one] = said["any"]
     assert one.reasoning == "" and one.reasoning_tokens == 0 and re.match(r'\{("|\}$)', one.content)
