@@ -34,10 +34,21 @@ def chat_job(chat: ChatRequest, served: Served) -> Job:
     wanted = demands(chat)
     prompt = chat_prompt(chat, wanted.shown, served)
     logprobs = chat.top_logprobs or 0 if chat.logprobs else None
+    reading = Reading(
+        parser=lambda repaired: StreamParser(tokenizer, on_repair=repaired),
+        stops=chat.stops,
+        functions=[tool.name for tool in wanted.tools] if chat.tool_choice != "none" else [],
+        # Markup that ends an answer is for the parser, which knows what it means.
+        unseen=set(chat.stop_token_ids or ()) - set(tokenizer.special.values()),
+        keep_tokens=logprobs is not None,
+        builtins=wanted.builtins,
+        most_runs=chat.max_tool_calls,
+    )
     choices = make_choices(
         chat,
         [prompt],
         served,
+        reading,
         prompt_param="messages",
         max_tokens=chat.max_completion_tokens or chat.max_tokens,
         max_param="max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens",
@@ -51,18 +62,8 @@ def chat_job(chat: ChatRequest, served: Served) -> Job:
             wanted.builtins,
         ),
     )
-    reading = Reading(
-        parser=lambda repaired: StreamParser(tokenizer, on_repair=repaired),
-        stops=chat.stops,
-        functions=[tool.name for tool in wanted.tools] if chat.tool_choice != "none" else [],
-        # Markup that ends an answer is for the parser, which knows what it means.
-        unseen=set(chat.stop_token_ids or ()) - set(tokenizer.special.values()),
-        keep_tokens=logprobs is not None,
-        builtins=wanted.builtins,
-        most_runs=chat.max_tool_calls,
-    )
     head = new_head("chatcmpl", served, choices, len(prompt))
-    return Job(choices, reading, ChatShape(head, len(choices), tokenizer, logprobs))
+    return Job(choices, ChatShape(head, len(choices), tokenizer, logprobs))
 
 
 @dataclass

@@ -53,12 +53,12 @@ class Choice:
 
     request: Request
     blocks: tuple[int, ...]
+    reading: Reading
 
 
 @dataclass(frozen=True)
 class Job:
     choices: tuple[Choice, ...]
-    reading: Reading
     shape: Shape
 
 
@@ -95,6 +95,7 @@ def make_choices(
     fields: GenerationFields,
     prompts: Sequence[tuple[int, ...]],
     served: Served,
+    reading: Reading,
     *,
     prompt_param: str,
     max_tokens: int | None,
@@ -126,7 +127,7 @@ def make_choices(
                 deadline_s=fields.deadline_s,
                 constraint=constraint,
             )
-            choices.append(Choice(request, blocks))
+            choices.append(Choice(request, blocks, reading))
     return tuple(choices)
 
 
@@ -159,7 +160,7 @@ async def answer(
             begun: list[Begun] = []
             pieces: list[AsyncGenerator[Piece]] = []
             for choice in job.choices:
-                one, its_pieces = begin(choice, job.reading, served)
+                one, its_pieces = begin(choice, served)
                 stack.push_async_callback(one.aclose)
                 begun.append(one)
                 pieces.append(its_pieces)
@@ -177,8 +178,9 @@ async def answer(
         raise explain(error) from None
 
 
-def begin(choice: Choice, reading: Reading, served: Served) -> tuple[Begun, AsyncGenerator[Piece]]:
+def begin(choice: Choice, served: Served) -> tuple[Begun, AsyncGenerator[Piece]]:
     """A choice on its way to a replica, to be closed by the caller, and what comes of it."""
+    reading = choice.reading
     watch = served.replicas.watch(choice.request)
     begun = Begun(served.replicas.generate(choice.request, choice.blocks, watch), partial(watch.end, "abort"))
     if reading.builtins and served.tools is not None:

@@ -174,7 +174,7 @@ async def _answer(
 
     prompt_tokens = len(choice.request.prompt_tokens)
     draft = Draft(head | echo(request, served.name), prompt_tokens, logprobs_of, request.shows_outputs)
-    begun, pieces = begin(choice, job.reading, served)
+    begun, pieces = begin(choice, served)
     making = _Making(draft, begun, pieces)
     kept = Kept(draft, _owner(http), _named(items, choice.request.id), request.previous_response_id)
     if request.background:

@@ -150,7 +150,7 @@ def test_fields_that_do_not_go_together(tokenizer):
         for path, body, param in (
             ("/v1/chat/completions", chat | {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
             ("/v1/chat/completions", chat | {"logprobs": False, "top_logprobs": 0}, "top_logprobs"),
-            ("/v1/completions", text | {"echo": True, "logprobs": 0}, "echo"),
+            ("/v1/completions", text | {"echo": True, "logprobs": 0, "prompt": [*range(1024)] * 2}, "prompt"),
             ("/v1/completions", text | {"n": 2, "best_of": 1}, "best_of"),
             ("/v1/completions", text | {"n": 100, "prompt": ["a", "b"]}, "prompt"),
             ("/v1/completions", text | {"stream": False, "stream_options": {}}, "stream_options"),

@@ -17,6 +17,7 @@ import openai
 import pytest
 from bounded_schemas import BOUNDED, thing
 from gptoss_launch.launch.api.app import Served, create_app
+from gptoss_launch.launch.api.logprobs import spelled
 from gptoss_launch.launch.api.metrics import Metrics
 from gptoss_launch.launch.api.replicas import Replicas
 from gptoss_launch.launch.dispatch import Dispatch
@@ -280,6 +281,51 @@ def test_everything_together_on_responses(engine, tokenizer) -> None:
     assert "".join(entry.token for entry in told) == message.content[0].text
     assert all(len(entry.top_logprobs) == 2 for entry in told)
     assert second[-1].response.usage.output_tokens_details.reasoning_tokens <= REASONING
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_tells_how_likely_the_prompt_is(engine, tokenizer, stream) -> None:
+    """What is said of tokens of a prompt is what was said of them as they were drawn."""
+    texts = ["Once upon", "The 漢 of a"]
+
+    async def talk() -> list[dict[int, list]]:
+        replicas = Replicas([engine], Dispatch(1), Metrics(CollectorRegistry(), "tiny", 1))
+        transport = httpx.ASGITransport(create_app(Served("tiny", CONTEXT, tokenizer, replicas)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=300) as http:
+            client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=http, max_retries=0)
+
+            async def complete(**fields) -> dict[int, list]:
+                fields |= {"model": "tiny", "logprobs": 2, "seed": 5, "stream": stream}
+                answer = await client.completions.create(**fields)
+                rows: dict[int, list] = {}
+                for choice in [c async for chunk in answer for c in chunk.choices] if stream else answer.choices:
+                    told, row = choice.logprobs, rows.setdefault(choice.index, ["", [], [], [], []])
+                    row[0] += choice.text
+                    for place, name in enumerate(("tokens", "token_logprobs", "top_logprobs", "text_offset"), 1):
+                        row[place] += getattr(told, name)
+                return rows
+
+            drawn = await complete(prompt=texts, max_tokens=8)
+            of = {spelled(id, tokenizer): id for id in range(tokenizer.vocab_size)}
+            whole = [[*tokenizer.encode(text), *map(of.get, drawn[place][1])] for place, text in enumerate(texts)]
+            return [drawn, await complete(prompt=[*whole, whole[0][:1]], n=2, max_tokens=3, echo=True)]
+
+    drawn, echoed = asyncio.run(talk())
+    assert sorted(echoed) == list(range(6))
+    for place, text in enumerate(texts):
+        for choice in (2 * place, 2 * place + 1):
+            before = len(tokenizer.encode(text))
+            tokens, values, tops, offsets = echoed[choice][1:]
+            assert (values[0], tops[0], offsets[0]) == (None, None, 0) and None not in values[1:]
+            count = len(drawn[place][1])
+            assert tokens[before : before + count] == drawn[place][1]
+            assert values[before : before + count] == pytest.approx(drawn[place][2], abs=1e-3)
+            assert len(tokens) == len(values) == len(tops) == len(offsets) and offsets == sorted(offsets)
+            assert before + count <= len(tokens) <= before + count + 3  # it may stop
+            places = [len(text) + place for place in drawn[place][4]]
+            assert offsets[before : before + count] == places or "\ufffd" in echoed[choice][0]
+            assert echoed[choice][0].startswith(text)
+    assert echoed[4][2][0] is None and 1 <= len(echoed[4][1]) <= 4
 
 
 def test_any_object(said) -> None:
