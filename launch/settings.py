@@ -22,6 +22,8 @@ DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
 KV_DTYPES: tuple[KvDType, ...] = (*DTYPES, "fp8")
 KERNELS: tuple[Kernels, ...] = ("triton", "plain", "cpu", "cpu-int8")
 MISSES: tuple[Misses, ...] = ("copied", "computed")
+Engine = Literal["ours", "vllm"]
+ENGINES: tuple[Engine, ...] = ("ours", "vllm")
 WORKLOADS: tuple[Workload, ...] = ("latency", "throughput")
 
 PRESETS = "serve"  # folder in gptoss_launch.configs
@@ -59,6 +61,16 @@ def _origins(value: Any) -> tuple[str, ...]:
         if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\-\[\]:]+", origin):
             raise UserError(f"{origin!r} is no origin such as https://chat.example.org")
     return origins
+
+
+def _urls(value: Any) -> tuple[str, ...]:
+    """A list, or text with commas."""
+    items = value if isinstance(value, list | tuple) else str(value).split(",")
+    urls = tuple(str(item).strip() for item in items)
+    for url in urls:
+        if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
+            raise UserError(f"{url!r} is no URL such as http://127.0.0.1:9000/mcp")
+    return urls
 
 
 def _seconds(value: Any) -> float:
@@ -160,6 +172,10 @@ class ServeSettings(Settings):
     otlp: str | None = _key(None, "otlp", "URL", read_text, "Send a span for each HTTP request to an OTLP collector.")
     served_name: str | None = _key(
         None, "served-name", "NAME", read_text, "Model name in the API; MODEL when left out."
+    )
+    engine: Engine = _key("ours", "engine", "|".join(ENGINES), one_of(ENGINES), "Who runs the plan: ours, or vLLM.")
+    tool_server: tuple[str, ...] = _key(
+        (), "tool-server", "URL,..", _urls, "MCP servers that run the built-in tools, python and browser."
     )
     drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
 

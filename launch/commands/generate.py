@@ -180,7 +180,8 @@ async def generate(
     """
     from ..engine_client import EngineClient, EngineDiedError
     from ..loading import progress_bar, say_random, slow_lines
-    from ..supervise import StopSignals, Supervisor, until
+    from ..stop import StopSignals, until
+    from ..supervise import Supervisor
 
     begun_s = time.monotonic()
     with StopSignals().caught() as stop, progress_bar() as bar:

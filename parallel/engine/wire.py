@@ -175,7 +175,7 @@ def _decode(value: Any) -> Message:
     try:
         name, body = value
         if name == "Tokens":
-            return Tokens(tuple(Token(*fields, top=tuple((id, p) for id, p in top)) for *fields, top in body))
+            return Tokens(tuple(map(_token, body)))
         if name == "Generate":
             fields = body["request"]
             return Generate(
@@ -194,6 +194,12 @@ def _decode(value: Any) -> Message:
         return _TYPES[name](**body)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"not a message: {error!r}") from None
+
+
+def _token(fields: list[Any]) -> Token:
+    request_id, id, finish_reason, logprob, top = fields
+    # Most have no alternatives, and this is done for each token.
+    return Token(request_id, id, finish_reason, logprob, tuple((other, p) for other, p in top) if top else ())
 
 
 def _sampling(fields: dict[str, Any]) -> Sampling:
