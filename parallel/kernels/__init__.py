@@ -24,7 +24,7 @@ class Operations:
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     qkv_write: Callable[..., Tensor]
     attend: Callable[..., Tensor]
-    route: Callable[..., tuple[Tensor, Tensor]]
+    norm_route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     experts: Callable[..., Tensor]
     sample: Callable[..., sample.Drawn]
     sample_exact: Callable[..., Tensor]
@@ -38,7 +38,7 @@ PLAIN = Operations(
     add_norm=norm.add_norm,
     qkv_write=attention.qkv_write,
     attend=attention.attend,
-    route=experts.route,
+    norm_route=experts.norm_route,
     experts=experts.experts,
     sample=sample.sample,
     sample_exact=sample.sample_exact,

@@ -58,7 +58,7 @@ def triton_operations() -> Operations:
         add_norm=triton_norm.add_norm,
         qkv_write=triton_qkv.qkv_write,
         attend=triton_attention.attend,
-        route=triton_route.route,
+        norm_route=triton_route.norm_route,
         experts=triton_experts.experts,
         sample=triton_sample.sample,
         sample_exact=triton_sample.sample_exact,

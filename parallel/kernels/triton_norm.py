@@ -58,9 +58,20 @@ def _add_norm(
         gdc_launch_dependents()
     x = tl.load(residual + at, mask=here, other=0.0)
     if ADD:
-        x = (x.to(tl.float32) + tl.load(delta + at, mask=here, other=0.0).to(x.dtype).to(tl.float32)).to(x.dtype)
+        x = added(x, tl.load(delta + at, mask=here, other=0.0))
         tl.store(summed + at, x, mask=here)
-    wide = x.to(tl.float32)  # of the rounded sum, as the next layer adds to it
+    tl.store(normed + at, normalised(x, factor, eps, HIDDEN).to(normed.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def added(x, delta):
+    """x + delta, rounded as x is."""
+    return (x.to(tl.float32) + delta.to(x.dtype).to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def normalised(x, factor, eps, HIDDEN: tl.constexpr):
+    """fp32 RMSNorm of a row; x is the rounded sum, as the next layer adds to it, and 0 past HIDDEN."""
+    wide = x.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
-    wide *= factor.to(tl.float32)
-    tl.store(normed + at, wide.to(normed.dtype.element_ty), mask=here)
+    return wide * factor.to(tl.float32)

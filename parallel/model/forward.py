@@ -45,8 +45,16 @@ def forward(
         q_TND = ops.qkv_write(x_TH, layer.qkv_QH, layer.qkv_bias_Q, turn, kv_PCSKD, pages.slots_T)
         attended_TQ = ops.attend(q_TND, kv_PCSKD, layer.sinks_N, batch, pages)
         delta_TH = comm.all_reduce(ops.linear(attended_TQ, layer.out_HQ, layer.out_bias_H))
-        residual_TH, x_TH = ops.add_norm(residual_TH, delta_TH, layer.mlp_norm_H, spec.norm_eps, dtype)
-        routes = ops.route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
+        residual_TH, x_TH, *routes = ops.norm_route(
+            residual_TH,
+            delta_TH,
+            layer.mlp_norm_H,
+            spec.norm_eps,
+            dtype,
+            layer.router_EH,
+            layer.router_bias_E,
+            spec.experts_per_token,
+        )
         delta_TH = comm.all_reduce(
             ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit)
         )

@@ -122,12 +122,12 @@ def main(folder: Path, count: int, paths: list[Path]) -> None:
 
             checking = engine.ops
 
-            def route(*inputs, routes=routes, checked=checking.route):
-                weights, experts = checked(*inputs)
+            def norm_route(*inputs, routes=routes, checked=checking.norm_route):
+                *others, experts = checked(*inputs)
                 routes.append(experts)
-                return weights, experts
+                return *others, experts
 
-            engine.ops = dataclasses.replace(checking, route=route)
+            engine.ops = dataclasses.replace(checking, norm_route=norm_route)
             forced, parts = Forced(engine), []
             tokens = prompt(plan.spec, count)
             for first in range(0, count, plan.step_tokens):
