@@ -22,12 +22,14 @@ class Rows:
     """State by row, scratch row included. R rows, P entries, V vocabulary rows of this rank.
 
     tables_KRP: page tables in the order of KINDS. last_R: the token drawn last. counts_RV: how often each token was fed
-    as part of the answer; None: not counted. bias_*: padded with token -1.
+    as part of the answer; prompt_RV: which as part of the prompt; of requests that want it. bias_*: padded with token
+    -1.
     """
 
     tables_KRP: Tensor
     last_R: Tensor
     counts_RV: Tensor
+    prompt_RV: Tensor
     bias_tokens_RB: Tensor
     bias_values_RB: Tensor
 
@@ -40,6 +42,7 @@ class Rows:
             tables,
             torch.zeros(rows, dtype=torch.int64, device=device),
             torch.zeros((rows, vocab_here), dtype=torch.int16, device=device),
+            torch.zeros((rows, vocab_here), dtype=torch.bool, device=device),
             torch.full((rows, MOST_BIASES), -1, dtype=torch.int64, device=device),
             torch.zeros((rows, MOST_BIASES), dtype=torch.float32, device=device),
         )
@@ -68,7 +71,9 @@ def begin_rows(head: Head, words_W: Tensor, rows: Rows) -> None:
     if head.changes:
         rows.tables_KRP.view(-1).index_copy_(0, words_W[at["entry"]].long(), words_W[at["page"]])
     if head.resets:
-        rows.counts_RV.index_fill_(0, words_W[at["reset_row"]].long(), 0)
+        reset = words_W[at["reset_row"]].long()
+        rows.counts_RV.index_fill_(0, reset, 0)
+        rows.prompt_RV.index_fill_(0, reset, False)
     if head.biases:
         row, place = words_W[at["bias_row"]].long(), words_W[at["bias_place"]].long()
         rows.bias_tokens_RB.index_fill_(0, row, -1)
@@ -112,6 +117,7 @@ def draws(head: Head, words_W: Tensor) -> Draws:
         min_p_S=floats("min_p"),
         presence_S=floats("presence"),
         frequency_S=floats("frequency"),
+        repetition_S=floats("repetition"),
         top_k_S=words_W[at["top_k"]],
         seed_S=(high_S << 32) | (low_S & 0xFFFFFFFF),
         position_S=words_W[at["draw_position"]].long(),
@@ -119,10 +125,10 @@ def draws(head: Head, words_W: Tensor) -> Draws:
 
 
 def fed(head: Head, words_W: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, id, and whether it counts as part of the answer, of each token of the step."""
+    """Row, id, and as part of what it counts (`record.ANSWER`, `PROMPT`, 0), of each token of the step."""
     at = places(head)
     rows_T, tokens_T = words_W[at["row"]].long(), words_W[at["token"]].long()
-    return rows_T, torch.where(tokens_T < 0, rows.last_R[rows_T], tokens_T), words_W[at["counted"]] != 0
+    return rows_T, torch.where(tokens_T < 0, rows.last_R[rows_T], tokens_T), words_W[at["counted"]]
 
 
 def biases(head: Head, words_W: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

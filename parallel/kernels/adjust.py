@@ -19,16 +19,18 @@ def adjust(
     first_token: int,
     draws: Draws,
     counts_RV: Tensor | None = None,
+    prompt_RV: Tensor | None = None,
     rows_S: Tensor | None = None,
     bias: tuple[Tensor, Tensor] | None = None,
     allowed_SW: Tensor | None = None,
 ) -> Tensor:
     """Logits [S, V] to draw from, a new tensor: fp32, fp64 where they are fp64. No host sync.
 
-    counts_RV, rows_S: from `count_tokens`, and the row there of each row here; draws.presence is subtracted where the
-    count is above 0, draws.frequency times the count. bias: ids [S, B] int64, ended by -1, and values [S, B] to add;
-    tokens of other ranks are passed over. allowed_SW: int32, over the whole vocabulary; bit i of word w lets token
-    32 w + i through. One token of a row at least must be let through.
+    counts_RV, prompt_RV, rows_S: from `count_tokens` and `mark_tokens`, and the row there of each row here. With
+    prompt_RV, a logit of a token that is in either is divided by draws.repetition, or multiplied if it is below 0; then
+    draws.presence is subtracted where the count is above 0, and draws.frequency times the count. bias: ids [S, B]
+    int64, ended by -1, and values [S, B] to add; tokens of other ranks are passed over. allowed_SW: int32, over the
+    whole vocabulary; bit i of word w lets token 32 w + i through. One token of a row at least must be let through.
     """
     precision, vocab = wide(logits_SV.dtype), logits_SV.shape[1]
     out_SV = logits_SV.to(precision, copy=True)
@@ -40,7 +42,13 @@ def adjust(
     for rows in tiles(len(logits_SV), vocab * DRAW_ELEMENT_BYTES[precision == torch.float64]):
         tile_SV = out_SV[rows]
         if counts_RV is not None:
-            counts_SV = counts_RV[rows if rows_S is None else rows_S[rows]]
+            which = rows if rows_S is None else rows_S[rows]
+            counts_SV = counts_RV[which]
+            if prompt_RV is not None:
+                penalty_S1 = draws.repetition_S[rows][:, None].to(precision)
+                factor_SV = torch.where(tile_SV > 0, 1 / penalty_S1, penalty_S1)
+                factor_SV.masked_fill_((counts_SV == 0) & ~prompt_RV[which], 1.0)
+                tile_SV *= factor_SV
             tile_SV -= (counts_SV > 0) * draws.presence_S[rows][:, None].to(precision)
             tile_SV -= counts_SV * draws.frequency_S[rows][:, None].to(precision)
         if allowed_SW is not None:
@@ -55,8 +63,23 @@ def count_tokens(counts_RV: Tensor, first_token: int, rows_T: Tensor, tokens_T: 
     rows_T, tokens_T: int64. counted_T: bool; which tokens of the step are of an answer. counts_RV: int32, or int16
     where no answer is longer than 32,767 tokens; contiguous. No host sync.
     """
-    vocab = counts_RV.shape[1]
+    place_T, here_T = _places(counts_RV, first_token, rows_T, tokens_T, counted_T)
+    counts_RV.view(-1).index_add_(0, place_T.masked_fill(~here_T, 0), here_T.to(counts_RV.dtype))
+
+
+def mark_tokens(prompt_RV: Tensor, first_token: int, rows_T: Tensor, tokens_T: Tensor, marked_T: Tensor) -> None:
+    """Set prompt_RV[row, token - first_token], in place, for every marked token that is held here.
+
+    prompt_RV: bool; its last row is nobody's, and takes what is not to be marked. The rest as of `count_tokens`.
+    """
+    place_T, here_T = _places(prompt_RV, first_token, rows_T, tokens_T, marked_T)
+    prompt_RV.view(-1).index_fill_(0, place_T.masked_fill(~here_T, prompt_RV.numel() - 1), True)
+
+
+def _places(
+    held_RV: Tensor, first_token: int, rows_T: Tensor, tokens_T: Tensor, meant_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where each token stands in held_RV as one flat row, and which of them are meant and held here."""
+    vocab = held_RV.shape[1]
     local_T = tokens_T - first_token
-    here_T = counted_T & (local_T >= 0) & (local_T < vocab)
-    place_T = (rows_T * vocab + local_T).masked_fill(~here_T, 0)
-    counts_RV.view(-1).index_add_(0, place_T, here_T.to(counts_RV.dtype))
+    return rows_T * vocab + local_T, meant_T & (local_T >= 0) & (local_T < vocab)

@@ -53,7 +53,7 @@ KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # kept in fp32: few byte
 WIDE_BYTES = 4  # fp32
 INDEX_BYTES = 4  # int32, for one byte of packed weights while it is looked up
 TABLE_ENTRY_BYTES = 4  # int32 page numbers
-COUNT_BYTES = 4  # int32: how often a token stands in an answer
+COUNT_BYTES = 4  # how often a token stands in an answer, int16, whether it does in the prompt, bool; and one to spare
 
 
 def stored_dtype(row: Row, dtype: DType) -> DType | None:
