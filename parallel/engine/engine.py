@@ -169,15 +169,17 @@ class Engine:
 
     def _logits(self, head: Head, chunks: tuple[Chunk, ...]) -> Tensor:
         return self.forward(
-            inputs.batch(head, chunks, self.words.device_W, self.rows, self.plan.spec, self.plan.page_tokens)
+            inputs.batch(
+                head, chunks, self.words.device_W, self.rows, self.plan.spec, self.plan.page_tokens, self.ops.locate
+            )
         )
 
     def _count(self, head: Head) -> None:
         """Also where nothing is drawn: the middle of a prompt, or of an answer that begins again."""
         rows_T, tokens_T, counted_T = inputs.fed(head, self.words.device_W, self.rows)
-        first_token = self.weights.first_token
-        count_tokens(self.rows.counts_RV, first_token, rows_T, tokens_T, counted_T == ANSWER)
-        mark_tokens(self.rows.prompt_RV, first_token, rows_T, tokens_T, counted_T == PROMPT)
+        counts_RV, first_token = self.rows.counts_RV, self.weights.first_token
+        mark_tokens(counts_RV, first_token, rows_T, tokens_T, counted_T == PROMPT)
+        count_tokens(counts_RV, first_token, rows_T, tokens_T, counted_T == ANSWER)
 
     def _draw(self, head: Head, logits_SV: Tensor) -> Drawn:
         """Draw, and remember each row's token for its next step."""
@@ -186,8 +188,8 @@ class Engine:
         row_S = words_W[inputs.places(head)["draw_row"]].long()
         if head.adjusts:
             bias, allowed_SW = inputs.biases(head, words_W, self.rows), inputs.allowed(head, words_W)
-            counts_RV, prompt_RV = self.rows.counts_RV, self.rows.prompt_RV if head.repeats else None
-            logits_SV = adjust(logits_SV, first_token, draws, counts_RV, prompt_RV, row_S, bias, allowed_SW)
+            counts_RV, repeats = self.rows.counts_RV, bool(head.repeats)
+            logits_SV = adjust(logits_SV, first_token, draws, counts_RV, row_S, bias, allowed_SW, repeats)
         if head.exact:
             tokens_S = self.ops.sample_exact(logits_SV, first_token, gather, draws)
             drawn = Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))

@@ -5,6 +5,7 @@ Everything here is a view into one static buffer or follows from it on the devic
 captured for a size reads the next record from the same place. Knows no weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.batch import Batch, Chunk, PageView
 from ..kernels.sample import Draws
-from ..planning.spec import Spec
+from ..planning.spec import LayerKind, Spec
 from .record import KINDS, Head, Record, Sizes, places
 from .request import MOST_BIASES
 
@@ -22,14 +23,13 @@ class Rows:
     """State by row, scratch row included. R rows, P entries, V vocabulary rows of this rank.
 
     tables_KRP: page tables in the order of KINDS. last_R: the token drawn last. counts_RV: how often each token was fed
-    as part of the answer; prompt_RV: which as part of the prompt; of requests that want it. bias_*: padded with token
-    -1.
+    as part of the answer, and whether as part of the prompt (`adjust`), of requests that want it. bias_*: padded with
+    token -1.
     """
 
     tables_KRP: Tensor
     last_R: Tensor
     counts_RV: Tensor
-    prompt_RV: Tensor
     bias_tokens_RB: Tensor
     bias_values_RB: Tensor
 
@@ -42,7 +42,6 @@ class Rows:
             tables,
             torch.zeros(rows, dtype=torch.int64, device=device),
             torch.zeros((rows, vocab_here), dtype=torch.int16, device=device),
-            torch.zeros((rows, vocab_here), dtype=torch.bool, device=device),
             torch.full((rows, MOST_BIASES), -1, dtype=torch.int64, device=device),
             torch.zeros((rows, MOST_BIASES), dtype=torch.float32, device=device),
         )
@@ -71,9 +70,7 @@ def begin_rows(head: Head, words_W: Tensor, rows: Rows) -> None:
     if head.changes:
         rows.tables_KRP.view(-1).index_copy_(0, words_W[at["entry"]].long(), words_W[at["page"]])
     if head.resets:
-        reset = words_W[at["reset_row"]].long()
-        rows.counts_RV.index_fill_(0, reset, 0)
-        rows.prompt_RV.index_fill_(0, reset, False)
+        rows.counts_RV.index_fill_(0, words_W[at["reset_row"]].long(), 0)
     if head.biases:
         row, place = words_W[at["bias_row"]].long(), words_W[at["bias_place"]].long()
         rows.bias_tokens_RB.index_fill_(0, row, -1)
@@ -81,17 +78,24 @@ def begin_rows(head: Head, words_W: Tensor, rows: Rows) -> None:
         rows.bias_values_RB[row, place] = words_W[at["bias_value"]].view(torch.float32)
 
 
-def batch(head: Head, chunks: tuple[Chunk, ...], words_W: Tensor, rows: Rows, spec: Spec, page_tokens: int) -> Batch:
-    """The step's tokens; those that are not known to the host are the ones drawn last."""
+def batch(
+    head: Head,
+    chunks: tuple[Chunk, ...],
+    words_W: Tensor,
+    rows: Rows,
+    spec: Spec,
+    page_tokens: int,
+    locate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+) -> Batch:
+    """The step's tokens; those that are not known to the host are the ones drawn last. locate: as begin.locate."""
     at = places(head)
-    rows_T, tokens_T, _ = fed(head, words_W, rows)
-    positions_T = words_W[at["position"]].long()
-    views = {}
-    for kind, table_RP in zip(KINDS, rows.tables_KRP.unbind(), strict=True):
-        if spec.layers_of(kind):
-            page_T = table_RP[rows_T, positions_T // page_tokens].long()
-            slots_T = page_T * page_tokens + positions_T % page_tokens
-            views[kind] = PageView(table_RP, slots_T, spec.window_tokens if kind == "window" else None)
+    words = (words_W[at[name]] for name in ("row", "token", "position"))
+    rows_T, tokens_T, positions_T, slots_KT = locate(*words, rows.last_R, rows.tables_KRP, page_tokens)
+    views: dict[LayerKind, PageView] = {
+        kind: PageView(table_RP, slots_T, spec.window_tokens if kind == "window" else None)
+        for kind, table_RP, slots_T in zip(KINDS, rows.tables_KRP, slots_KT, strict=True)
+        if spec.layers_of(kind)
+    }
     return Batch(
         tokens_T=tokens_T,
         positions_T=positions_T,

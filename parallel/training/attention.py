@@ -6,6 +6,7 @@ on a small case that it computes the same, gradients included. Nothing here know
 T tokens of all documents, N query heads, K KV heads, G = N / K, D head_dim, J keys.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -185,7 +186,9 @@ def choose(spec: Spec, device: torch.device, dtype: torch.dtype, capacity_tokens
         return Choice(PLAIN, f"attention: plain; flex_attention has no gradient on {device.type}")
     try:
         candidate = flex(capacity_tokens)
-        error = largest_error(candidate, spec, device, dtype, min(capacity_tokens, 300))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a compiler could be faster if it might be less exact
+            error = largest_error(candidate, spec, device, dtype, min(capacity_tokens, 300))
     except Exception as error:  # whatever a compiler raises
         reason = " ".join(str(error).split())[:200]
         return Choice(PLAIN, f"attention: plain; flex_attention fails here: {type(error).__name__}: {reason}")

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from drawing import draws_of, on_ranks, random_logits
-from gptoss_launch.parallel.kernels.adjust import adjust, count_tokens, mark_tokens
+from gptoss_launch.parallel.kernels.adjust import MARK, adjust, count_tokens, mark_tokens
 from gptoss_launch.parallel.kernels.logprobs import logprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +25,8 @@ def test_logits_are_adjusted_as_the_loops_say(data: st.DataObject) -> None:
     few = st.sampled_from([0.0, 0.5, -1.25, 2.0])  # exact in fp32, in any order
     presence, frequency = (data.draw(st.lists(few, min_size=rows, max_size=rows)) for _ in range(2))
     repetition = data.draw(st.lists(st.sampled_from([1.0, 2.0, 0.5]), min_size=rows, max_size=rows))
+    repeats = any(value != 1 for value in repetition)
+    kind = data.draw(st.sampled_from([torch.int16, torch.int32]))
     prompts = data.draw(st.lists(st.sets(st.integers(0, VOCAB - 1), max_size=30), min_size=5, max_size=5))
     answers = data.draw(st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=30), min_size=5, max_size=5))
     held = data.draw(st.permutations(range(5)))[:rows]
@@ -59,16 +61,15 @@ def test_logits_are_adjusted_as_the_loops_say(data: st.DataObject) -> None:
     draws = draws_of(rows, {"presence": presence, "frequency": frequency, "repetition": repetition})
 
     def one(part: slice, first: int, _: object) -> Tensor:
-        counts_RV = torch.zeros((5, part.stop - part.start), dtype=torch.int32)
+        counts_RV = torch.zeros((6, part.stop - part.start), dtype=kind)
+        fed = [(row, token) for row, prompt in enumerate(prompts) for token in prompt]
+        rows_T, tokens_T = (torch.tensor([pair[i] for pair in fed], dtype=torch.int64) for i in (0, 1))
+        mark_tokens(counts_RV, first, rows_T, tokens_T, torch.ones(len(fed), dtype=torch.bool))
         fed = [(row, token) for row, answer in enumerate(answers) for token in answer]
         rows_T, tokens_T = (torch.tensor([pair[i] for pair in fed], dtype=torch.int64) for i in (0, 1))
         count_tokens(counts_RV, first, rows_T, tokens_T, torch.ones(len(fed), dtype=torch.bool))
-        prompt_RV = torch.zeros((6, part.stop - part.start), dtype=torch.bool)
-        fed = [(row, token) for row, prompt in enumerate(prompts) for token in prompt]
-        rows_T, tokens_T = (torch.tensor([pair[i] for pair in fed], dtype=torch.int64) for i in (0, 1))
-        mark_tokens(prompt_RV, first, rows_T, tokens_T, torch.ones(len(fed), dtype=torch.bool))
         before_SV = logits_SV[:, part].clone()
-        out_SV = adjust(logits_SV[:, part], first, draws, counts_RV, prompt_RV, torch.tensor(held), bias, words)
+        out_SV = adjust(logits_SV[:, part], first, draws, counts_RV, torch.tensor(held), bias, words, repeats)
         assert torch.equal(logits_SV[:, part], before_SV)  # what logprobs reads later
         return out_SV
 
@@ -83,9 +84,9 @@ def test_tiles_of_any_height_adjust_the_same(monkeypatch: pytest.MonkeyPatch) ->
     logits_SV = random_logits(7, VOCAB)
     counts_RV = (random_logits(7, VOCAB, seed=1) > 2).int() * 3
     values = {"presence": [0.5, 0.0, 1.0, 0.0, 2.0, 0.0, 0.0], "frequency": 0.1, "repetition": 1.25}
-    prompt_RV = random_logits(7, VOCAB, seed=2) > 2
+    counts_RV += (random_logits(7, VOCAB, seed=2) > 2).int() * MARK
     words_SW = torch.arange(1, 22, dtype=torch.int32).view(7, 3) * 987654321
-    given = logits_SV, 0, draws_of(7, values), counts_RV, prompt_RV, None, None, words_SW
+    given = logits_SV, 0, draws_of(7, values), counts_RV, None, None, words_SW, True
     expected = adjust(*given)
     assert (expected != logits_SV).any()
     monkeypatch.setattr("gptoss_launch.parallel.kernels.sample.DRAW_LIMIT_BYTES", 1)
@@ -107,10 +108,11 @@ def test_counts_add_up_over_steps_and_within_one(dtype: torch.dtype) -> None:
 
 
 def test_only_what_is_marked_is_marked() -> None:
-    prompt_RV = torch.zeros((4, 10), dtype=torch.bool)
+    counts_RV = torch.zeros((4, 10), dtype=torch.int16)
     rows_T, tokens_T = torch.tensor([0, 1, 1, 2, 0, 2]), torch.tensor([12, 21, 11, 22, 15, 16])
-    mark_tokens(prompt_RV, 12, rows_T, tokens_T, torch.tensor([True, True, True, True, False, True]))
-    assert prompt_RV[:3].nonzero().tolist() == [[0, 0], [1, 9], [2, 4]]  # 11 and 22 are held elsewhere
+    mark_tokens(counts_RV, 12, rows_T, tokens_T, torch.tensor([True, True, True, True, False, True]))
+    assert counts_RV[:3].nonzero().tolist() == [[0, 0], [1, 9], [2, 4]]  # 11 and 22 are held elsewhere
+    assert {count for count in counts_RV[:3].flatten().tolist() if count} == {MARK}
 
 
 def found(logits_SV: Tensor, tokens: list[int], most: int, cuts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
