@@ -179,7 +179,7 @@ async def generate(
     Raises UserError for what keeps it from starting, RankDiedError when a rank dies.
     """
     from ..engine_client import EngineClient, EngineDiedError
-    from ..loading import progress_bar, say_random, slow_lines
+    from ..loading import progress_bar, say_tiny, slow_lines
     from ..stop import StopSignals, until
     from ..supervise import Supervisor
 
@@ -193,7 +193,7 @@ async def generate(
             bar.stop()
             for line in slow_lines(answers):
                 click.echo(line, err=True)
-            say_random(plan)
+            say_tiny(plan)
             client = EngineClient(supervisor.engine_socket(0))
             await client.connect()
             load_s = time.monotonic() - begun_s

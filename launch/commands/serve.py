@@ -159,7 +159,7 @@ async def serve(
 
     Raises UserError for what keeps it from starting, RankDiedError when the HTTP process or the last replica dies.
     """
-    from ..loading import memory_lines, progress_bar, say_random, slow_lines
+    from ..loading import memory_lines, progress_bar, say_tiny, slow_lines
     from ..stop import StopSignals, until
     from ..supervise import Supervisor
 
@@ -177,7 +177,7 @@ async def serve(
             bar.stop()
             for line in (*memory_lines(plan, answers), *slow_lines(answers)):
                 click.echo(line, err=True)
-            say_random(plan)
+            say_tiny(plan)
             click.echo(json_text.dumps({"url": door.url, "plan": plan.to_json()}) if json else door.url)
             error = await until(supervisor.failed(), stop.first)
             if error is not None:

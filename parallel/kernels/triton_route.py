@@ -122,8 +122,8 @@ def _norm_route(
     tl.store(logits + expert, logit)
     if arrive(arrivals, EXPERTS):
         token, every = tl.arange(0, 1), tl.arange(0, EXPERTS_2)
-        logit = tl.load(logits + every, mask=every < EXPERTS, other=0.0, cache_modifier=".cg")[None, :]
-        _choose(logit, token, 1, chosen_weights, chosen_experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN, 1)
+        all_1E = tl.load(logits + every, mask=every < EXPERTS, other=0.0, cache_modifier=".cg")[None, :]
+        _choose(all_1E, token, 1, chosen_weights, chosen_experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN, 1)
 
 
 @triton.jit

@@ -185,9 +185,9 @@ def choose(spec: Spec, device: torch.device, dtype: torch.dtype, capacity_tokens
     if device.type != "cuda":
         return Choice(PLAIN, f"attention: plain; flex_attention has no gradient on {device.type}")
     try:
-        candidate = flex(capacity_tokens)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a compiler could be faster if it might be less exact
+            warnings.simplefilter("ignore")  # a compiler's, about itself and about what would be less exact
+            candidate = flex(capacity_tokens)
             error = largest_error(candidate, spec, device, dtype, min(capacity_tokens, 300))
     except Exception as error:  # whatever a compiler raises
         reason = " ".join(str(error).split())[:200]

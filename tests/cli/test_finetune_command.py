@@ -152,7 +152,7 @@ def test_preview_prints_samples_with_their_mask(capsys: pytest.CaptureFixture[st
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     model = checkpoint("three_blocks", tmp_path)
-    words = [f"model={model}", f"run={folder}", "steps=8", "packs_per_step=1"]
+    words = [f"model={model}", f"run={folder}", "steps=8", "packs_per_step=1", "first_loss=ignore"]
     command = ["finetune", "--config", "tiny", *words]
     metrics = folder / "metrics.jsonl"
 

@@ -4,12 +4,11 @@ import pytest
 import torch
 from gptoss_launch.parallel.kernels import mxfp4
 from gptoss_launch.parallel.kernels.triton_dequantize import dequantize
-from small_models import GPU
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # of the interpreter: 6 * 2 ** 127
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_every_value_is_the_plain_one(device: str) -> None:
+def test_every_value_is_the_plain_one() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     blocks = torch.arange(256, dtype=torch.uint8, device=device).repeat(256).view(256, 16, 16)  # [rows, blocks, bytes]
     scales = torch.arange(256, dtype=torch.uint8, device=device)[:, None].expand(-1, 16).contiguous()
     found, wanted = (way(blocks, scales, torch.bfloat16) for way in (dequantize, mxfp4.dequantize))

@@ -1,5 +1,5 @@
-"""Tools and formats through HTTP with the official client, and tiny behind it, in this process: random weights say what
-the grammar lets them say, and jsonschema judges it.
+"""Tools and formats through HTTP with the official client, and a tiny model behind it, in this process: its random
+weights say what the grammar lets them say, and jsonschema judges it.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import httpx
 import jsonschema
@@ -29,7 +30,7 @@ from gptoss_launch.parallel.engine.request import Request, Token
 from gptoss_launch.parallel.engine.wire import Cancel, Generate, Message, Refused, Tokens
 from gptoss_launch.parallel.errors import UserError
 from prometheus_client import CollectorRegistry
-from small_models import SPECS, TINY, plain_engine, plain_plan
+from small_models import SPECS, checkpoint, plain_engine, plain_plan
 
 CONTEXT = 2048
 REASONING = 8
@@ -42,14 +43,14 @@ class TinyEngine:
 
     ready, dead, restarts, running = True, False, 0, 0
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.asked: list[Request] = []
         self._inbox: queue.Queue[Generate | Cancel | None] = queue.Queue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
-        engine = plain_engine(plain_plan(TINY, "fp32", context_tokens=CONTEXT, sequences=32))
+        engine = plain_engine(plain_plan(folder, "fp32", context_tokens=CONTEXT, sequences=32))
         device = Device(engine.launch, engine.graphs.size_for, engine.sizes, ahead=True)
         doubts = partial(refusal, engine.plan)
-        grammars = grammars_of(str(TINY), SPECS["tiny"].vocab)
+        grammars = grammars_of(str(folder), SPECS["tiny"].vocab)
         self._leader = Leader(scheduler_for(engine.plan), device, self._send, doubts, grammars)
         self.thread = threading.Thread(target=self._lead)
         self.thread.start()
@@ -93,8 +94,8 @@ class TinyEngine:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[TinyEngine]:
-    engine = TinyEngine()
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyEngine]:
+    engine = TinyEngine(checkpoint("tiny", tmp_path_factory.getbasetemp()))
     yield engine
     engine.close()
 
