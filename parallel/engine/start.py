@@ -95,7 +95,7 @@ def start(
     engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if in_graphs else (), offload_counts)
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
-    first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
+    first = [size for size in CAPTURED_AT_START if size <= plan.sequences and engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
     times = step_times(engine)
     if recorder is not None:
