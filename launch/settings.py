@@ -161,6 +161,14 @@ class ServeSettings(Settings):
     served_name: str | None = _key(
         None, "served-name", "NAME", read_text, "Model name in the API; MODEL when left out."
     )
+    nnodes: int = _key(1, "nnodes", "N", _number(1, 4096), "Nodes that serve together, each by this command.")
+    node_rank: int = _key(0, "node-rank", "R", _number(0, 4095), "Which of them this one is; 0 has the HTTP port.")
+    head: str | None = _key(
+        None, "head", "HOST[:PORT]", read_text, "Address of node 0, where the others join; port 29500 if none is said."
+    )
+    node_key_file: Path | None = _key(
+        None, "node-key-file", "FILE", read_path, "Secret that nodes know each other by, the same on all of them."
+    )
     drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
 
 

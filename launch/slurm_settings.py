@@ -215,10 +215,8 @@ def make_job(kind: Kind, layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> J
         "signal": f"B:USR1@{launching.lead_s}",
     }
     resolved = {name: value for name, value in (defaults | options | ours).items() if value is not False}
-    if kind in ("serve", "bench") and resolved["nodes"] != "1":
-        raise UserError(
-            f"{kind} runs on one node so far, not on {resolved['nodes']}", "--nodes=1, and one job for each server"
-        )
+    if kind == "bench" and resolved["nodes"] != "1":
+        raise UserError(f"bench measures one node, not {resolved['nodes']}", "--nodes=1")
     env = tuple((name, _read_variable(name, value)) for name, value in merged["env"].items())
     return Job(kind, tuple(resolved.items()), env, launching, command, host, port, payload)
 
@@ -311,8 +309,12 @@ def _serve_reader(setting: "dataclasses.Field[Any]") -> Callable[[str], str]:
     return read
 
 
-_SERVE = {one.metadata["flag"].replace("-", "_"): _serve_reader(one) for one in dataclasses.fields(ServeSettings)}
-_SERVE |= {"host": _word}
+_OF_THE_SCRIPT = ("nnodes", "node_rank", "head", "node_key_file")  # settled where the job runs
+_SERVE = {
+    one.metadata["flag"].replace("-", "_"): _serve_reader(one)
+    for one in dataclasses.fields(ServeSettings)
+    if one.name not in _OF_THE_SCRIPT
+} | {"host": _word}
 
 
 def _numbers(low: float) -> Callable[[str], str]:

@@ -149,6 +149,18 @@ class Cluster:
         """One of Slurm's programs, as on the login node; its exit code is the caller's to look at."""
         return run(*command, check=False, env=os.environ | self.environment)
 
+    def processes(self, name: str, *words: str) -> list[int]:
+        """Those on a node whose command line has one of `words` in it, but for shells."""
+        found = []
+        for pid in run("ip", "netns", "pids", f"glt{name}").stdout.split():
+            try:
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if Path(line[0]).name not in ("bash", "slurmstepd:") and any(word in line for word in words):
+                found.append(int(pid))
+        return found
+
     def _write_files(self) -> None:
         for folder in ("state", *(f"spool.{name}" for name in NODES)):
             (self.root / folder).mkdir(parents=True)

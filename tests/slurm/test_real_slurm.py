@@ -4,10 +4,14 @@ payload.py stands in for the model; torchrun, signals, exit codes and the queue 
 """
 
 import json
+import os
+import signal
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +145,58 @@ def test_a_serve_job(cli: CommandLine, submit: Callable[..., int], tmp_path: Pat
     cli("jobs", "endpoint", job, code=2)
 
 
+def ask(url: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+    """(HTTP status, the answer's JSON)."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url.removesuffix("/v1") + path, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def wait_until(found: Callable[[], bool], limit_s: float = 60) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not found():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+
+
+def test_two_nodes_serve_together(cli: CommandLine, submit: Callable[..., int], cluster: Cluster) -> None:
+    """Nothing fake: tiny on both nodes behind the first one's port. Everything of ours on the second is killed under
+    load, and it comes back; a graceful cancel lets both end."""
+    run = {"model": "tiny", "gpu_memory": "0", "context": "2048", "python": sys.executable}
+    job = submit("serve", {"nodes": 2}, run)
+    place = cli.json("jobs", "endpoint", job, "--wait-s", "100")
+    assert (place["health"], place["node"]) == ("ready", FIRST), cli("jobs", "logs", job).stdout
+    url = place["url"]
+    assert ask(url, "/ready") == (200, {"ready_replicas": 2, "replicas": 2})
+    hello = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(ask, url, "/v1/chat/completions", hello | {"max_tokens": 1200}) for _ in range(4)]
+        time.sleep(1)
+        for pid in cluster.processes(SECOND, "gptoss_launch.launch", "gptoss_launch.parallel"):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: ask(url, "/health") == (503, {"ok": False, "dead_replicas": 1, "replicas": 2}))
+        assert ask(url, "/v1/chat/completions", hello | {"max_tokens": 4})[1]["usage"]["completion_tokens"] == 4
+        codes = sorted(answer.result()[0] for answer in answers)
+    assert codes == [200, 200, 503, 503], codes
+    wait_until(lambda: ask(url, "/ready")[0] == 200 and ask(url, "/health")[0] == 200)
+    assert ask(url, "/v1/chat/completions", hello | {"max_tokens": 4})[0] == 200
+    log = cli("jobs", "logs", job).stdout
+    assert f"node 1 ({SECOND}) is lost" in log and log.count(f"node 1 ({SECOND}) has joined: replica 1") == 2
+    assert "node 1 ended with 137, and joins again in 1 s" in cli("jobs", "logs", "--errors", "--node", "1", job).stdout
+    status = cli.status(job)
+    key = (Path(status["folder"]) / "node.key").read_text().strip()
+    assert key not in log + (Path(status["folder"]) / "script.sbatch").read_text()
+    cli("jobs", "cancel", job, "--graceful")
+    followed = cli("jobs", "logs", "-f", job).stdout
+    assert "STOPPED" in followed and "Traceback" not in followed
+    status = cli.status(job)
+    assert (status["state"], status["code"], status["failure"]) == ("STOPPED", 75, None)
+
+
 def test_tiny_is_served(cli: CommandLine, submit: Callable[..., int], cluster: Cluster) -> None:
     """Nothing fake: the embedded model, and an answer through the node's address."""
     if cluster.proctrack == "cgroup":
@@ -150,11 +206,7 @@ def test_tiny_is_served(cli: CommandLine, submit: Callable[..., int], cluster: C
     place = cli.json("jobs", "endpoint", job, "--wait-s", "100")
     assert place["health"] == "ready", cli("jobs", "logs", job).stdout
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-    request = urllib.request.Request(
-        f"{place['url']}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        assert json.load(response)["usage"]["completion_tokens"] == 4
+    assert ask(place["url"], "/v1/chat/completions", body)[1]["usage"]["completion_tokens"] == 4
     cli("jobs", "cancel", job, "--graceful")
     assert cli.until(job, lambda status: status["ended"])["code"] == 75
 
