@@ -149,6 +149,10 @@ class Cluster:
         """One of Slurm's programs, as on the login node; its exit code is the caller's to look at."""
         return run(*command, check=False, env=os.environ | self.environment)
 
+    def plug(self, name: str, *, out: bool) -> None:
+        """Pulls the network cable of a node, or puts it back."""
+        run("ip", "link", "set", f"gltv{list(NODES).index(name)}", "down" if out else "up")
+
     def processes(self, name: str, *words: str) -> list[int]:
         """Those on a node whose command line has one of `words` in it, but for shells."""
         found = []

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gptoss_launch.launch.api.node_door import NodeDoor
+from gptoss_launch.launch.cli import run
 from gptoss_launch.launch.commands.serve import open_door
 from gptoss_launch.launch.engine_client import EngineClient, EngineDiedError
 from gptoss_launch.launch.follower import Membership, plan_here
@@ -103,6 +104,28 @@ def test_a_key_is_a_secret(key_file):
 def test_a_head_that_only_this_machine_reaches(host):
     with pytest.raises(UserError, match="where no other node reaches it"):
         refuse_loopback(Nodes(2, 1, host, 29500, KEY))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--head", "localhost"], "--head localhost is "),
+        (["--head", "192.0.2.1"], "cannot listen on 192.0.2.1 port 29500"),
+        (["--head", "HERE", "--dp", "1"], "--dp 1 gives work to 1 of --nnodes 2"),
+    ],
+)
+def test_what_serve_refuses(key_file, capsys, monkeypatch, flags, message):
+    """The command itself, before anything starts."""
+    monkeypatch.setattr("asyncio.run", None)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("no network, so no address but loopback")
+        flags = [f"{probe.getsockname()[0]}:{free_port()}" if flag == "HERE" else flag for flag in flags]
+    common = ["serve", "tiny", "--gpu-memory", "0", "--context", "1024", "--port", "0", "--nnodes", "2"]
+    assert run([*common, "--node-key-file", str(key_file), *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_other_heads_may_be_named():

@@ -116,6 +116,15 @@ def test_no_sbatch(command_line: CommandLine, config: Path, tmp_path: Path) -> N
     assert "no sbatch on the PATH" in done.stderr and "--render" in done.stderr and not (tmp_path / "runs").exists()
 
 
+def test_gpus_are_asked_for_by_the_node(command_line: CommandLine) -> None:
+    """What the fullest of them needs, of the plan for all."""
+    given = ["run.model=openai/gpt-oss-120b", "run.machine=h100x8", "run.ranks=4", "run.dp=3", "slurm.nodes=2"]
+    words = [word for one in given for word in ("--set", one)]
+    assert "gpus-per-node=8" in sbatch_lines(command_line("submit", "serve", *words, "--render").stdout)
+    done = command_line("submit", "serve", *words, "--gpus-per-node", "4", "--render", code=2)
+    assert "needs 8 GPUs a node, gpus-per-node is 4" in done.stderr
+
+
 def test_the_run_folder_is_there_before_the_job(command_line: CommandLine, config: Path, tmp_path: Path) -> None:
     """A fake sbatch looks at it. The plan is in it, because the machine is named."""
     program(
