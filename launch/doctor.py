@@ -9,12 +9,12 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ..parallel.errors import UserError
 from ..parallel.planning.choice import dtype_of, sm
@@ -22,6 +22,8 @@ from ..parallel.planning.headers import check_inventory, read_inventory
 from ..parallel.planning.machine import Gpu, available_host_bytes, format_size, probe
 from ..parallel.planning.spec import read_config
 from .extras import SERVE
+from .node_reports import Check
+from .version import own_version
 
 GIB = 1 << 30
 SHM_WANTED_BYTES = 512 << 20  # docker's default of 64 MiB ends NCCL with a bus error
@@ -30,20 +32,6 @@ FILES_WANTED = 1024  # a connection each, and several a rank
 PYTHON_WANTED = (3, 11)
 PORT = 8000  # of serve, if nothing else is said
 INSTALL = "pip install 'gptoss-launch[serve]'"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line. hint: what to do; "" where nothing is."""
-
-    name: str
-    found: str
-    wanted: str
-    ok: bool
-    hint: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -73,6 +61,19 @@ class Facts:
     model: str | None
     checkpoint: tuple[str, str] | None
     tokenizer: tuple[str, str] | None
+
+
+def equal_on_all_nodes(facts: Facts) -> dict[str, str]:
+    """What nodes that work together must have alike, by name."""
+    kinds = Counter(gpu.name for gpu in facts.gpus)
+    return {
+        "gptoss-launch": own_version(),
+        "python": ".".join(map(str, facts.python)),
+        **{name: found or "not installed" for name, found in facts.packages.items()},
+        "CUDA of torch": facts.torch_cuda or "none",
+        "driver": facts.driver[0] if facts.driver else "none",
+        "GPUs": ", ".join(f"{count} x {name}" for name, count in kinds.items()) or "none",
+    }
 
 
 def judge(facts: Facts) -> list[Check]:

@@ -172,6 +172,8 @@ class ServeSettings(Settings):
     drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
 
 
+NODE_SETTINGS = ("nnodes", "node_rank", "head", "node_key_file")
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -190,6 +192,17 @@ class _Reads(click.ParamType):
             return self._read(value)
         except UserError as error:
             self.fail(error.message, param, ctx)
+
+
+def setting_options(names: Sequence[str]) -> Callable[[Any], Any]:
+    """Decorator: an option for each of these settings of serve, for a command that has no others."""
+
+    def decorate(command: Any) -> Any:
+        for one in reversed([one for one in dataclasses.fields(ServeSettings) if one.name in names]):
+            command = _option(one)(command)
+        return command
+
+    return decorate
 
 
 def settings_options(kind: type[Settings]) -> Callable[[Any], Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..parallel.errors import UserError, did_you_mean
-from .settings import ServeSettings
+from .settings import NODE_SETTINGS, ServeSettings
 from .slurm_options import read_option
 
 Kind = Literal["serve", "finetune", "bench", "preflight"]
@@ -309,11 +309,10 @@ def _serve_reader(setting: "dataclasses.Field[Any]") -> Callable[[str], str]:
     return read
 
 
-_OF_THE_SCRIPT = ("nnodes", "node_rank", "head", "node_key_file")  # settled where the job runs
 _SERVE = {
     one.metadata["flag"].replace("-", "_"): _serve_reader(one)
     for one in dataclasses.fields(ServeSettings)
-    if one.name not in _OF_THE_SCRIPT
+    if one.name not in NODE_SETTINGS  # settled where the job runs
 } | {"host": _word}
 
 

@@ -234,6 +234,31 @@ def test_wait_gives_the_jobs_own_code(cli: CommandLine, submit: Callable[..., in
     cli("jobs", "cancel", held["job"])
 
 
+def test_preflight_finds_the_bad_node(cli: CommandLine, cluster: Cluster, tmp_path: Path) -> None:
+    """Nothing fake but the faults: a low limit, and another version of a package, on the second node."""
+    if cluster.proctrack == "cgroup":
+        pytest.skip("no signals in it: once is enough")
+    other = tmp_path / "other" / "tokenizers-9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 9.9\n")
+    setup = tmp_path / "setup.sh"
+    setup.write_text(
+        f"""[ "$SLURMD_NODENAME" = {FIRST} ] && return
+ulimit -n 256
+export PYTHONPATH={other.parent}:${{PYTHONPATH:-}}
+"""
+    )
+    flags = [f"run.python={sys.executable}", "run.model=tiny", "slurm.nodes=2", f"run.setup={setup}"]
+    done = cli("submit", "preflight", *[w for one in flags for w in ("--set", one)], "--wait", "--follow", code=4)
+    lines = done.stderr.splitlines()
+    assert f"gptoss-launch: not fit: {SECOND}; submit with --exclude={SECOND}" in lines
+    found = [line for line in lines if "BAD  " in line]
+    said = [line.split("BAD  ")[1].split("  ")[0] for line in found if "[rank 1]" in line]
+    assert said == ["open files", "tokenizers on all nodes"], found
+    assert any("[rank 0]" in line and f"{SECOND}: open files, tokenizers on all nodes" in line for line in found)
+    assert any("[rank 1] ok   head" in line and "answers in" in line for line in lines)
+
+
 def test_a_script_is_usable_by_hand(cli: CommandLine, cluster: Cluster, tmp_path: Path) -> None:
     flags = ["--set", f"run.python={FAKE_PYTHON}", "--set", f"env.TEST_PYTHON={sys.executable}", "-N2"]
     script = tmp_path / "by hand.sbatch"

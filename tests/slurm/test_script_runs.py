@@ -101,6 +101,27 @@ def test_preflight_names_the_nodes_to_leave_out(tmp_path: Path) -> None:
     assert ended == 4 and "not fit: a; submit with --exclude=a" in err
 
 
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"a": (4, "BAD  node 1  b: driver"), "b": (4, "BAD  driver  none")}, "b"),
+        ({"a": (4, "BAD  node 1  b: driver\nBAD  open files  9"), "b": (4, "BAD  driver  none")}, "a,b"),
+        ({"a": (4, "BAD  node 1  no report in 60 s"), "b": (None, "")}, "b"),
+        ({"a": (1, "BAD  node 1  b: driver"), "b": (0, "ok   driver")}, "a"),
+    ],
+)
+def test_preflight_tells_a_nodes_own_faults_from_others(
+    tmp_path: Path, said: dict[str, tuple[int | None, str]], named: str
+) -> None:
+    lines = []
+    for rank, (host, (code, words)) in enumerate(said.items()):
+        folder = f'"$logs/node{rank}-{host}"'
+        lines += [f"mkdir -p {folder}", f"printf '%s\n' '{words}' >{folder}/rank{rank}.out"]
+        lines += [] if code is None else [f'echo "1 {code} {host}" >{folder}/rank{rank}.exit']
+    _, _, err = run_script(tmp_path, "\n".join(lines), kind="preflight")
+    assert f"not fit: {named}; submit with --exclude={named}\n" in err
+
+
 def test_a_node_runs_its_rank(tmp_path: Path) -> None:
     """The functions as a node gets them: output in files and in the job's, the code kept."""
     shim = tmp_path / "python"
