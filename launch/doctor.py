@@ -22,6 +22,7 @@ from ..parallel.planning.headers import check_inventory, read_inventory
 from ..parallel.planning.machine import Gpu, available_host_bytes, format_size, probe
 from ..parallel.planning.spec import read_config
 from .extras import SERVE
+from .gpu_health import Health, judge_gpus, look_at_gpus
 from .node_reports import Check
 from .version import own_version
 
@@ -49,7 +50,7 @@ class Facts:
     driver_error: str
     nvidia_devices: int
     gpus: tuple[Gpu, ...]
-    gpu_processes: int
+    health: tuple[Health, ...]
     host_free_bytes: int | None
     shm_free_bytes: int | None
     temporary: str
@@ -126,10 +127,7 @@ def _gpus(facts: Facts) -> Iterable[Check]:
         found = f"{gpu.name}, {sm(gpu)}, {format_size(gpu.free_bytes)} free of {format_size(gpu.memory_bytes)}"
         hint = "it cannot run a torch built for CUDA 13; hide it: CUDA_VISIBLE_DEVICES"
         yield Check(f"GPU {number}", found + (f", {dtype}" if dtype else ""), "sm_75 or later", dtype is not None, hint)
-    if facts.gpus:
-        count = facts.gpu_processes
-        hint = "nvidia-smi names them; what they hold is not free"
-        yield Check("other processes on the GPUs", str(count), "0", count == 0, hint)
+    yield from judge_gpus(facts.health)
 
 
 def _memory(facts: Facts) -> Iterable[Check]:
@@ -218,7 +216,7 @@ def look(model: str | None) -> Facts:
     """This machine, now. model: what `serve` would be given, if it is to be looked at, too. Downloads nothing."""
     import resource
 
-    driver, error, processes = _look_at_driver()
+    driver, error, health = _look_at_driver()
     temporary = tempfile.gettempdir()
     checkpoint, tokenizer = _look_at_model(model) if model is not None else (None, None)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -231,7 +229,7 @@ def look(model: str | None) -> Facts:
         driver_error=error,
         nvidia_devices=len(list(Path("/dev").glob("nvidia[0-9]*"))),
         gpus=probe().gpus if driver else (),
-        gpu_processes=processes,
+        health=health,
         host_free_bytes=available_host_bytes(),
         shm_free_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
         temporary=temporary,
@@ -282,23 +280,21 @@ def _torch_cuda() -> str | None:
     return match[1] if match else None
 
 
-def _look_at_driver() -> tuple[tuple[str, tuple[int, int]] | None, str, int]:
-    """((driver's version, newest CUDA that it runs) or None, why there is none, processes on all GPUs)."""
+def _look_at_driver() -> tuple[tuple[str, tuple[int, int]] | None, str, tuple[Health, ...]]:
+    """((driver's version, newest CUDA that it runs) or None, why there is none, how the GPUs are)."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return None, str(error), 0
+        return None, str(error), ()
     try:
         cuda = pynvml.nvmlSystemGetCudaDriverVersion()  # 13020 for 13.2
         number = pynvml.nvmlSystemGetDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        processes = sum(len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) for handle in handles)
         text = number.decode() if isinstance(number, bytes) else str(number)
-        return (text, (cuda // 1000, cuda % 1000 // 10)), "", processes
+        return (text, (cuda // 1000, cuda % 1000 // 10)), "", look_at_gpus(pynvml)
     except pynvml.NVMLError as error:
-        return None, str(error), 0
+        return None, str(error), ()
     finally:
         pynvml.nvmlShutdown()
 

@@ -1,18 +1,21 @@
 """`doctor`: each fault, injected into the facts of a healthy machine, is the one thing that is said to be wrong."""
 
-import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from gptoss_launch.launch.cli import run
 from gptoss_launch.launch.doctor import GIB, Facts, _fits, judge, look
 from gptoss_launch.launch.extras import SERVE
+from gptoss_launch.launch.gpu_health import Health, judge_gpus, look_at_gpus
 from gptoss_launch.launch.resolve import tiny_folder
 from gptoss_launch.parallel.planning.machine import Gpu
 
+FINE = Health(0, False, False, (), 40, ())
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0))
 HEALTHY = Facts(
     python=(3, 12),
@@ -23,7 +26,7 @@ HEALTHY = Facts(
     driver_error="",
     nvidia_devices=1,
     gpus=(H100,),
-    gpu_processes=0,
+    health=(FINE,),
     host_free_bytes=64 * GIB,
     shm_free_bytes=8 * GIB,
     temporary="/tmp",
@@ -36,6 +39,9 @@ HEALTHY = Facts(
     checkpoint=None,
     tokenizer=None,
 )
+
+
+NO_DRIVER: dict[str, Any] = {"driver": None, "gpus": (), "health": ()}
 
 
 def test_a_healthy_machine() -> None:
@@ -56,8 +62,12 @@ def test_a_healthy_machine() -> None:
         ({"gpus": (Gpu("GTX 1080 Ti", 11 * GIB, 10 * GIB, (6, 1)),)}, "GPU 0", "sm_61", "CUDA 13"),
         ({"driver": ("535.183", (12, 2))}, "driver", "driver 535.183, which runs CUDA 12.2", "a newer driver"),
         ({"torch_cuda": None}, "torch and CUDA", "built without CUDA", "PyPI"),
-        ({"driver": None, "driver_error": "not loaded", "gpus": ()}, "driver", "not loaded", "administrator"),
-        ({"gpu_processes": 2}, "other processes on the GPUs", "2", "nvidia-smi"),
+        (NO_DRIVER | {"driver_error": "not loaded"}, "driver", "not loaded", "administrator"),
+        ({"health": (replace(FINE, processes=("71 python",)),)}, "other processes on the GPUs", "71 python", "end them"),
+        ({"health": (replace(FINE, uncorrected=3),)}, "GPU 0 health", "3 memory errors", "--gpu-reset"),
+        ({"health": (FINE, replace(FINE, remap_failed=True))}, "GPU 1 health", "cannot be replaced", "be replaced"),
+        ({"health": (replace(FINE, remap_pending=True),)}, "GPU 0 health", "wait to be replaced", "--gpu-reset"),
+        ({"health": (replace(FINE, slowed=("slowed down for heat",)),)}, "GPU 0 health", "for heat, 40 C", "cooling"),
         ({"shm_free_bytes": 64 << 20}, "/dev/shm", "64.0 MiB free", "--shm-size"),
         ({"host_free_bytes": GIB}, "host memory", "1.0 GiB free", "--mem"),
         ({"temporary_free_bytes": 0}, "temporary folder", "0 B free in /tmp", "TMPDIR"),
@@ -69,13 +79,13 @@ def test_a_healthy_machine() -> None:
     ],
 )  # fmt: skip
 def test_a_fault(change: dict[str, Any], name: str, found: str, hint: str) -> None:
-    bad = [check for check in judge(dataclasses.replace(HEALTHY, **change)) if not check.ok]
+    bad = [check for check in judge(replace(HEALTHY, **change)) if not check.ok]
     assert [check.name for check in bad] == [name]
     assert found in bad[0].found and hint in bad[0].hint and bad[0].wanted
 
 
 def test_no_gpu_is_no_fault() -> None:
-    facts = dataclasses.replace(HEALTHY, driver=None, gpus=(), nvidia_devices=0, torch_cuda=None, infiniband=False)
+    facts = replace(HEALTHY, **NO_DRIVER, nvidia_devices=0, torch_cuda=None, infiniband=False)
     assert all(check.ok for check in judge(facts))
 
 
@@ -93,6 +103,53 @@ def test_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert set(bad) == {"name", "found", "wanted", "ok", "hint"}
     run(["doctor", str(folder)])
     assert "BAD  checkpoint" in capsys.readouterr().out
+
+
+def test_what_gpus_say_of_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake driver: one GPU with every fault, one that says nothing, and one that is hidden."""
+
+    class NotKnown(Exception):
+        pass
+
+    def only_first(value: Any) -> Any:
+        def answer(handle: int, *_: int) -> Any:
+            if handle:
+                raise NotKnown
+            return value
+
+        return answer
+
+    def name_of(pid: int) -> bytes:
+        if pid == 72:
+            raise NotKnown
+        return b"/usr/bin/python3"
+
+    processes = [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in ((71, 2 * GIB), (72, None))]
+    nvml = SimpleNamespace(
+        NVMLError=NotKnown,
+        nvmlDeviceGetCount=lambda: 3,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda handle: f"GPU-{handle}",
+        nvmlSystemGetProcessName=name_of,
+        nvmlDeviceGetCurrentClocksThrottleReasons=only_first(0x04 | 0x40 | 0x80),  # 0x04: a power cap, no fault
+        nvmlDeviceGetTotalEccErrors=only_first(5),
+        nvmlDeviceGetRemappedRows=only_first((0, 1, 1, 0)),
+        nvmlDeviceGetTemperature=only_first(91),
+        nvmlDeviceGetComputeRunningProcesses=only_first(processes),
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    silent, bad = look_at_gpus(nvml)
+    assert silent == Health(None, False, False, (), None, ())
+    slowed = ("slowed down by hardware, for heat", "slowed down by the power supply")
+    assert bad == Health(5, False, True, slowed, 91, ("71 python3, 2.0 GiB", "72 ?"))
+    checks = list(judge_gpus((silent, bad)))
+    assert [(check.name, check.ok) for check in checks] == [
+        *[("GPU 0 health", True), *[("GPU 1 health", False)] * 4, ("other processes on the GPUs", False)]
+    ]
+    assert checks[-1].found == "GPU 1: 71 python3, 2.0 GiB; GPU 1: 72 ?"
+    # the name that newer drivers have for it counts
+    nvml.nvmlDeviceGetCurrentClocksEventReasons = only_first(0x20)
+    assert look_at_gpus(nvml)[1].slowed == ("slowed down by the driver, for heat",)
 
 
 def test_what_is_seen_here() -> None:
