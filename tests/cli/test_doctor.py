@@ -63,7 +63,7 @@ def test_a_healthy_machine() -> None:
         ({"driver": ("535.183", (12, 2))}, "driver", "driver 535.183, which runs CUDA 12.2", "a newer driver"),
         ({"torch_cuda": None}, "torch and CUDA", "built without CUDA", "PyPI"),
         (NO_DRIVER | {"driver_error": "not loaded"}, "driver", "not loaded", "administrator"),
-        ({"health": (replace(FINE, processes=("71 python",)),)}, "other processes on the GPUs", "71 python", "end them"),
+        ({"health": (replace(FINE, processes=("71 x",)),)}, "other processes on the GPUs", "GPU 0: 71 x", "end them"),
         ({"health": (replace(FINE, uncorrected=3),)}, "GPU 0 health", "3 memory errors", "--gpu-reset"),
         ({"health": (FINE, replace(FINE, remap_failed=True))}, "GPU 1 health", "cannot be replaced", "be replaced"),
         ({"health": (replace(FINE, remap_pending=True),)}, "GPU 0 health", "wait to be replaced", "--gpu-reset"),
