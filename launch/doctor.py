@@ -217,6 +217,12 @@ def look(model: str | None) -> Facts:
     import resource
 
     driver, error, health = _look_at_driver()
+    gpus: tuple[Gpu, ...] = ()
+    if driver is not None:
+        try:
+            gpus = probe().gpus
+        except UserError as lost:  # a GPU that fell off the bus
+            driver, error = None, lost.message
     temporary = tempfile.gettempdir()
     checkpoint, tokenizer = _look_at_model(model) if model is not None else (None, None)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -228,7 +234,7 @@ def look(model: str | None) -> Facts:
         driver=driver,
         driver_error=error,
         nvidia_devices=len(list(Path("/dev").glob("nvidia[0-9]*"))),
-        gpus=probe().gpus if driver else (),
+        gpus=gpus,
         health=health,
         host_free_bytes=available_host_bytes(),
         shm_free_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,

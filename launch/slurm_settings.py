@@ -351,7 +351,7 @@ PAYLOAD_KEYS: dict[Kind, dict[str, Callable[[Any], Any]]] = {
     "serve": {"model": _model, **_SERVE},
     "finetune": {"config": _config, "set": _assignments},
     "bench": {"what": _one_of("decode", "prefill", "serve"), "target": _model, **_BENCH},
-    "preflight": {"model": _model},
+    "preflight": {"model": _model, "measure": _switch},
 }
 
 _Command = tuple[tuple[str, ...], str | None, int | None]
@@ -405,7 +405,9 @@ def _bench_command(payload: Mapping[str, Any]) -> _Command:
 
 
 def _preflight_command(payload: Mapping[str, Any]) -> _Command:
-    return ("doctor", *([_argument(_model(payload["model"]))] if "model" in payload else [])), None, None
+    """Measures unless it is told not to: a slow link is what it is there to find."""
+    model = [_argument(_model(payload["model"]))] if "model" in payload else []
+    return ("doctor", *model, *_flags({"measure": "true"} | dict(payload), {"measure": _switch})), None, None
 
 
 def _argument(text: str) -> str:

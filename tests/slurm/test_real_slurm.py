@@ -248,7 +248,13 @@ ulimit -n 256
 export PYTHONPATH={other.parent}:${{PYTHONPATH:-}}
 """
     )
-    flags = [f"run.python={sys.executable}", "run.model=tiny", "slurm.nodes=2", f"run.setup={setup}"]
+    flags = [
+        f"run.python={sys.executable}",
+        "run.model=tiny",
+        "slurm.nodes=2",
+        f"run.setup={setup}",
+        "run.measure=false",
+    ]
     done = cli("submit", "preflight", *[w for one in flags for w in ("--set", one)], "--wait", "--follow", code=4)
     lines = done.stderr.splitlines()
     assert f"gptoss-launch: not fit: {SECOND}; submit with --exclude={SECOND}" in lines
@@ -291,7 +297,7 @@ def test_apptainer(cli: CommandLine, tmp_path: Path) -> None:
     inside = (
         f"apptainer exec --nv --bind {tmp_path}/run,/data:/data /my image.sif {FAKE_PYTHON} -m gptoss_launch.launch"
     )
-    assert f"[rank 0] {inside} doctor\n" in done.stderr and "[rank 0] looked at" in done.stderr
+    assert f"[rank 0] {inside} doctor --measure\n" in done.stderr and "[rank 0] looked at" in done.stderr
     cli.environment["PATH"] = cli.environment["PATH"].partition(":")[2]
     settings[2] = "run.folder=another"
     done = cli("submit", "preflight", *[word for one in settings for word in ("--set", one)], "--wait", code=4)
