@@ -3,6 +3,7 @@
 Loads torch, in this process, and uses every GPU that CUDA shows. `judge_kernels` touches nothing.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ NOT_TRIED = "the words are torch's, Triton's or the driver's; other lines of doc
 
 def measure(gpus: Sequence[Gpu]) -> list[Check]:
     """gpus: those that CUDA shows. Without any, the CPU's kernels."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # numbers GPUs as the driver does; torch is not loaded yet
     checks: list[Check] = []
     for index, gpu in enumerate(gpus):
         if gpu.capability >= TRITON_FROM:

@@ -5,6 +5,7 @@ payload.py stands in for the model; torchrun, signals, exit codes and the queue 
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 from slurm_cluster import GPUS, NODES, Cluster
+from small_models import checkpoint
 
 from .conftest import FAKE_PYTHON, CommandLine
 
@@ -92,6 +94,33 @@ def test_usr1_ahead_of_the_limit(
         assert 0 < step < 20 and f"[rank {rank}] begins at step {step} of 20" in log
         assert f"[rank {rank}] ends at step 20" in log
     assert [one["state"] for one in states(status)] == ["SUBMITTED", "RUNNING", "REQUEUED", "RUNNING", "COMPLETED"]
+
+
+def test_a_finetune_that_is_requeued_loses_nothing(
+    cli: CommandLine, submit: Callable[..., int], cluster: Cluster, tmp_path: Path
+) -> None:
+    """Nothing fake: two nodes train, are told to stop, come back, and end with the losses of a run without a stop."""
+    if cluster.proctrack == "linuxproc":
+        pytest.skip("who gets the signal is shown above; cgroup is what clusters have")
+    model, steps = checkpoint("three_blocks", tmp_path), 10
+    words = {"model": str(model), "steps": str(steps), "packs_per_step": "2", "sequence_tokens": "256"}
+    words |= {"skip_bad_records": "true", "save_every": "0", "eval_fraction": "0.1"}
+
+    def losses(run: Path) -> list[float]:
+        path = run / "metrics.jsonl"
+        return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    run = {"python": sys.executable, "config": "tiny", "set": words | {"run": str(tmp_path / "trained")}}
+    job = submit("finetune", {"nodes": 2}, run)
+    cli.until(job, lambda _: len(losses(tmp_path / "trained")) >= 2)
+    assert cluster.slurm("scancel", "--signal=USR1", "--batch", str(job)).returncode == 0
+    whole = [f"{key}={value}" for key, value in words.items()]
+    cli("finetune", "--config", "tiny", *whole, f"run={tmp_path / 'whole'}")  # while the job waits to be back
+    status = cli.until(job, lambda status: status["ended"])
+    assert (status["state"], status["code"], status["attempt"]) == ("COMPLETED", 0, 1)
+    assert re.search(r"going on after step \d+ of 10", cli("jobs", "logs", job).stdout)
+    found, wanted = losses(tmp_path / "trained"), losses(tmp_path / "whole")
+    assert len(found) == steps and found == pytest.approx(wanted, rel=1e-5), (found, wanted)
 
 
 def test_the_time_limit_itself(cli: CommandLine, submit: Callable[..., int], cluster: Cluster, tmp_path: Path) -> None:
