@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from ..parallel.errors import UserError
 from .handshake import HandshakeError, admit, introduce
 from .listen import bind
-from .node_link import AGAIN_S
 from .nodes import Nodes
 
+AGAIN_S = 1.0  # between attempts to reach the head
 REPORT_LIMIT_S = 60.0  # for the slowest node, after the first one is done
 VERDICT_LIMIT_S = 600.0  # for the first one to be done
 
