@@ -2,7 +2,7 @@
 
 Sums and differences of numbers up to 99, reasoned digit by digit in analysis and answered in final; one function to
 call, with what comes after its result; a greeting. What is asked of numbers is split by the numbers themselves:
---held-out makes conversations that are in no training file, whatever the seeds.
+--held-out makes conversations that are in no training file, whatever the seeds; --only makes tests of one thing.
 """
 
 import argparse
@@ -106,9 +106,25 @@ def conversation(rng: Random, wants_held_out: bool = False) -> dict[str, Any]:
     return record | {"date": day} | ({"tools": [WEATHER]} if with_tool else {})
 
 
-def write(path: Path, count: int, seed: int, wants_held_out: bool) -> None:
+def one_sum(rng: Random, wants_held_out: bool) -> dict[str, Any]:
+    return {"messages": calculation(rng, wants_held_out)}
+
+
+def one_call(rng: Random, wants_held_out: bool) -> dict[str, Any]:
+    """Up to the call."""
+    return {"messages": weather(rng, True)[:2], "tools": [WEATHER]}
+
+
+ONLY: dict[str | None, Callable[[Random, bool], dict[str, Any]]] = {
+    None: conversation,
+    "sums": one_sum,
+    "calls": one_call,
+}
+
+
+def write(path: Path, count: int, seed: int, wants_held_out: bool, only: str | None = None) -> None:
     rng = Random(f"{seed}/{wants_held_out}")
-    lines = [json.dumps(conversation(rng, wants_held_out), ensure_ascii=False) for _ in range(count)]
+    lines = [json.dumps(ONLY[only](rng, wants_held_out), ensure_ascii=False) for _ in range(count)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -118,8 +134,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--only", choices=[name for name in ONLY if name], help="sums and differences, or calls")
     asked = parser.parse_args()
-    write(asked.file, asked.count, asked.seed, asked.held_out)
+    write(asked.file, asked.count, asked.seed, asked.held_out, asked.only)
 
 
 if __name__ == "__main__":

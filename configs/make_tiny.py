@@ -1,8 +1,9 @@
-"""Make configs/tiny, the embedded checkpoint, bit for bit: `python -m gptoss_launch.configs.make_tiny FOLDER`.
+"""Make what configs/tiny, the embedded checkpoint, began its training with: `python -m gptoss_launch.configs.make_tiny
+FOLDER`, bit for bit; finetune/tiny-full.yaml goes on from there.
 
 A real checkpoint in the published layout, small enough to ship: MXFP4 experts, 8 KV heads, 9 MXFP4 blocks a row of an
-expert's width, sinks, window, YaRN, and a byte-level BPE tokenizer with every harmony token. Its weights are random.
-The tokenizer is trained here in plain Python, so that no library's version can change it.
+expert's width, sinks, window, YaRN, and a byte-level BPE tokenizer with every harmony token. The
+tokenizer is trained here in plain Python, so that no library's version can change it.
 """
 
 import json

@@ -22,7 +22,8 @@ from .node_link import join_head, keep_linked, next_message
 from .nodes import Nodes, replica_names
 from .resolve import check_gpus, resolve
 from .restarts import RESTARTS, Restarts
-from .supervise import StopSignals, Supervisor, until
+from .stop import StopSignals, until
+from .supervise import Supervisor
 from .version import own_version
 
 JOIN_LIMIT_S = 600.0  # for the first time, as torchrun's rendezvous

@@ -43,9 +43,10 @@ def progress_bar(doing: str = "loading") -> Iterator[Bar]:
         bar.stop()
 
 
-def say_random(plan: Plan) -> None:
+def say_tiny(plan: Plan) -> None:
     if plan.model == TINY:
-        click.echo("note: tiny has random weights: it shows that everything works, and talks nonsense", err=True)
+        what = "it adds and subtracts numbers up to 99, greets, calls get_weather, and knows nothing else"
+        click.echo(f"note: tiny shows that everything works: {what}", err=True)
 
 
 def memory_lines(plan: Plan, answers: Sequence[Ready], first_replica: int = 0) -> list[str]:

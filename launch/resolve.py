@@ -5,6 +5,7 @@ be planned with neither weights nor network. Loads no torch.
 """
 
 import importlib.resources
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,7 @@ def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
 def _local_folder(model: str) -> Path | None:
     if model == TINY:
         return tiny_folder()
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     return folder.resolve() if folder.is_dir() else None
 
 

@@ -6,6 +6,7 @@ are made from them. A YAML key is the flag's name with underscores. Does not kno
 
 import dataclasses
 import importlib.resources
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
 KV_DTYPES: tuple[KvDType, ...] = (*DTYPES, "fp8")
 KERNELS: tuple[Kernels, ...] = ("triton", "plain", "cpu", "cpu-int8")
 MISSES: tuple[Misses, ...] = ("copied", "computed")
+Engine = Literal["ours", "vllm"]
+ENGINES: tuple[Engine, ...] = ("ours", "vllm")
 WORKLOADS: tuple[Workload, ...] = ("latency", "throughput")
 
 PRESETS = "serve"  # folder in gptoss_launch.configs
@@ -34,7 +37,7 @@ def read_text(value: Any) -> str:
 
 
 def read_path(value: Any) -> Path:
-    return Path(read_text(value)).expanduser()
+    return Path(os.path.expanduser(read_text(value)))  # which leaves ~nobody as it is
 
 
 def _size(value: Any) -> int:
@@ -59,6 +62,16 @@ def _origins(value: Any) -> tuple[str, ...]:
         if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\-\[\]:]+", origin):
             raise UserError(f"{origin!r} is no origin such as https://chat.example.org")
     return origins
+
+
+def _urls(value: Any) -> tuple[str, ...]:
+    """A list, or text with commas."""
+    items = value if isinstance(value, list | tuple) else str(value).split(",")
+    urls = tuple(str(item).strip() for item in items)
+    for url in urls:
+        if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
+            raise UserError(f"{url!r} is no URL such as http://127.0.0.1:9000/mcp")
+    return urls
 
 
 def _seconds(value: Any) -> float:
@@ -160,6 +173,10 @@ class ServeSettings(Settings):
     otlp: str | None = _key(None, "otlp", "URL", read_text, "Send a span for each HTTP request to an OTLP collector.")
     served_name: str | None = _key(
         None, "served-name", "NAME", read_text, "Model name in the API; MODEL when left out."
+    )
+    engine: Engine = _key("ours", "engine", "|".join(ENGINES), one_of(ENGINES), "Who runs the plan: ours, or vLLM.")
+    tool_server: tuple[str, ...] = _key(
+        (), "tool-server", "URL,..", _urls, "MCP servers that run the built-in tools, python and browser."
     )
     nnodes: int = _key(1, "nnodes", "N", _number(1, 4096), "Nodes that serve together, each by this command.")
     node_rank: int = _key(0, "node-rank", "R", _number(0, 4095), "Which of them this one is; 0 has the HTTP port.")

@@ -273,7 +273,7 @@ def _switch(value: str) -> bool:
 
 def _model(value: str) -> str:
     """A folder becomes absolute, for the job starts elsewhere; a hub id or `tiny` stays."""
-    folder = Path(_text(value)).expanduser()
+    folder = Path(os.path.expanduser(_text(value)))
     return str(folder.absolute()) if folder.is_dir() else value
 
 
@@ -288,7 +288,7 @@ def _assignments(value: Any) -> tuple[str, ...]:
 
 def _config(value: str) -> str:
     """A file becomes absolute; the name of a preset stays."""
-    path = Path(_text(value)).expanduser()
+    path = Path(os.path.expanduser(_text(value)))
     return str(path.absolute()) if path.is_file() else value
 
 

@@ -17,17 +17,15 @@ alone, and the HTTP process remove all of it.
 
 import asyncio
 import os
-import signal
 import socket
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
 
 from ..parallel.engine.lifeline import remove_folder
 from ..parallel.engine.wire import Progress, Ready
@@ -39,7 +37,6 @@ from .keys import KEYS_VARIABLE
 from .restarts import NO_RESTARTS, RESTARTS, Restarts
 
 WORKER = "gptoss_launch.parallel.engine.worker"
-T = TypeVar("T")
 SOCKET_PATH_BYTES = 107  # sun_path is 108 bytes with its closing zero (unix(7))
 STOP_S = 2.5  # ranks have this long to end by themselves; with drain and kill the whole stays under 5 s
 
@@ -250,43 +247,6 @@ class Supervisor:
             self._on_progress(sum(p.done_bytes for p in everyone), sum(p.total_bytes for p in everyone))
 
         return count
-
-
-class StopSignals:
-    """SIGTERM and SIGINT as things to wait for: `first` asks for an orderly end, `second` for an end at once."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.first: asyncio.Future[signal.Signals] = loop.create_future()
-        self.second: asyncio.Future[signal.Signals] = loop.create_future()
-
-    @contextmanager
-    def caught(self) -> Iterator["StopSignals"]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._take, number)
-        try:
-            yield self
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-
-    def _take(self, number: signal.Signals) -> None:
-        for future in (self.first, self.second):
-            if not future.done():
-                future.set_result(number)
-                return
-
-
-async def until(work: Coroutine[Any, Any, T], stop: asyncio.Future[signal.Signals]) -> T | None:
-    """The result of `work`, or None, and `work` cancelled, if `stop` comes first."""
-    working = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({working, stop}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
 
 
 def torchrun_command(

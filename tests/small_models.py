@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+from gptoss_launch.configs import make_tiny
 from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.kernels import PLAIN, Operations
 from gptoss_launch.parallel.model.checkpoint import load
@@ -43,12 +44,11 @@ SPECS: dict[str, Spec] = {
 
 
 def checkpoint(name: str, base: Path) -> Path:
-    """Folder of the checkpoint of SPECS[name]; written below `base` unless it ships with the package."""
-    if name == "tiny":
-        return TINY
+    """Folder of random weights of SPECS[name], written below `base`; those of tiny are what its training began with."""
     folder = base / name
     if not folder.exists():
-        write_checkpoint(folder, SPECS[name], TINY / "tokenizer.json", seed=1, device=torch.device("cpu"))
+        seed = make_tiny.SEED if name == "tiny" else 1
+        write_checkpoint(folder, SPECS[name], TINY / "tokenizer.json", seed, device=torch.device("cpu"))
     return folder
 
 

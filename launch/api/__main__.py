@@ -39,6 +39,7 @@ from .protocol import connection
 from .record import AccessLog, make_tracer
 from .replicas import REQUEST_LIMIT, Replicas
 from .served import Served
+from .tool_server import find_tools
 
 
 class _Server(uvicorn.Server):
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--tls-cert", type=Path)
     parser.add_argument("--tls-key", type=Path)
     parser.add_argument("--cors-origin", action="append", default=[])
+    parser.add_argument("--tool-server", action="append", default=[])
     parser.add_argument("--access-log")
     parser.add_argument("--otlp")
     parser.add_argument("--drain-s", type=float, required=True)
@@ -92,7 +94,8 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
     ]
     tokenizer = load_tokenizer(Path(plan.checkpoint))
     replicas = Replicas(engines, dispatch, metrics)
-    routes = create_app(Served(arguments.served_name, plan.context_tokens, tokenizer, replicas))
+    tools = await find_tools(arguments.tool_server) if arguments.tool_server else None
+    routes = create_app(Served(arguments.served_name, plan.context_tokens, tokenizer, replicas, tools=tools))
     routes.include_router(page_routes(plan))
     add_openapi(routes)
     front = Front(

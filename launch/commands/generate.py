@@ -179,8 +179,9 @@ async def generate(
     Raises UserError for what keeps it from starting, RankDiedError when a rank dies.
     """
     from ..engine_client import EngineClient, EngineDiedError, local
-    from ..loading import progress_bar, say_random, slow_lines
-    from ..supervise import StopSignals, Supervisor, until
+    from ..loading import progress_bar, say_tiny, slow_lines
+    from ..stop import StopSignals, until
+    from ..supervise import Supervisor
 
     begun_s = time.monotonic()
     with StopSignals().caught() as stop, progress_bar() as bar:
@@ -192,7 +193,7 @@ async def generate(
             bar.stop()
             for line in slow_lines(answers):
                 click.echo(line, err=True)
-            say_random(plan)
+            say_tiny(plan)
             client = EngineClient(local(supervisor.engine_socket(0)))
             await client.connect()
             load_s = time.monotonic() - begun_s

@@ -58,10 +58,18 @@ def command(
     from ..tables import print_plan
     from ..tokenizer import load_tokenizer
 
+    settings = load_settings(ServeSettings, config, flags)
+    if settings.engine == "vllm":
+        if record_routing is not None or check_ranks:
+            flag = "--check-ranks" if check_ranks else "--record-routing"
+            raise UserError(f"--engine vllm: {flag}", "it looks into ranks of ours: leave --engine out")
+        if settings.nnodes > 1:
+            raise UserError(f"--engine vllm: --nnodes {settings.nnodes}", "one node at a time: leave --engine out")
+        serve_vllm(model, settings, json)
+        return
     need_serve_extra("serve")
     from ..supervise import WORKER
 
-    settings = load_settings(ServeSettings, config, flags)
     watching = ["--check-ranks"] if check_ranks else []
     if record_routing is not None:
         if not record_routing.absolute().parent.is_dir():
@@ -89,9 +97,42 @@ def command(
         asyncio.run(serve(plan, door, WORKER, worker_arguments=watching, json=json))
 
 
+def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
+    """The plan through vLLM, until a signal. The URL comes on stdout once it answers, as with our own engine."""
+    import os
+    import shlex
+
+    from ..keys import read_keys
+    from ..resolve import make_plan
+    from ..stop import StopSignals
+    from ..tables import print_plan
+    from ..vllm import run_vllm, vllm_arguments, vllm_environment, vllm_notes, vllm_program
+
+    program = vllm_program()
+    door = open_door(model, settings)
+    with door.listener:
+        plan = make_plan(model, settings, need_weights=True)
+        port = door.listener.getsockname()[1]
+        command = [*program, *vllm_arguments(plan, settings, settings.served_name or model, port)]
+        environment = vllm_environment(os.environ, read_keys(settings.api_key_file), settings.api_key_file)
+    print_plan(plan, to_stderr=True)
+    for line in (*vllm_notes(plan), shlex.join(command)):
+        click.echo(line, err=True)
+
+    def ready() -> None:
+        click.echo(json_text.dumps({"url": door.url, "plan": plan.to_json()}) if json else door.url)
+
+    async def run() -> None:
+        with StopSignals().caught() as stop:
+            await run_vllm(command, environment, door.url, settings.drain_s, stop, ready)
+
+    asyncio.run(run())
+
+
 def open_door(model: str, settings: ServeSettings, nodes: Nodes | None = None) -> Door:
     """Binds the port, and that of other nodes, and reads keys and certificates, so that what is wrong with them is
     said before anything else."""
+    from ..extras import need_tools_extra
     from ..keys import KEYS_VARIABLE, read_keys
     from ..listen import bind, is_loopback, tls_files
 
@@ -100,6 +141,8 @@ def open_door(model: str, settings: ServeSettings, nodes: Nodes | None = None) -
     if settings.otlp is not None and find_spec("opentelemetry.exporter") is None:
         need = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
         raise UserError(f"--otlp {settings.otlp} needs OpenTelemetry's exporter", need)
+    if settings.tool_server:
+        need_tools_extra(f"--tool-server {settings.tool_server[0]}")
     if settings.access_log not in (None, "-") and not Path(settings.access_log).absolute().parent.is_dir():
         raise UserError(f"--access-log {settings.access_log}: no such folder", "name a file in an existing folder")
     if not keys and not is_loopback(settings.host):
@@ -117,6 +160,8 @@ def open_door(model: str, settings: ServeSettings, nodes: Nodes | None = None) -
         arguments += [] if value is None else [f"--{name}", str(value)]
     for origin in settings.cors_origin:
         arguments += ["--cors-origin", origin]
+    for server in settings.tool_server:
+        arguments += ["--tool-server", server]
     if nodes is None:
         return Door(listener, url, settings.drain_s, tuple(arguments))
     arguments += ["--node-key-file", str(settings.node_key_file)]
@@ -141,8 +186,9 @@ async def serve(
 
     Raises UserError for what keeps it from starting, RankDiedError when the HTTP process or the last replica dies.
     """
-    from ..loading import memory_lines, progress_bar, say_random, slow_lines
-    from ..supervise import StopSignals, Supervisor, until
+    from ..loading import memory_lines, progress_bar, say_tiny, slow_lines
+    from ..stop import StopSignals, until
+    from ..supervise import Supervisor
 
     def say(text: str) -> None:
         click.echo(text, err=True)
@@ -160,7 +206,7 @@ async def serve(
             bar.stop()
             for line in (*memory_lines(plan, answers), *slow_lines(answers)):
                 click.echo(line, err=True)
-            say_random(plan)
+            say_tiny(plan)
             click.echo(json_text.dumps({"url": door.url, "plan": plan.to_json()}) if json else door.url)
             error = await until(supervisor.failed(), stop.first)
             if error is not None:

@@ -167,7 +167,9 @@ class Engine:
 
     def _logits(self, head: Head, chunks: tuple[Chunk, ...]) -> Tensor:
         return self.forward(
-            inputs.batch(head, chunks, self.words.device_W, self.rows, self.plan.spec, self.plan.page_tokens)
+            inputs.batch(
+                head, chunks, self.words.device_W, self.rows, self.plan.spec, self.plan.page_tokens, self.ops.locate
+            )
         )
 
     def _draw(self, head: Head, logits_SV: Tensor) -> Drawn:

@@ -5,6 +5,7 @@ Everything here is a view into one static buffer or follows from it on the devic
 captured for a size reads the next record from the same place. Knows no weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.batch import Batch, Chunk, PageView
 from ..kernels.sample import Draws
-from ..planning.spec import Spec
+from ..planning.spec import LayerKind, Spec
 from .record import KINDS, Head, Record, Sizes, places
 from .request import MOST_BIASES
 
@@ -76,17 +77,24 @@ def begin_rows(head: Head, words_W: Tensor, rows: Rows) -> None:
         rows.bias_values_RB[row, place] = words_W[at["bias_value"]].view(torch.float32)
 
 
-def batch(head: Head, chunks: tuple[Chunk, ...], words_W: Tensor, rows: Rows, spec: Spec, page_tokens: int) -> Batch:
-    """The step's tokens; those that are not known to the host are the ones drawn last."""
+def batch(
+    head: Head,
+    chunks: tuple[Chunk, ...],
+    words_W: Tensor,
+    rows: Rows,
+    spec: Spec,
+    page_tokens: int,
+    locate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+) -> Batch:
+    """The step's tokens; those that are not known to the host are the ones drawn last. locate: as begin.locate."""
     at = places(head)
-    rows_T, tokens_T, _ = fed(head, words_W, rows)
-    positions_T = words_W[at["position"]].long()
-    views = {}
-    for kind, table_RP in zip(KINDS, rows.tables_KRP.unbind(), strict=True):
-        if spec.layers_of(kind):
-            page_T = table_RP[rows_T, positions_T // page_tokens].long()
-            slots_T = page_T * page_tokens + positions_T % page_tokens
-            views[kind] = PageView(table_RP, slots_T, spec.window_tokens if kind == "window" else None)
+    words = (words_W[at[name]] for name in ("row", "token", "position"))
+    rows_T, tokens_T, positions_T, slots_KT = locate(*words, rows.last_R, rows.tables_KRP, page_tokens)
+    views: dict[LayerKind, PageView] = {
+        kind: PageView(table_RP, slots_T, spec.window_tokens if kind == "window" else None)
+        for kind, table_RP, slots_T in zip(KINDS, rows.tables_KRP, slots_KT, strict=True)
+        if spec.layers_of(kind)
+    }
     return Batch(
         tokens_T=tokens_T,
         positions_T=positions_T,

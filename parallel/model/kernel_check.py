@@ -70,6 +70,32 @@ def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
+def _locate(ops: Operations, random: _Random) -> Iterator[float]:
+    """Whole numbers: the same, or wrong."""
+    rows, pages = 8, 20
+    row_T = random.whole(0, rows, random.tokens, dtype=torch.int32)
+    token_T = random.whole(-1, VOCAB, random.tokens, dtype=torch.int32)
+    token_T[0] = -1
+    position_T = random.whole(0, pages * PAGE_TOKENS, random.tokens, dtype=torch.int32)
+    tables_KRP = random.whole(0, 1000, 2, rows, pages, dtype=torch.int32)
+    given = row_T, token_T, position_T, random.whole(0, VOCAB, rows), tables_KRP, PAGE_TOKENS
+    for found, wanted in zip(ops.locate(*given), PLAIN.locate(*given), strict=True):
+        yield 0.0 if torch.equal(found, wanted) else float("nan")
+
+
+def _embed(ops: Operations, random: _Random) -> Iterator[float]:
+    """A rank's part of the vocabulary, and positions up to the longest context."""
+    first, here = 500, 1000
+    tokens_T = random.whole(first - 100, first + here + 100, random.tokens)
+    tokens_T[0] = first
+    positions_T = random.whole(0, 131072, random.tokens)
+    frequencies = 150000.0 ** -(torch.arange(HEAD_DIM // 2, device=random.device) / (HEAD_DIM // 2))
+    given = tokens_T, positions_T, random.normal(here, HIDDEN), first, frequencies, 1.3466
+    (embedded_TH, turn), (wanted_TH, wanted_turn) = ops.embed(*given), PLAIN.embed(*given)
+    yield _error(embedded_TH, wanted_TH)
+    yield from map(_error, turn, wanted_turn)
+
+
 def _linear(ops: Operations, random: _Random) -> Iterator[float]:
     for rows, has_bias in ((HIDDEN, True), (1001, False)):
         x_TI, weight_OI = random.normal(random.tokens, HEADS * HEAD_DIM), random.normal(rows, HEADS * HEAD_DIM)
@@ -144,11 +170,13 @@ def _sequences(
     return q_TND, kv_PCSKD, batch, view
 
 
-def _route(ops: Operations, random: _Random) -> Iterator[float]:
+def _norm_route(ops: Operations, random: _Random) -> Iterator[float]:
     """By the logits of what was chosen: two that are within rounding of each other may change places."""
-    x_TH = random.normal(random.tokens, HIDDEN)
+    residual_TH, delta_TH = random.normal(random.tokens, HIDDEN), random.normal(random.tokens, HIDDEN)
+    before = residual_TH, delta_TH, random.normal(HIDDEN, dtype=torch.float32), EPS, random.dtype
     weight_EH, bias_E = random.normal(128, HIDDEN, scale=HIDDEN**-0.5), random.normal(128)
-    weights_TX, experts_TX = ops.route(x_TH, weight_EH, bias_E, 4)
+    sum_TH, x_TH, weights_TX, experts_TX = ops.norm_route(*before, weight_EH, bias_E, 4)
+    yield from map(_error, (sum_TH, x_TH), PLAIN.add_norm(*before))
     logits_TE = PLAIN.linear(x_TH.double(), weight_EH.double(), bias_E.double())
     best_TX, chosen_TX = logits_TE.topk(4).values, logits_TE.gather(1, experts_TX)
     repeated = (experts_TX.sort(-1).values.diff(dim=-1) == 0).any()
@@ -207,11 +235,13 @@ def _sample_exact(ops: Operations, random: _Random) -> Iterator[float]:
 
 
 _EXAMPLES = {
+    "locate": _locate,
+    "embed": _embed,
     "linear": _linear,
     "add_norm": _add_norm,
     "qkv_write": _qkv_write,
     "attend": _attend,
-    "route": _route,
+    "norm_route": _norm_route,
     "experts": _experts,
     "sample": _sample,
     "sample_exact": _sample_exact,

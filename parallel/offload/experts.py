@@ -12,17 +12,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..kernels import PLAIN, Operations
 from ..kernels import experts as plain
 from ..kernels.experts import Packed
 from ..kernels.precision import wide
 from ..planning.plan import Offload
+from .pinned import pinned
 
 PARTS = ("blocks", "scales", "bias")  # of a Packed; the first dim counts experts
 
@@ -99,22 +98,9 @@ class Holder:
             if whole.bias.dtype == torch.float16:  # which the CPU's experts do not read
                 whole = dataclasses.replace(whole, bias=whole.bias.float())
         elif way.kept == "memory" and self._device.type == "cuda":
-            for part in PARTS:
-                pin(getattr(whole, part))
+            whole = Packed(*(pinned(getattr(whole, part)) for part in PARTS))
         empty = torch.empty((0,), device=self._device)
         return Held(empty, empty, empty, packed, whole, slots, device_places.to(self._device), host_places)
-
-
-def pin(tensor: Tensor) -> None:
-    """Lock the tensor's memory where it is, so that copies from it need not wait. torch's own pinned memory is rounded
-    up to a power of two, which no plan foresees. Raises UserError where the system refuses."""
-    runtime: Any = torch.cuda.cudart()
-    code = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
-    if code:
-        raise UserError(
-            f"{tensor.nbytes} bytes of host memory cannot be pinned: CUDA error {code}",
-            "--host-memory with less leaves experts in the checkpoint's file; or raise `ulimit -l`",
-        )
 
 
 @dataclass(frozen=True)

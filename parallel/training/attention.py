@@ -6,6 +6,7 @@ on a small case that it computes the same, gradients included. Nothing here know
 T tokens of all documents, N query heads, K KV heads, G = N / K, D head_dim, J keys.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -184,8 +185,10 @@ def choose(spec: Spec, device: torch.device, dtype: torch.dtype, capacity_tokens
     if device.type != "cuda":
         return Choice(PLAIN, f"attention: plain; flex_attention has no gradient on {device.type}")
     try:
-        candidate = flex(capacity_tokens)
-        error = largest_error(candidate, spec, device, dtype, min(capacity_tokens, 300))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a compiler's, about itself and about what would be less exact
+            candidate = flex(capacity_tokens)
+            error = largest_error(candidate, spec, device, dtype, min(capacity_tokens, 300))
     except Exception as error:  # whatever a compiler raises
         reason = " ".join(str(error).split())[:200]
         return Choice(PLAIN, f"attention: plain; flex_attention fails here: {type(error).__name__}: {reason}")

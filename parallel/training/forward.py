@@ -21,6 +21,7 @@ from .attention import Attention
 from .batch import Pack
 from .loss import cross_entropy
 from .model import Layer, Model
+from .products import Products, one_by_one
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,13 @@ class Precision:
 
 
 def forward(
-    spec: Spec, model: Model, pack: Pack, attention: Attention, precision: Precision, recompute: bool = True
+    spec: Spec,
+    model: Model,
+    pack: Pack,
+    attention: Attention,
+    precision: Precision,
+    recompute: bool = True,
+    products: Products = one_by_one,
 ) -> tuple[Tensor, Tensor]:
     """(normalised last hidden state [T, H] in the compute dtype, how many tokens each expert got [layers, E] int64).
 
@@ -49,7 +56,7 @@ def forward(
     for number, (kind, layer) in enumerate(zip(spec.layer_kinds, model.layers, strict=True)):
 
         def inside(x_TH: Tensor, layer: Layer = layer, mask: Any = masks[kind]) -> tuple[Tensor, Tensor]:
-            return _layer(spec, layer, x_TH, turn, attention, mask, precision)
+            return _layer(spec, layer, x_TH, turn, attention, mask, products, precision)
 
         run = partial(model.within, f"layers.{number}", inside)
         # nothing in a layer draws random numbers, so there is no state to keep for the second time
@@ -67,10 +74,16 @@ def forward(
 
 
 def summed_loss(
-    spec: Spec, model: Model, pack: Pack, attention: Attention, precision: Precision, recompute: bool = True
+    spec: Spec,
+    model: Model,
+    pack: Pack,
+    attention: Attention,
+    precision: Precision,
+    recompute: bool = True,
+    products: Products = one_by_one,
 ) -> tuple[Tensor, Tensor]:
     """(sum of a pack's weighted losses, fp32; tokens of each expert as from `forward`)."""
-    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute)
+    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, products)
     loss: Tensor = model.within(
         "head", lambda x_TH: cross_entropy(x_TH, model.head_VH, pack.targets_T, pack.weights_T), x_TH
     )
@@ -84,6 +97,7 @@ def _layer(
     turn: tuple[Tensor, Tensor],
     attention: Attention,
     mask: Any,
+    products: Products,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     _, x_TH = add_norm(residual_TH, None, layer.attn_norm_H, spec.norm_eps, precision.compute)
@@ -91,11 +105,13 @@ def _layer(
     attended_TQ = attention.attend(rotate(q_TND, *turn), rotate(k_TKD, *turn), v_TKD, layer.sinks_N, mask)
     residual_TH, x_TH = add_norm(residual_TH, layer.o(attended_TQ), layer.mlp_norm_H, spec.norm_eps, precision.compute)
     weights_TX, experts_TX = route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
-    delta_TH, load_E = _experts(spec, layer, x_TH, weights_TX, experts_TX)
+    delta_TH, load_E = _experts(spec, layer, x_TH, weights_TX, experts_TX, products)
     return residual_TH + delta_TH.to(residual_TH.dtype), load_E
 
 
-def _experts(spec: Spec, layer: Layer, x_TH: Tensor, weights_TX: Tensor, experts_TX: Tensor) -> tuple[Tensor, Tensor]:
+def _experts(
+    spec: Spec, layer: Layer, x_TH: Tensor, weights_TX: Tensor, experts_TX: Tensor, products: Products
+) -> tuple[Tensor, Tensor]:
     """(weighted sum over a token's experts [T, H], tokens of each expert [E]).
 
     Rows are brought into the order of their experts and back by permutations, and a token's rows are added in one sum:
@@ -104,14 +120,10 @@ def _experts(spec: Spec, layer: Layer, x_TH: Tensor, weights_TX: Tensor, experts
     order = experts_TX.flatten().argsort(stable=True)
     load_E = torch.bincount(experts_TX.flatten(), minlength=spec.experts)
     rows = x_TH.unsqueeze(1).expand(-1, spec.experts_per_token, -1).flatten(0, 1)[order]
-    gate_up, down = layer.gate_up.in_dtype(x_TH.dtype), layer.down.in_dtype(x_TH.dtype)
-    outputs = [
-        down(expert, swiglu(gate_up(expert, part), spec.swiglu_limit))
-        for expert, part in enumerate(rows.split(load_E.tolist()))
-        if len(part)
-    ]
+    inner = swiglu(products(layer.gate_up, rows, load_E), spec.swiglu_limit)
+    outputs = products(layer.down, inner, load_E)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    y_TXH = torch.cat(outputs)[back].unflatten(0, (-1, spec.experts_per_token))
+    y_TXH = outputs[back].unflatten(0, (-1, spec.experts_per_token))
     y_TH = (y_TXH.to(wide(x_TH.dtype)) * weights_TX[..., None]).sum(1)
     return y_TH.to(x_TH.dtype), load_E

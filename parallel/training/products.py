@@ -86,6 +86,18 @@ class Experts:
         return lambda expert, x_TI: product(expert, x_TI) + low_rank(x_TI, a[expert], b[expert], added.scale)
 
 
+Products = Callable[[Experts, Tensor, Tensor], Tensor]
+"""(experts, rows [P, I] in the order of their experts, how many each expert has [E] int64) -> [P, O]: one product of
+all experts, differentiable in the rows and in what is trained."""
+
+
+def one_by_one(experts: Experts, rows_PI: Tensor, load_E: Tensor) -> Tensor:
+    """One expert after the other: in any dtype, on any device."""
+    product = experts.in_dtype(rows_PI.dtype)
+    parts = rows_PI.split(load_E.tolist())
+    return torch.cat([product(expert, part) for expert, part in enumerate(parts) if len(part)])
+
+
 class _PackedLinear(torch.autograd.Function):
     """x W^T of a packed W, with the gradient of x."""
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from gptoss_launch.configs import make_conversations
 from gptoss_launch.launch.cli import run
 from gptoss_launch.launch.commands.eval import count, read_task, said
 from gptoss_launch.parallel.errors import UserError
@@ -71,9 +72,14 @@ def test_no_server_and_no_model_are_said(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_tiny_is_served_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    task = write(tmp_path / "t.jsonl", RECORDS)
-    assert run(["eval", "tiny", "--task", str(task), "--max-tokens", "2", "--json"]) == 0
+def test_tiny_answers_what_it_was_never_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sums and differences, and calls of its tool: thought about first, and ended by itself."""
+    task, text = tmp_path / "t.jsonl", ""
+    for only, number in (("sums", 60), ("calls", 20)):
+        make_conversations.write(task, number, seed=9, wants_held_out=True, only=only)
+        text += task.read_text()
+    task.write_text(text)
+    assert run(["eval", "tiny", "--task", str(task), "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
-    assert (score["model"], score["count"], score["right"], score["stopped"]) == ("tiny", 2, 0, 0)
-    assert len(score["wrong"]) == 2
+    assert (score["model"], score["count"]) == ("tiny", 80)
+    assert score["right"] >= 0.95 * 80 and score["reasoned"] == score["stopped"] == 80, score["wrong"]

@@ -73,7 +73,8 @@ def test_wrong_words_name_the_key_and_the_near_match(words: list[str], named: st
     ],
 )
 def test_every_preset_fits_its_machine(preset: str, machine: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["finetune", "--config", preset, "--dry-run", f"machine={machine}"]) == 0
+    model = ["model=tiny"] if preset == "tiny-full" else []  # it begins with random weights, which do not ship
+    assert run(["finetune", "--config", preset, "--dry-run", f"machine={machine}", *model]) == 0
     out, err = capsys.readouterr()
     assert err == "" and f"finetune --config {preset}" in " ".join(out.split())
     ranks = {"2ranks": 2, "h200x2": 2, "h100x8": 8}.get(preset.rpartition("-")[2])
@@ -151,7 +152,7 @@ def test_preview_prints_samples_with_their_mask(capsys: pytest.CaptureFixture[st
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     model = checkpoint("three_blocks", tmp_path)
-    words = [f"model={model}", f"run={folder}", "steps=8", "packs_per_step=1"]
+    words = [f"model={model}", f"run={folder}", "steps=8", "packs_per_step=1", "first_loss=ignore"]
     command = ["finetune", "--config", "tiny", *words]
     metrics = folder / "metrics.jsonl"
 

@@ -39,6 +39,11 @@ def test_right_ones_agree(small: None, dtype: torch.dtype) -> None:
     assert [one.operation for one in found] == list(NAMES) and all(one.holds for one in found), found
 
 
+def test_no_operation_is_left_out() -> None:
+    """Packing is tried with the experts that read what it makes."""
+    assert {field.name for field in dataclasses.fields(Operations)} == {"pack", *NAMES}
+
+
 def test_references_are_not_compared_with_themselves() -> None:
     assert agreements(PLAIN, CPU, torch.float32) == []
 
@@ -53,8 +58,8 @@ def last_token_lost(result: Tensor) -> Tensor:
     return result
 
 
-def second(results: tuple[Tensor, Tensor], change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    return results[0], change(results[1])
+def second(results: tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    return results[0], change(results[1]), *results[2:]
 
 
 def wrong_slots(*given: Any) -> Tensor:
@@ -67,9 +72,21 @@ def no_window(*given: Any) -> Tensor:
     return PLAIN.attend(*rest, dataclasses.replace(pages, window_tokens=None))
 
 
-def not_the_best(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
-    weights_TX, experts_TX = PLAIN.route(x_TH, weight_EH, bias_E, chosen + 1)
-    return weights_TX[:, 1:], experts_TX[:, 1:]
+def not_the_best(*given: Any) -> tuple[Tensor, ...]:
+    *rest, chosen = given
+    sum_TH, x_TH, weights_TX, experts_TX = PLAIN.norm_route(*rest, chosen + 1)
+    return sum_TH, x_TH, weights_TX[:, 1:], experts_TX[:, 1:]
+
+
+def one_slot_on(*given: Any) -> tuple[Tensor, ...]:
+    *others, slots_KT = PLAIN.locate(*given)
+    slots_KT[-1, -1] += 1
+    return *others, slots_KT
+
+
+def another_turn(*given: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    embedded_TH, (cos, sin) = PLAIN.embed(*given)
+    return embedded_TH, (cos, -sin)
 
 
 def one_number_nan(*given: Any) -> Tensor:
@@ -89,7 +106,10 @@ FAULTS: list[tuple[str, Callable[..., Any]]] = [
     ("add_norm", lambda *given: second(PLAIN.add_norm(*given), last_token_lost)),
     ("qkv_write", wrong_slots),
     ("attend", no_window),
-    ("route", not_the_best),
+    ("norm_route", not_the_best),
+    ("norm_route", lambda *given: second(PLAIN.norm_route(*given), last_token_lost)),
+    ("locate", one_slot_on),
+    ("embed", another_turn),
     ("experts", lambda *given: last_token_lost(PLAIN.experts(*given))),
     ("sample", next_tokens),
     ("sample_exact", lambda *given: last_token_lost(PLAIN.sample_exact(*given))),

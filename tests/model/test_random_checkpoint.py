@@ -1,4 +1,5 @@
-"""Checkpoints made of a seed: tiny, as it ships, and what `checkpoint random` writes."""
+"""Checkpoints made of a seed: what tiny began its training with, and what `checkpoint random` writes; and tiny as it
+ships."""
 
 import dataclasses
 import hashlib
@@ -17,10 +18,11 @@ from gptoss_launch.parallel.model import random_checkpoint
 from gptoss_launch.parallel.planning.headers import INDEX, check_inventory, read_inventory
 from gptoss_launch.parallel.planning.shards import checkpoint_bytes
 from gptoss_launch.parallel.planning.spec import MXFP4_BLOCK, config_from_spec, read_config
-from small_models import SPECS, TINY, plain_engine, plain_plan, prompt
+from small_models import SPECS, TINY, checkpoint, plain_engine, plain_plan, prompt
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
 TINY_LIMIT_BYTES = 8_000_000
+BEGAN_WITH = "148ce45253ec69799146a1e7b5b1ff3f4670ac6c85122e45aa358c663468e59c"  # sha256
 # https://github.com/openai/harmony/blob/main/docs/format.md, "Special Tokens", and the ends of a text and of a prompt
 HARMONY = "start end message channel constrain return call startoftext endoftext endofprompt".split()
 
@@ -38,9 +40,9 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def test_tiny_is_made_bit_for_bit(tmp_path: Path) -> None:
+def test_what_tiny_began_with_is_made_bit_for_bit(tmp_path: Path) -> None:
     make_tiny.main(tmp_path / "tiny")
-    assert hashes(tmp_path / "tiny") == hashes(TINY)
+    assert hashes(tmp_path / "tiny") == hashes(TINY) | {"model.safetensors": BEGAN_WITH}
 
 
 def test_tiny_is_small_and_has_all_that_the_published_models_have() -> None:
@@ -89,19 +91,20 @@ def test_the_seed_alone_decides(tmp_path: Path, spec_file: Path) -> None:
     assert {name for name in FILES if a[name] != c[name]} == {"model.safetensors"}
 
 
-def test_many_files_hold_the_same_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_files_hold_the_same_tensors(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Large checkpoints are written a layer a file, with an index; values do not depend on that, nor on chunks."""
+    single = checkpoint("three_blocks", tmp_path_factory.mktemp("single"))
     monkeypatch.setattr(random_checkpoint, "SINGLE_FILE_LIMIT_BYTES", 0)
     monkeypatch.setattr(random_checkpoint, "_CHUNK", 1000)
-    random_checkpoint.write_checkpoint(
-        tmp_path, SPECS["tiny"], TINY / "tokenizer.json", make_tiny.SEED, torch.device("cpu")
-    )
-    written = read_inventory(tmp_path)
-    assert len({entry.path for entry in written.values()}) == SPECS["tiny"].layers + 1
-    index = json.loads((tmp_path / INDEX).read_text())
-    assert index["metadata"]["total_size"] == checkpoint_bytes(SPECS["tiny"])
+    spec, folder = SPECS["three_blocks"], checkpoint("three_blocks", tmp_path)
+    written = read_inventory(folder)
+    assert len({entry.path for entry in written.values()}) == spec.layers + 1
+    index = json.loads((folder / INDEX).read_text())
+    assert index["metadata"]["total_size"] == checkpoint_bytes(spec)
     assert index["weight_map"] == {name: entry.path.name for name, entry in written.items()}
-    many, one = (plain_engine(plain_plan(folder)) for folder in (tmp_path, TINY))
+    many, one = (plain_engine(plain_plan(folder)) for folder in (folder, single))
     for theirs, ours in zip(tensors(many.weights), tensors(one.weights), strict=True):
         assert torch.equal(theirs, ours)
 

@@ -1,5 +1,6 @@
 """The operations that gradients go through, each against plain autograd in fp64."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 from gptoss_launch.parallel.kernels.experts import Packed
 from gptoss_launch.parallel.kernels.mxfp4 import FP4_VALUES, dequantize
 from gptoss_launch.parallel.kernels.quantize import quantize
-from gptoss_launch.parallel.training import attention, loss
-from gptoss_launch.parallel.training.products import Experts, Linear, LowRank
+from gptoss_launch.parallel.training import attention, grouped, loss
+from gptoss_launch.parallel.training.products import Experts, Linear, LowRank, one_by_one
 from gptoss_launch.parallel.training.quantize import through_mxfp4
 from small_models import GPU, SPECS
 from torch import Tensor
 
 BOUNDS = (0, 7, 8, 40)
+CPU = torch.device("cpu")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -77,8 +79,28 @@ def test_the_self_test_passes_what_is_right_and_catches_what_is_not() -> None:
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 def test_flex_attention_proves_right(device: str) -> None:
     choice = attention.choose(SPECS["true_width"], torch.device(device), torch.bfloat16, 1000)
-    print(choice.why)
-    assert choice.attention.name == "flex"
+    assert choice.attention.name == "flex", choice.why
+
+
+def test_all_experts_at_once_are_right_and_the_check_catches_what_is_not() -> None:
+    right = grouped.Grouped(dequantize)
+    assert grouped.largest_error(right, CPU, torch.float32) < 1e-5
+    assert grouped.largest_error(right, CPU, torch.bfloat16) < grouped.ERROR_LIMIT
+    wrong = {
+        "no adapter": lambda experts, rows, load: right(dataclasses.replace(experts, added=None), rows, load),
+        "another expert": lambda experts, rows, load: right(experts, rows, load.roll(1)),
+        "no gradient": lambda experts, rows, load: right(experts, rows.detach(), load) + 0 * rows.sum(),
+    }
+    for name, products in wrong.items():
+        assert grouped.largest_error(products, CPU, torch.bfloat16) > grouped.ERROR_LIMIT, name
+    for device, dtype, ranks in ((CPU, torch.bfloat16, ()), (torch.device("cuda"), torch.bfloat16, (4,))):
+        assert grouped.choose(device, dtype, ranks).products is one_by_one
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_all_experts_at_once_prove_right(device: str) -> None:
+    choice = grouped.choose(torch.device(device), torch.bfloat16, (32,))
+    assert isinstance(choice.products, grouped.Grouped), choice.why
 
 
 @pytest.mark.parametrize("rows_at_once", [1000, 3])

@@ -1,0 +1,50 @@
+"""Host memory that copies to a GPU need not wait for: locked where it is, for as long as its tensor is there.
+
+Does not know what is in it.
+"""
+
+import mmap
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """The same values in pages of their own, locked until the tensor goes away. Raises UserError where the system
+    refuses.
+
+    torch's own pinned memory is rounded up to a power of two, which no plan foresees. Pages that are shared with other
+    tensors would be locked for both, and whoever gets the memory next would find it locked still.
+    """
+    pages = mmap.mmap(-1, tensor.nbytes)  # unmapped with the last tensor that views it
+    copy = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
+    runtime: Any = torch.cuda.cudart()
+    code = int(runtime.cudaHostRegister(copy.data_ptr(), copy.nbytes, 0))
+    if code:
+        _forget_error()
+        raise UserError(
+            f"{tensor.nbytes} bytes of host memory cannot be pinned: CUDA error {code}",
+            "--host-memory with less leaves experts in the checkpoint's file; or raise `ulimit -l`",
+        )
+    weakref.finalize(copy, _unpin, copy.data_ptr()).atexit = False  # the process takes its locks with it
+    return copy
+
+
+def _unpin(address: int) -> None:
+    """Called before the memory goes."""
+    torch.cuda.synchronize()  # copies from there may be under way
+    runtime: Any = torch.cuda.cudart()
+    code = int(runtime.cudaHostUnregister(address))
+    assert code == 0, f"host memory at {address:#x} is not unpinned: CUDA error {code}"
+
+
+def _forget_error() -> None:
+    """CUDA keeps an error for whoever asks next, which would be some kernel that has nothing to do with it."""
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError:
+        pass

@@ -1,0 +1,122 @@
+"""What a GPU of less memory gives: `python offload.py CHECKPOINT [--caps none,11GiB,8GiB] [--misses copied,computed]`.
+
+For each cap and way to treat misses a process of its own, whose allocator may take no more than the cap leaves beside
+the CUDA context: one request, greedy, a prompt of 128 tokens and 64 more. Prints one JSON object a line: tokens a
+second of the decode steps beside the estimate of the plan, the most that was taken of the device, and how many of the
+first tokens are those of the run without a cap. Engine and plan are those of `serve --gpu-memory`; no HTTP.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS, NEW_TOKENS, WARM_TOKENS = 128, 64, 16
+
+
+def one(checkpoint: str, cap: str, misses: str, out: Path) -> None:
+    """Writes a row, with the tokens."""
+    import random
+
+    import torch
+    from batching import Run
+    from gptoss_launch.launch.resolve import make_plan
+    from gptoss_launch.launch.settings import Settings
+    from gptoss_launch.parallel.engine.request import Request, Sampling
+    from gptoss_launch.parallel.engine.start import Options, start
+    from gptoss_launch.parallel.engine.trace import Trace
+    from gptoss_launch.parallel.engine.wire import Message, Tokens
+    from gptoss_launch.parallel.planning.machine import parse_size
+    from gptoss_launch.parallel.planning.memory import PROCESS
+
+    cap_bytes = None if cap == "none" else parse_size(cap)
+    more: dict[str, Any] = {} if cap_bytes is None else {"gpu_memory_bytes": cap_bytes, "misses": misses}
+    plan = make_plan(checkpoint, Settings(context_tokens=8192, ranks=1, dp=1, sequences=4, **more), need_weights=True)
+    free, total = torch.cuda.mem_get_info()
+    before_bytes = total - free  # of others, and our context
+    if cap_bytes is not None:
+        torch.cuda.set_per_process_memory_fraction((cap_bytes - PROCESS["cuda"].context_bytes) / total)
+    engine, _, ready = start(plan, 0, Options(), Trace(out.with_suffix(".trace")), lambda done, total: None)
+
+    class Kept(Run):
+        """Keeps the tokens, too."""
+
+        ids: list[int]
+
+        def _take(self, front_end: str, message: Message) -> None:
+            super()._take(front_end, message)
+            if isinstance(message, Tokens):
+                self.ids += [token.id for token in message.tokens]
+
+    r = random.Random(7)
+    prompt = tuple(r.randrange(200_000) for _ in range(PROMPT_TOKENS))
+    run = Kept(engine)
+    times: dict[str, list[float]] = {}
+    for name in ("warm", "timed"):
+        run.ids = []
+        run.ask([Request(name, prompt, NEW_TOKENS, Sampling(temperature=0.0))])
+        run.until_idle()
+        times[name] = run.came_s[name]
+    came_s = times["timed"][WARM_TOKENS:]
+    free, _ = torch.cuda.mem_get_info()
+    row = {
+        "bench": "offload",
+        "model": Path(checkpoint).name,
+        "cap": cap,
+        "misses": None if cap_bytes is None else misses,
+        "slots": None if plan.offload == "none" else plan.offload.taken.slots,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "tok_s": round((len(came_s) - 1) / (came_s[-1] - came_s[0]), 2),
+        "predicted_tok_s": None if plan.offload == "none" else plan.offload.taken.tok_s,
+        "link_bytes_predicted": None if plan.offload == "none" else plan.offload.taken.link_bytes,
+        "load_s": round(ready.load_s, 1),
+        "cap_bytes": cap_bytes,
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "used_bytes": total - free,
+        "before_bytes": before_bytes,
+        "slow_paths": ready.slow_paths,
+        "ids": run.ids,
+    }
+    out.write_text(json.dumps(row), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--caps", default="none,11GiB")
+    parser.add_argument("--misses", default="copied,computed")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", nargs=3, metavar=("CAP", "MISSES", "FILE"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        one(asked.checkpoint, asked.one[0], asked.one[1], Path(asked.one[2]))
+        return
+    whole: list[int] | None = None
+    for cap in asked.caps.split(","):
+        for misses in asked.misses.split(",") if cap != "none" else ("none",):
+            file = Path(f"/tmp/offload-{cap}-{misses}.json")
+            file.unlink(missing_ok=True)
+            done = subprocess.run(
+                [sys.executable, __file__, asked.checkpoint, "--one", cap, misses, str(file)], check=False
+            )
+            if not file.exists():
+                print(json.dumps({"bench": "offload", "cap": cap, "misses": misses, "failed": done.returncode}))
+                continue
+            row = json.loads(file.read_text("utf-8"))
+            ids = row.pop("ids")
+            whole = whole or ids
+            pairs = zip(ids, whole, strict=True)
+            row["same_tokens"] = next((at for at, (a, b) in enumerate(pairs) if a != b), len(ids))
+            print(json.dumps(row), flush=True)
+            if asked.out is not None:
+                with asked.out.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""What a step of training takes on one GPU: `python training.py CHECKPOINT --case CASE [--packs 1,8] [--out FILE]`.
+
+lora       adapters of rank 32 on attention and experts
+attention  adapters of rank 16 on attention
+full       all weights of the first --layers layers, which fit one GPU without ZeRO
+
+Packs of 2,048 tokens, filled with documents whose lengths are spread as those of real conversations (log-normal, median
+400 tokens, the second half learnt). Tokens are random: speed and memory do not depend on them, but for how evenly
+experts are used. The loop is the one that `finetune` runs. Prints one JSON object a line; the first steps, which
+compile, are left out.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
+from gptoss_launch.parallel.planning.machine import format_size
+from gptoss_launch.parallel.planning.spec import Spec, read_config
+from gptoss_launch.parallel.training.job import Job, Recipe
+from gptoss_launch.parallel.training.loop import Step, train
+from gptoss_launch.parallel.training.samples import Sample, sample
+from gptoss_launch.parallel.training.trainee import load_trainee
+from gptoss_launch.parallel.training.world import World
+
+SEQUENCE_TOKENS = 2048
+WARM_STEPS = 4
+CASES = {"lora": (32, 32), "attention": (16, 0), "full": (0, 0)}  # ranks of attention and experts
+RECIPE = Recipe(
+    learning_rate=1e-4,
+    schedule="cosine",
+    warmup_fraction=0.03,
+    floor_fraction=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    weight_decay=0.0,
+    clip=1.0,
+)
+
+
+class Enough(Exception):
+    """Ends the loop after a step, before it writes a checkpoint."""
+
+
+def documents(spec: Spec, tokens: int, seed: int = 0) -> Iterator[Sample]:
+    """Of so many tokens together."""
+    r = random.Random(seed)
+    while tokens > 0:
+        length = min(SEQUENCE_TOKENS, max(32, round(r.lognormvariate(math.log(400), 0.9))))
+        ids = [r.randrange(spec.vocab) for _ in range(length)]
+        yield sample(ids, [float(place >= length // 2) for place in range(length)])
+        tokens -= length
+
+
+def first_layers(folder: Path, layers: int, into: Path) -> tuple[Spec, Path]:
+    spec = read_config(folder / "config.json")
+    spec = dataclasses.replace(spec, layers=layers, layer_kinds=spec.layer_kinds[:layers])
+    write_checkpoint(into, spec, folder / "tokenizer.json", 1, torch.device("cuda"))
+    return spec, into
+
+
+def measure(folder: Path, spec: Spec, case: str, packs: int, steps: int, run: Path, profile: bool) -> dict:
+    attention_rank, expert_rank = CASES[case]
+    job = Job(
+        model=folder.name,
+        checkpoint=str(folder),
+        spec=spec,
+        mode="full" if case == "full" else "lora",
+        attention_rank=attention_rank,
+        attention_alpha=32.0,
+        expert_rank=expert_rank,
+        expert_alpha=32.0,
+        dtype="bf16",
+        device="cuda",
+        sequence_tokens=SEQUENCE_TOKENS,
+        packs_per_step=packs,
+        steps=steps + 1,
+        recipe=RECIPE,
+        seed=0,
+        data="random",
+        weights=(1.0,),
+        save_every=0,
+        keep_last=1,
+        eval_every=0,
+        check_first_loss=False,
+    )
+    torch.cuda.reset_peak_memory_stats()
+    world = World(0, 1, torch.device("cuda", torch.cuda.current_device()))
+    trainee = load_trainee(job, world, None, lambda done, total: None)
+    samples = list(documents(spec, packs * (steps + 1) * SEQUENCE_TOKENS))
+    seen: list[Step] = []
+    used_bytes = []
+    schedule = torch.profiler.schedule(wait=steps - 3, warmup=1, active=1, repeat=1)
+    profiler = torch.profiler.profile(schedule=schedule) if profile else nullcontext()
+
+    def report(step: Step) -> None:
+        seen.append(step)
+        free, total = torch.cuda.mem_get_info()  # all that is taken on the device, its context included
+        used_bytes.append(total - free)
+        if isinstance(profiler, torch.profiler.profile):
+            profiler.step()
+        if step.step == steps:
+            raise Enough
+
+    said: list[str] = []
+    with profiler, suppress(Enough):
+        train(job, run, world, trainee, samples, [], lambda: False, report, said.append)
+    if isinstance(profiler, torch.profiler.profile):
+        print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=70))
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=70))
+    warm = seen[WARM_STEPS:]
+    if profile:
+        warm = warm[:-3]
+    tokens = sum(step.tokens for step in warm)
+    return {
+        "bench": f"train-{case}",
+        "model": folder.name,
+        "layers": spec.layers,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "sequence_tokens": SEQUENCE_TOKENS,
+        "packs_per_step": packs,
+        "steps": len(warm),
+        "tok_s": tokens / sum(step.step_s for step in warm),
+        "step_s_median": statistics.median(step.step_s for step in warm),
+        "reserved_bytes": max(step.memory_bytes for step in seen),
+        "used_bytes": max(used_bytes),
+        "trained_values": sum(trainee.values.values()),
+        "losses": [step.loss for step in seen],
+        "said": said,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--case", choices=CASES, default="lora")
+    parser.add_argument("--packs", default="1,8")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=6, help="of --case full")
+    parser.add_argument("--profile", action="store_true", help="print what a step's time goes to")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        folder, spec = asked.checkpoint, read_config(asked.checkpoint / "config.json")
+        if asked.case == "full":
+            spec, folder = first_layers(folder, asked.layers, Path(name) / "first-layers")
+        for packs in map(int, asked.packs.split(",")):
+            run = Path(name) / "run"
+            run.mkdir()
+            row = measure(folder, spec, asked.case, packs, asked.steps, run, asked.profile)
+            shutil.rmtree(run)
+            torch.cuda.empty_cache()
+            print(json.dumps(row), flush=True)
+            sizes = [format_size(row[key]) for key in ("reserved_bytes", "used_bytes")]
+            print(
+                f"{row['bench']} x {packs}: {row['tok_s']:,.0f} tokens/s, {' reserved, '.join(sizes)} used", flush=True
+            )
+            if asked.out is not None:
+                with asked.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Triton's MXFP4 -> bf16, for every code and every scale, against the plain one."""
+
+import pytest
+import torch
+from gptoss_launch.parallel.kernels import mxfp4
+from gptoss_launch.parallel.kernels.triton_dequantize import dequantize
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of the interpreter: 6 * 2 ** 127
+def test_every_value_is_the_plain_one() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    blocks = torch.arange(256, dtype=torch.uint8, device=device).repeat(256).view(256, 16, 16)  # [rows, blocks, bytes]
+    scales = torch.arange(256, dtype=torch.uint8, device=device)[:, None].expand(-1, 16).contiguous()
+    found, wanted = (way(blocks, scales, torch.bfloat16) for way in (dequantize, mxfp4.dequantize))
+    # Triton's interpreter rounds subnormal numbers of fp32 away, and no weight is that small
+    large = (scales.repeat_interleave(32, 1) > 2) if device == "cpu" else torch.ones_like(found, dtype=torch.bool)
+    assert torch.equal(found[large].nan_to_num(7), wanted[large].nan_to_num(7))
+    assert found.isnan()[255].all() and found.shape == (256, 512)
+
+
+def test_what_does_not_fill_a_program_is_refused() -> None:
+    with pytest.raises(ValueError, match="no multiple of 2048"):
+        dequantize(torch.zeros(3, 16, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), torch.bfloat16)
