@@ -215,8 +215,9 @@ def make_job(kind: Kind, layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> J
         "signal": f"B:USR1@{launching.lead_s}",
     }
     resolved = {name: value for name, value in (defaults | options | ours).items() if value is not False}
-    if kind == "bench" and resolved["nodes"] != "1":
-        raise UserError(f"bench measures one node, not {resolved['nodes']}", "--nodes=1")
+    if resolved["nodes"] != "1" and (kind == "bench" or payload.get("engine") == "vllm"):
+        what = "bench measures" if kind == "bench" else "engine vllm serves on"
+        raise UserError(f"{what} one node, not {resolved['nodes']}", "--nodes=1")
     env = tuple((name, _read_variable(name, value)) for name, value in merged["env"].items())
     return Job(kind, tuple(resolved.items()), env, launching, command, host, port, payload)
 

@@ -110,6 +110,7 @@ def test_a_head_that_only_this_machine_reaches(host):
     ("flags", "message"),
     [
         (["--head", "localhost"], "--head localhost is "),
+        (["--engine", "vllm"], "--engine vllm: --nnodes 2"),
         (["--head", "192.0.2.1"], "cannot listen on 192.0.2.1 port 29500"),
         (["--head", "HERE", "--dp", "1"], "--dp 1 gives work to 1 of --nnodes 2"),
     ],

@@ -74,6 +74,7 @@ def test_what_wins(command_line: CommandLine, config: Path, tmp_path: Path) -> N
         ("slurm: {requeue: perhaps}", "takes no value, not 'perhaps'", "requeue: true"),
         ('slurm: {job-name: "a\\nb"}', "cannot stand on an #SBATCH line", "printable"),
         ("slurm: {nodes: [1]}", "neither text nor a number", ""),
+        ("slurm: {nodes: 2}\nrun: {model: tiny, engine: vllm}", "engine vllm serves on one node, not 2", "--nodes=1"),
         ("run: {model: tiny, nnodes: 2}", "unknown key 'nnodes'", "known:"),
         ("env: {HF_TOKEN: abc}", "env.HF_TOKEN: looks like a secret", "sbatch passes its environment on"),
         ("env: {A B: abc}", "no environment variable", ""),
