@@ -18,7 +18,7 @@ from .listen import bind
 from .nodes import Nodes
 
 AGAIN_S = 1.0  # between attempts to reach the head
-REPORT_LIMIT_S = 60.0  # for the slowest node, after the first one is done
+REPORT_LIMIT_S = 120.0  # for the slowest node, after the first one is done
 VERDICT_LIMIT_S = 600.0  # for the first one to be done
 
 

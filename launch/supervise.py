@@ -124,24 +124,26 @@ class Supervisor:
 
     async def failed(self) -> UserError:
         """Waits until the command cannot go on, and says why; to be called once all are ready. Restarts replicas
-        meanwhile: it goes on while one that may live remains. With nothing wrong it waits for ever."""
+        meanwhile: it goes on while one that may live remains, and on the first of several nodes as long as the HTTP
+        process lives, since others may come back at any time. With nothing wrong it waits for ever."""
         kept: dict[asyncio.Future[UserError], int] = {
             asyncio.create_task(self._keep(replica)): replica for replica in self._own
         }
         http = {self._http.failed} if self._http else set()
         left = set(kept)
+        here = " here" if self._plan.nodes > 1 else ""
         try:
             while True:
                 done, _ = await asyncio.wait({*left, *http}, return_when=asyncio.FIRST_COMPLETED)
                 left -= done
                 error = next(iter(done & http or done)).result()
-                if done & http or not left:
+                if done & http or not (left or (http and self._plan.nodes > 1)):
                     return error
                 gone = [kept[task] for task in done]
                 await asyncio.gather(*map(self._clear, gone))
                 names = " and ".join(f"replica {replica}" for replica in gone)
                 most = f"{len(self._restarts.pauses_s)} restarts within {self._restarts.within_s:g} s"
-                self._say(f"{names} died after {most}: {len(left)} of {len(kept)} replicas are left: {error}")
+                self._say(f"{names} died after {most}: {len(left)} of {len(kept)} replicas are left{here}: {error}")
         finally:
             for task in kept:
                 task.cancel()

@@ -23,7 +23,7 @@ from gptoss_launch.parallel.errors import UserError
 
 def main() -> None:
     what, *words = sys.argv[1:]
-    restarts = Restarts((0.1, 0.2, 0.4))
+    restarts = Restarts((0.1,) if what == "node" else (0.1, 0.2, 0.4))
     try:
         if what == "node":
             rank, count, port = map(int, words[:3])
