@@ -178,8 +178,8 @@ class ServeSettings(Settings):
     tool_server: tuple[str, ...] = _key(
         (), "tool-server", "URL,..", _urls, "MCP servers that run the built-in tools, python and browser."
     )
-    nnodes: int = _key(1, "nnodes", "N", _number(1, 4096), "Nodes that serve together, each by this command.")
-    node_rank: int = _key(0, "node-rank", "R", _number(0, 4095), "Which of them this one is; 0 has the HTTP port.")
+    nnodes: int = _key(1, "nnodes", "N", _number(1, 4096), "Nodes that work together, each by this command.")
+    node_rank: int = _key(0, "node-rank", "R", _number(0, 4095), "Which of them this one is; 0 is the head.")
     head: str | None = _key(
         None, "head", "HOST[:PORT]", read_text, "Address of node 0, where the others join; port 29500 if none is said."
     )
