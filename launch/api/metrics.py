@@ -49,6 +49,11 @@ _TOTALS = (
     ("engine_steps", "Forward passes", "steps_total"),
     ("prefill_computed_tokens", "Prompt tokens computed, recomputed ones included", "prefill_tokens_total"),
     ("decode_computed_tokens", "Answer tokens computed", "decode_tokens_total"),
+    ("expert_cache_hits", "Experts that a step needed and the device had", "expert_hits_total"),
+    ("expert_cache_misses", "Experts that a step needed and the device had not", "expert_misses_total"),
+    ("expert_moved_bytes", "Bytes of experts brought to the device", "expert_moved_bytes_total"),
+    ("expert_waited_seconds", "Time to learn which experts a step needs", "expert_waited_s_total"),
+    ("expert_stalled_seconds", "Time in which the device waited for experts", "expert_stalled_s_total"),
 )
 
 

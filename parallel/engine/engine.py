@@ -21,6 +21,7 @@ from ..model.comm import Comm
 from ..model.dtypes import TORCH_DTYPE
 from ..model.forward import forward
 from ..model.weights import Weights
+from ..offload.counts import Counts
 from ..planning.pages import layers_per_page, local_kv_heads, pool_pages
 from ..planning.plan import Plan
 from . import inputs
@@ -99,12 +100,20 @@ class Launched:
 
 class Engine:
     """`plan` is resolved; nothing is detected here. graph_sizes: of steps of decodes that run as CUDA graphs; none on
-    the CPU, or where every operation has to be watched."""
+    the CPU, or where every operation has to be watched. experts: what `ops` count of experts that are elsewhere."""
 
     def __init__(
-        self, plan: Plan, rank: int, weights: Weights, ops: Operations, comm: Comm, graph_sizes: Sequence[int] = ()
+        self,
+        plan: Plan,
+        rank: int,
+        weights: Weights,
+        ops: Operations,
+        comm: Comm,
+        graph_sizes: Sequence[int] = (),
+        experts: Counts | None = None,
     ) -> None:
         spec = plan.spec
+        self.experts = experts
         self.plan, self.weights, self.ops, self.comm = plan, weights, ops, comm
         self.device = weights.embed_VH.device
         self.sizes = sizes_of(plan)

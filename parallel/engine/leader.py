@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..offload.counts import Counts
 from .record import Record, Sizes, encode
 from .request import Request, Token
 from .schedule import Matcher, Result, Running, Scheduler, Step
@@ -61,6 +62,7 @@ class Leader:
         refusal: Callable[[Request], str | None],
         matchers: Matchers,
         facts: Facts = Facts(),
+        experts: Counts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
@@ -69,6 +71,7 @@ class Leader:
         self._refusal = refusal
         self._matchers = matchers
         self._facts = facts
+        self._experts = experts or Counts()  # nothing is counted where all are on the device
         self._clock = clock
         self._requests: dict[tuple[Hashable, str], Running] = {}
         self._compiling: dict[tuple[Hashable, str], Running] = {}  # of these, those whose matcher is not made yet
@@ -196,6 +199,11 @@ class Leader:
             steps_total=counts.steps,
             prefill_tokens_total=counts.prefill_tokens,
             decode_tokens_total=counts.decode_tokens,
+            expert_hits_total=self._experts.hits,
+            expert_misses_total=self._experts.misses,
+            expert_moved_bytes_total=self._experts.moved_bytes,
+            expert_waited_s_total=self._experts.waited_s,
+            expert_stalled_s_total=self._experts.stalled_s,
             decode_step_s=self._facts.decode_step_s,
             communication_s=self._facts.communication_s,
             slow_paths=self._facts.slow_paths,

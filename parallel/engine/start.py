@@ -65,11 +65,11 @@ def start(
         progress(done_bytes, total_bytes)
 
     (ops, slow_ways), recorder = operations(plan), None
-    experts_on = "device"
+    experts_on, offload_counts = "device", None
     if plan.offload != "none":
         experts_on = plan.offload.taken.kept
         if plan.offload.taken.device == "cuda":  # on the CPU only the place of the experts is another
-            ops, _, more = offloaded(plan.offload, ops, device)
+            ops, offload_counts, more = offloaded(plan.offload, ops, device)
             slow_ways += (*more, "no CUDA graphs: not all experts are on the GPU")
     weights = load(plan, rank, inventory, device, count, ops.pack, experts_on)
     meter.mark("weights_bytes")
@@ -92,7 +92,7 @@ def start(
             ops = recorder.counted(ops)
     watched = options.check_ranks or options.record_routing is not None
     in_graphs = plan.kernels == "triton" and plan.offload == "none" and not watched
-    engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if in_graphs else ())
+    engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if in_graphs else (), offload_counts)
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]

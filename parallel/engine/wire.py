@@ -71,8 +71,9 @@ class Done:
 class Stats:
     """Leader -> every front end, now and then: how busy the replica is, and what it has done since it started.
 
-    Those that count since the start end in _total. exact_draws_total: draws that had to be repeated because the first
-    candidates did not suffice. slow_paths: slower ways that are taken, by name, with the reason.
+    Those that count since the start end in _total; those of experts (`offload.counts`) are 0 where all are on the
+    device. exact_draws_total: draws that had to be repeated because the first candidates did not suffice. slow_paths:
+    slower ways that are taken, by name, with the reason.
     """
 
     running: int
@@ -86,6 +87,11 @@ class Stats:
     steps_total: int
     prefill_tokens_total: int
     decode_tokens_total: int
+    expert_hits_total: int
+    expert_misses_total: int
+    expert_moved_bytes_total: int
+    expert_waited_s_total: float
+    expert_stalled_s_total: float
     decode_step_s: float
     communication_s: float
     slow_paths: tuple[str, ...]

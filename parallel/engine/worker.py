@@ -126,6 +126,7 @@ def lead(
         lambda request: refusal(engine.plan, request),
         grammars,
         facts=Facts(times["decode_step_s"], times.get("communication_s", 0.0), ready.slow_paths),
+        experts=engine.experts,
     )
     trace.idle()
     while True:

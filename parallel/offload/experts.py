@@ -9,7 +9,7 @@ not know how the plan was chosen, nor anything of layers but the order in which 
 
 import dataclasses
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,20 +21,10 @@ from ..kernels import experts as plain
 from ..kernels.experts import Packed
 from ..kernels.precision import wide
 from ..planning.plan import Offload
+from .counts import Counts
 from .pinned import pinned
 
 PARTS = ("blocks", "scales", "bias")  # of a Packed; the first dim counts experts
-
-
-@dataclass
-class Counts:
-    """What the cache did since the start: experts found and not found on the device, bytes brought in, and the time for
-    which the host waited to learn which experts a step needs."""
-
-    hits: int = 0
-    misses: int = 0
-    moved_bytes: int = 0
-    waited_s: float = 0.0
 
 
 @dataclass
@@ -52,7 +42,9 @@ class Slots:
 @dataclass(frozen=True)
 class Held(Packed):
     """One product of a layer's experts on the device, at most `len(blocks)` of them, in the layout of the kernels
-    (packed), and on the host in the checkpoint's. Host experts are all of the layer's, or those of host_places.
+    (packed), and on the host. Host experts are all of the layer's, or those of host_places.
+
+    repacks: those on the host are in the checkpoint's layout, and a copy has to be brought into the kernels'.
 
     device_places, host_places: int64 [E], where each expert is; -1: not there. The first on the device, the second on
     the CPU, and both only where places never change.
@@ -60,6 +52,7 @@ class Held(Packed):
 
     packed: Packed
     host: Packed
+    repacks: bool
     slots: Slots
     device_places: Tensor
     host_places: Tensor
@@ -97,10 +90,49 @@ class Holder:
         if way.misses == "computed":
             if whole.bias.dtype == torch.float16:  # which the CPU's experts do not read
                 whole = dataclasses.replace(whole, bias=whole.bias.float())
-        elif way.kept == "memory" and self._device.type == "cuda":
-            whole = Packed(*(pinned(getattr(whole, part)) for part in PARTS))
+        elif way.kept == "memory":
+            whole = self._in_layout(whole)
         empty = torch.empty((0,), device=self._device)
-        return Held(empty, empty, empty, packed, whole, slots, device_places.to(self._device), host_places)
+        repacks = way.misses == "copied" and way.kept == "file"
+        return Held(empty, empty, empty, packed, whole, repacks, slots, device_places.to(self._device), host_places)
+
+    def _in_layout(self, whole: Packed) -> Packed:
+        """In that of the kernels, so that a copy of an expert is a copy and nothing else. One expert at a time passes
+        through the device, whose room is planned for no more."""
+        parts: list[list[Tensor]] = [[] for _ in PARTS]
+        for expert in range(len(whole.blocks)):
+            one = [getattr(whole, part)[expert : expert + 1].to(self._device) for part in PARTS]
+            packed = self._ops.pack(*one)
+            for place, part in enumerate(PARTS):
+                parts[place].append(getattr(packed, part).cpu())
+        joined = (torch.cat(part) for part in parts)
+        return Packed(*(pinned(one) if self._device.type == "cuda" else one for one in joined))
+
+
+class Stalls:
+    """For how long the device waits between `begin` and `end`, of which it is told on its own stream; added to the
+    counts once it has come that far. On the CPU a copy is done when it returns, and what it took is no waiting."""
+
+    def __init__(self, counts: Counts, on_gpu: bool) -> None:
+        self._counts, self._on_gpu = counts, on_gpu
+        self._begun: torch.cuda.Event | None = None
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def begin(self) -> None:
+        if self._on_gpu:
+            self._begun = torch.cuda.Event(enable_timing=True)
+            self._begun.record()
+
+    def end(self) -> None:
+        if self._begun is None:
+            return
+        ended = torch.cuda.Event(enable_timing=True)
+        ended.record()
+        self._pairs.append((self._begun, ended))
+        self._begun = None
+        while self._pairs and self._pairs[0][1].query():
+            began, ended = self._pairs.popleft()
+            self._counts.stalled_s += began.elapsed_time(ended) / 1e3
 
 
 @dataclass(frozen=True)
@@ -110,6 +142,7 @@ class Copied:
     ops: Operations
     counts: Counts
     stream: "torch.cuda.Stream | None"
+    stalls: "Stalls"
 
     def __call__(
         self,
@@ -128,16 +161,21 @@ class Copied:
         slots, room = gate_up.slots, len(gate_up.slots.places)
         for start in range(0, len(wanted), room):
             some = wanted[start : start + room]
+            missed = self.counts.misses
             places = self._bring(some, gate_up, down)
+            if self.counts.misses > missed:
+                self.stalls.begin()
             if self.ops.experts is plain.experts:
                 for expert in some:  # in the order of the plain operation, so that the sums have the same bits
                     self._await(slots, places[expert])
                     chosen_TX = experts_TX == expert
                     packs = gate_up.packed, down.packed
                     plain.add_expert(out_TH, x_TH, weights_TX, chosen_TX, *packs, places[expert], limit)
+                self.stalls.end()
             else:
                 for expert in some:
                     self._await(slots, places[expert])
+                self.stalls.end()
                 table_E = torch.full((len(gate_up.host.blocks),), -1, dtype=torch.int64)
                 table_E[some] = torch.tensor([places[expert] for expert in some])
                 places_TX = table_E.to(x_TH.device)[experts_TX]
@@ -177,10 +215,11 @@ class Copied:
         for product in products:
             one = [getattr(product.host, part)[expert : expert + 1] for part in PARTS]
             self.counts.moved_bytes += sum(part.nbytes for part in one)
-            device = product.packed.blocks.device
-            packed = self.ops.pack(*(part.to(device, non_blocking=True) for part in one))
-            for part in PARTS:
-                getattr(product.packed, part)[place : place + 1].copy_(getattr(packed, part))
+            if product.repacks:
+                packed = self.ops.pack(*(part.to(product.packed.blocks.device) for part in one))
+                one = [getattr(packed, part) for part in PARTS]
+            for part, value in zip(PARTS, one, strict=True):
+                getattr(product.packed, part)[place : place + 1].copy_(value, non_blocking=True)
 
     def _await(self, slots: Slots, place: int) -> None:
         if slots.ready:
@@ -222,7 +261,9 @@ class Computed:
             here_TX = gate_up.device_places[experts_TX]
             out_TH += self.ops.experts(x_TH, weights_TX, here_TX, gate_up.packed, down.packed, 0, limit)
         if x_MH is not None and weights_MX is not None:
+            began_s = time.perf_counter()
             y_MH = self.on_cpu(x_MH, weights_MX, places_TX[rows], gate_up.host, down.host, 0, limit)
+            self.counts.stalled_s += time.perf_counter() - began_s
             out_TH.index_add_(0, rows.to(x_TH.device), y_MH.to(x_TH.device, out_TH.dtype))
         return out_TH.to(x_TH.dtype)
 
@@ -236,7 +277,8 @@ def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[
     holder = Holder(offload, ops, device)
     if offload.taken.misses == "copied":
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        return dataclasses.replace(ops, pack=holder, experts=Copied(ops, counts, stream)), counts, ()
+        stalls = Stalls(counts, on_gpu=stream is not None)
+        return dataclasses.replace(ops, pack=holder, experts=Copied(ops, counts, stream, stalls)), counts, ()
     from ..kernels.cpu_build import NoLibraryError
     from ..kernels.cpu_experts import cpu_operations
 

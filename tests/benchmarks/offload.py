@@ -79,6 +79,7 @@ def one(checkpoint: str, cap: str, misses: str, out: Path) -> None:
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "used_bytes": total - free,
         "before_bytes": before_bytes,
+        "expert_counts": None if engine.experts is None else vars(engine.experts),
         "slow_paths": ready.slow_paths,
         "ids": run.ids,
     }

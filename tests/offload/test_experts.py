@@ -18,7 +18,8 @@ from gptoss_launch.parallel.kernels import PLAIN, Operations
 from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
 from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.comm import Alone
-from gptoss_launch.parallel.offload.experts import Counts, offloaded
+from gptoss_launch.parallel.offload.counts import Counts
+from gptoss_launch.parallel.offload.experts import offloaded
 from gptoss_launch.parallel.planning.headers import read_inventory
 from gptoss_launch.parallel.planning.plan import Misses, Offload, Plan, Way
 from small_models import GPU, SPECS, TINY, checkpoint, plain_engine, plain_plan, prompt
@@ -75,6 +76,8 @@ def test_copied_experts_give_the_same_bits(
     assert torch.equal(logits(capped), logits(everything))
     assert greedy(capped) == greedy(everything)
     assert counts.misses > 0 and (counts.hits > 0 or slots == 1)
+    stalled = counts.stalled_s > 0 if device == "cuda" else counts.stalled_s == 0
+    assert stalled and counts.waited_s > 0
     row_bytes = SPEC.hidden * 17 // 32 + 4  # hidden and intermediate are alike; a bias is fp32
     assert counts.moved_bytes == counts.misses * 3 * SPEC.hidden * row_bytes
 
@@ -110,6 +113,7 @@ def test_experts_that_the_cpu_computes_are_exact(
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
     share = counts.hits / (counts.hits + counts.misses)
+    assert (counts.stalled_s > 0) == (slots < SPEC.experts)
     assert share == pytest.approx(slots / SPEC.experts, abs=0.2) and (share > 0) == (slots > 0)
 
 

@@ -196,7 +196,7 @@ def test_no_body_breaks_it(front, count, mutate):
     statuses = asyncio.run(send_all(front, bodies(count, count, mutate), leaving=0.2))
     # the bodies are worth something: many get through to the engine, many do not
     assert sum(statuses.values()) == count and statuses[400] > count / 10
-    assert statuses[200] > count / 10, statuses
+    assert statuses[200] > count / 20, statuses
 
 
 @pytest.mark.slow
