@@ -6,6 +6,7 @@ are made from them. A YAML key is the flag's name with underscores. Does not kno
 
 import dataclasses
 import importlib.resources
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ def read_text(value: Any) -> str:
 
 
 def read_path(value: Any) -> Path:
-    return Path(read_text(value)).expanduser()
+    return Path(os.path.expanduser(read_text(value)))  # which leaves ~nobody as it is
 
 
 def _size(value: Any) -> int:
@@ -177,8 +178,18 @@ class ServeSettings(Settings):
     tool_server: tuple[str, ...] = _key(
         (), "tool-server", "URL,..", _urls, "MCP servers that run the built-in tools, python and browser."
     )
+    nnodes: int = _key(1, "nnodes", "N", _number(1, 4096), "Nodes that work together, each by this command.")
+    node_rank: int = _key(0, "node-rank", "R", _number(0, 4095), "Which of them this one is; 0 is the head.")
+    head: str | None = _key(
+        None, "head", "HOST[:PORT]", read_text, "Address of node 0, where the others join; port 29500 if none is said."
+    )
+    node_key_file: Path | None = _key(
+        None, "node-key-file", "FILE", read_path, "Secret that nodes know each other by, the same on all of them."
+    )
     drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
 
+
+NODE_SETTINGS = ("nnodes", "node_rank", "head", "node_key_file")
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -198,6 +209,17 @@ class _Reads(click.ParamType):
             return self._read(value)
         except UserError as error:
             self.fail(error.message, param, ctx)
+
+
+def setting_options(names: Sequence[str]) -> Callable[[Any], Any]:
+    """Decorator: an option for each of these settings of serve, for a command that has no others."""
+
+    def decorate(command: Any) -> Any:
+        for one in reversed([one for one in dataclasses.fields(ServeSettings) if one.name in names]):
+            command = _option(one)(command)
+        return command
+
+    return decorate
 
 
 def settings_options(kind: type[Settings]) -> Callable[[Any], Any]:
