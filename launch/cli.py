@@ -61,13 +61,9 @@ class _LazyGroup(click.Group):
 def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from .version import own_version
 
-    try:
-        number = version(PROGRAM)
-    except PackageNotFoundError:
-        number = "not installed, run from its source"
-    click.echo(f"{PROGRAM} {number}")
+    click.echo(f"{PROGRAM} {own_version()}")
     ctx.exit()
 
 

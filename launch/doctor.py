@@ -9,12 +9,12 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ..parallel.errors import UserError
 from ..parallel.planning.choice import dtype_of, sm
@@ -22,6 +22,9 @@ from ..parallel.planning.headers import check_inventory, read_inventory
 from ..parallel.planning.machine import Gpu, available_host_bytes, format_size, probe
 from ..parallel.planning.spec import read_config
 from .extras import SERVE
+from .gpu_health import Health, judge_gpus, look_at_gpus
+from .node_reports import Check
+from .version import own_version
 
 GIB = 1 << 30
 SHM_WANTED_BYTES = 512 << 20  # docker's default of 64 MiB ends NCCL with a bus error
@@ -30,20 +33,6 @@ FILES_WANTED = 1024  # a connection each, and several a rank
 PYTHON_WANTED = (3, 11)
 PORT = 8000  # of serve, if nothing else is said
 INSTALL = "pip install 'gptoss-launch[serve]'"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line. hint: what to do; "" where nothing is."""
-
-    name: str
-    found: str
-    wanted: str
-    ok: bool
-    hint: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ class Facts:
     driver_error: str
     nvidia_devices: int
     gpus: tuple[Gpu, ...]
-    gpu_processes: int
+    health: tuple[Health, ...]
     host_free_bytes: int | None
     shm_free_bytes: int | None
     temporary: str
@@ -73,6 +62,19 @@ class Facts:
     model: str | None
     checkpoint: tuple[str, str] | None
     tokenizer: tuple[str, str] | None
+
+
+def equal_on_all_nodes(facts: Facts) -> dict[str, str]:
+    """What nodes that work together must have alike, by name."""
+    kinds = Counter(gpu.name for gpu in facts.gpus)
+    return {
+        "gptoss-launch": own_version(),
+        "python": ".".join(map(str, facts.python)),
+        **{name: found or "not installed" for name, found in facts.packages.items()},
+        "CUDA of torch": facts.torch_cuda or "none",
+        "driver": facts.driver[0] if facts.driver else "none",
+        "GPUs": ", ".join(f"{count} x {name}" for name, count in kinds.items()) or "none",
+    }
 
 
 def judge(facts: Facts) -> list[Check]:
@@ -125,10 +127,7 @@ def _gpus(facts: Facts) -> Iterable[Check]:
         found = f"{gpu.name}, {sm(gpu)}, {format_size(gpu.free_bytes)} free of {format_size(gpu.memory_bytes)}"
         hint = "it cannot run a torch built for CUDA 13; hide it: CUDA_VISIBLE_DEVICES"
         yield Check(f"GPU {number}", found + (f", {dtype}" if dtype else ""), "sm_75 or later", dtype is not None, hint)
-    if facts.gpus:
-        count = facts.gpu_processes
-        hint = "nvidia-smi names them; what they hold is not free"
-        yield Check("other processes on the GPUs", str(count), "0", count == 0, hint)
+    yield from judge_gpus(facts.health)
 
 
 def _memory(facts: Facts) -> Iterable[Check]:
@@ -217,7 +216,13 @@ def look(model: str | None) -> Facts:
     """This machine, now. model: what `serve` would be given, if it is to be looked at, too. Downloads nothing."""
     import resource
 
-    driver, error, processes = _look_at_driver()
+    driver, error, health = _look_at_driver()
+    gpus: tuple[Gpu, ...] = ()
+    if driver is not None:
+        try:
+            gpus = probe().gpus
+        except UserError as lost:  # a GPU that fell off the bus
+            driver, error = None, lost.message
     temporary = tempfile.gettempdir()
     checkpoint, tokenizer = _look_at_model(model) if model is not None else (None, None)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -229,8 +234,8 @@ def look(model: str | None) -> Facts:
         driver=driver,
         driver_error=error,
         nvidia_devices=len(list(Path("/dev").glob("nvidia[0-9]*"))),
-        gpus=probe().gpus if driver else (),
-        gpu_processes=processes,
+        gpus=gpus,
+        health=health,
         host_free_bytes=available_host_bytes(),
         shm_free_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
         temporary=temporary,
@@ -281,23 +286,21 @@ def _torch_cuda() -> str | None:
     return match[1] if match else None
 
 
-def _look_at_driver() -> tuple[tuple[str, tuple[int, int]] | None, str, int]:
-    """((driver's version, newest CUDA that it runs) or None, why there is none, processes on all GPUs)."""
+def _look_at_driver() -> tuple[tuple[str, tuple[int, int]] | None, str, tuple[Health, ...]]:
+    """((driver's version, newest CUDA that it runs) or None, why there is none, how the GPUs are)."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return None, str(error), 0
+        return None, str(error), ()
     try:
         cuda = pynvml.nvmlSystemGetCudaDriverVersion()  # 13020 for 13.2
         number = pynvml.nvmlSystemGetDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        processes = sum(len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) for handle in handles)
         text = number.decode() if isinstance(number, bytes) else str(number)
-        return (text, (cuda // 1000, cuda % 1000 // 10)), "", processes
+        return (text, (cuda // 1000, cuda % 1000 // 10)), "", look_at_gpus(pynvml)
     except pynvml.NVMLError as error:
-        return None, str(error), 0
+        return None, str(error), ()
     finally:
         pynvml.nvmlShutdown()
 

@@ -1,13 +1,15 @@
-"""The way to a replica's leader rank: Request in, stream of Token out, over a Unix socket.
+"""The way to a replica's leader rank: Request in, stream of Token out, over a stream socket.
 
 One connection carries all streams. Closing a stream early cancels its request. When the leader dies, its streams end
-with an error; the leader of a restarted replica listens at the same path, and `keep_connected` finds it there. Knows
-nothing of text, HTTP or of what the leader does with a request.
+with an error, and `keep_connected` finds the leader of the restarted replica. Where that is, here or on another node, a
+Dial knows. Knows nothing of text, HTTP or of what the leader does with a request.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from ..parallel.engine.request import Request, Token
 from ..parallel.engine.wire import Cancel, Decoder, Done, Generate, Message, Refused, Stats, Tokens, encode
@@ -18,8 +20,46 @@ TOKENS_PER_TURN = 64  # given to their streams in one turn of the event loop; ea
 POLL_S = 0.05  # between attempts to reach a leader that is still loading
 
 
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Dial = Callable[[], Coroutine[Any, Any, Connection]]  # returns once there is a leader that can work
+
+
+def local(path: Path) -> Dial:
+    """To the leader that listens at this Unix socket, which it does only when it can work."""
+
+    async def dial() -> Connection:
+        while True:
+            try:
+                return await asyncio.open_unix_connection(path)
+            except (FileNotFoundError, ConnectionError, BlockingIOError):
+                await asyncio.sleep(POLL_S)
+
+    return dial
+
+
 class EngineDiedError(Exception):
     """The leader is gone, and what it was asked for with it."""
+
+
+class _Inbox:
+    """What has come for one stream and is not read yet. As asyncio.Queue, which takes three times as long, for each
+    token."""
+
+    def __init__(self) -> None:
+        self._items: deque[Token | Exception] = deque()
+        self._come: asyncio.Future[None] | None = None
+
+    def put(self, item: Token | Exception) -> None:
+        self._items.append(item)
+        if self._come is not None and not self._come.done():
+            self._come.set_result(None)
+
+    async def get(self) -> Token | Exception:
+        """By one reader alone."""
+        while not self._items:
+            self._come = asyncio.get_running_loop().create_future()
+            await self._come
+        return self._items.popleft()
 
 
 class EngineClient:
@@ -31,16 +71,18 @@ class EngineClient:
 
     def __init__(
         self,
-        path: Path,
+        dial: Dial,
         on_report: Callable[[Done | Stats], None] = lambda report: None,
         on_loss: Callable[[], None] = lambda: None,
     ) -> None:
-        self._path = path
+        self._dial = dial
         self._on_report = on_report
         self._on_loss = on_loss
-        self._streams: dict[str, asyncio.Queue[Token | Exception]] = {}
+        self._streams: dict[str, _Inbox] = {}
         self._writer: asyncio.StreamWriter | None = None
+        self._dialing: asyncio.Task[Connection] | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._leaving = False
         self._loss = ""  # why there is no connection, after there was one
         self._closed = False
         self._connections = 0
@@ -48,7 +90,8 @@ class EngineClient:
 
     @property
     def ready(self) -> bool:
-        return self._writer is not None
+        """Whether it takes further requests."""
+        return self._writer is not None and not self._leaving
 
     @property
     def dead(self) -> bool:
@@ -66,16 +109,20 @@ class EngineClient:
         return len(self._streams)
 
     async def connect(self) -> None:
-        """Returns once the leader listens, which it does only when it can work."""
-        while self._writer is None and not self._closed:
-            try:
-                reader, self._writer = await asyncio.open_unix_connection(self._path)
-            except (FileNotFoundError, ConnectionError, BlockingIOError):
-                await asyncio.sleep(POLL_S)
-            else:
-                self._connections += 1
-                self.found.set()
-                self._reading = asyncio.create_task(self._read(reader))
+        """Returns once there is a leader, or the client is closed."""
+        if self._writer is not None or self._closed:
+            return
+        self._dialing = asyncio.create_task(self._dial())
+        try:
+            reader, self._writer = await self._dialing
+        except asyncio.CancelledError:
+            if self._closed:
+                return
+            raise
+        self._leaving = False
+        self._connections += 1
+        self.found.set()
+        self._reading = asyncio.create_task(self._read(reader))
 
     async def keep_connected(self) -> None:
         """Connects, and again each time that the leader is gone; until `close`."""
@@ -91,7 +138,7 @@ class EngineClient:
         """
         if self._writer is None:
             raise EngineDiedError(self._loss or "the engine is not ready yet")
-        inbox: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        inbox = _Inbox()
         self._streams[request.id] = inbox
         self._send(Generate(request))
         ended = False
@@ -109,13 +156,18 @@ class EngineClient:
                 if not ended:
                     self._send(Cancel(request.id))
 
+    def leave(self) -> None:
+        """Takes no further requests until the leader is found anew; those that run go on."""
+        self._leaving = True
+
     def close(self, reason: str = "the connection was closed") -> None:
         """Ends the connection for good; the leader drops what still runs on it, and open streams raise
         EngineDiedError."""
         self._closed = True
         self._end(reason)
-        if self._reading is not None:
-            self._reading.cancel()
+        for task in (self._dialing, self._reading):
+            if task is not None:
+                task.cancel()
 
     def _send(self, message: Message) -> None:
         if self._writer is not None:
@@ -148,7 +200,7 @@ class EngineClient:
             if (inbox := self._streams.get(request_id)) is None:
                 continue
             for token in own:
-                inbox.put_nowait(token)
+                inbox.put(token)
             given += len(own)
             if given >= TOKENS_PER_TURN:
                 given = 0
@@ -157,7 +209,7 @@ class EngineClient:
 
     def _deliver(self, message: Message) -> None:
         if isinstance(message, Refused) and (inbox := self._streams.get(message.request_id)) is not None:
-            inbox.put_nowait(UserError(message.message))
+            inbox.put(UserError(message.message))
         elif isinstance(message, Done | Stats):
             self._on_report(message)
 
@@ -170,4 +222,4 @@ class EngineClient:
         self._on_loss()
         streams, self._streams = self._streams, {}
         for inbox in streams.values():
-            inbox.put_nowait(EngineDiedError(reason))
+            inbox.put(EngineDiedError(reason))

@@ -44,3 +44,8 @@ def _need(command: str, modules: tuple[str, ...], extra: str) -> None:
 def need_plot_extra(command: str) -> None:
     """The same for what draws."""
     _need(command, ("matplotlib",), "plot")
+
+
+def need_tools_extra(what: str) -> None:
+    """The same for what talks to tool servers."""
+    _need(what, ("mcp",), "tools")

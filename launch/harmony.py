@@ -294,7 +294,8 @@ class StreamParser:
         """What one more token says."""
         spelling = self._spelling.get(token_id)
         if spelling is None:
-            return list(self._plain(self._tokenizer.token_bytes(token_id)))
+            data = self._tokenizer.token_bytes(token_id)
+            return self._say(data) if data and self._open is not None else self._plain(data)
         if spelling in _ENDS:
             return list(self._end(_ENDS[spelling]))
         step = _MARKUP.get(spelling)
@@ -317,18 +318,15 @@ class StreamParser:
             deltas += self._close("unfinished")
         return deltas
 
-    def _plain(self, data: bytes) -> Iterator[Delta]:
-        """Ordinary bytes: of the message, or of a header."""
+    def _plain(self, data: bytes) -> list[Delta]:
+        """Bytes that no message is open for: of a header."""
         if not data:
             self.repair("unknown_id")
-        elif self._open is not None:
-            yield from self._say(data)
-        else:
-            header = self._header_or_new()
-            mark, before = header[-1]
-            header[-1] = (mark, before + data)
-            if is_hopeless(header, self._header_role):
-                yield from self._begin(complete=False)
+            return []
+        header = self._header_or_new()
+        mark, before = header[-1]
+        header[-1] = (mark, before + data)
+        return list(self._begin(complete=False)) if is_hopeless(header, self._header_role) else []
 
     def _start(self) -> Iterator[Delta]:
         if self._open is not None or self._header is not None:
@@ -402,23 +400,16 @@ class StreamParser:
         if header.text:
             yield from self._say(header.text)
 
-    def _say(self, data: bytes, final: bool = False) -> Iterator[Delta]:
+    def _say(self, data: bytes, final: bool = False) -> list[Delta]:
         assert self._open is not None
         text = self._utf8.decode(data, final)
-        if text:
-            self._texts.append(text)
-            start = self._open
-            # Not `replace`, which takes three times as long: this is done for each token.
-            yield Delta(
-                "text",
-                start.channel,
-                start.recipient,
-                start.content_type,
-                text,
-                start.role,
-                start.name,
-                start.index,
-            )
+        if not text:
+            return []
+        self._texts.append(text)
+        start = self._open
+        # Not `replace`, which takes three times as long: this is done for each token.
+        role, name, index = start.role, start.name, start.index
+        return [Delta("text", start.channel, start.recipient, start.content_type, text, role, name, index)]
 
     def _close(self, ended: Ended) -> Iterator[Delta]:
         assert self._open is not None

@@ -92,7 +92,7 @@ def find_job(target: str) -> tuple[int, Path]:
     """(id, run folder) of an id or a run folder. Raises UnknownJobError if it is none of ours."""
     if target.isascii() and target.isdigit():
         return int(target), _folder_of(int(target))
-    folder = Path(target).expanduser().absolute()
+    folder = Path(os.path.expanduser(target)).absolute()
     if not folder.is_dir():
         raise UnknownJobError(
             f"{target} is neither a job's id nor a run folder", "jobs COMMAND ID, or jobs COMMAND RUN"

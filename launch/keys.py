@@ -45,9 +45,12 @@ def read_keys(path: Path | None, environment: Mapping[str, str] = os.environ) ->
     return tuple(keys)
 
 
-def first_key(path: Path) -> str:
-    """The first key of such a file, to be sent to a server. Raises UserError if there is none."""
-    return _lines(_text(path), f"--api-key-file {path}")[0][1][0]
+def first_key(path: Path | None, environment: Mapping[str, str] = os.environ) -> str:
+    """The first key of such a file, or of the environment, as it is. Raises UserError if there is none."""
+    text, where = environment.get(KEYS_VARIABLE, ""), KEYS_VARIABLE
+    if path is not None:
+        text, where = _text(path), f"--api-key-file {path}"
+    return _lines(text, where)[0][1][0]
 
 
 def find_key(keys: Sequence[Key], given: bytes) -> Key | None:

@@ -49,10 +49,13 @@ def say_tiny(plan: Plan) -> None:
         click.echo(f"note: tiny shows that everything works: {what}", err=True)
 
 
-def memory_lines(plan: Plan, answers: Sequence[Ready]) -> list[str]:
-    """One line a rank: bytes as measured, beside those of the plan where it has the part, and the times of a step."""
+def memory_lines(plan: Plan, answers: Sequence[Ready], first_replica: int = 0) -> list[str]:
+    """One line a rank: bytes as measured, beside those of the plan where it has the part, and the times of a step.
+
+    answers: of replicas from first_replica on.
+    """
     lines = []
-    for place, answer in enumerate(answers):
+    for place, answer in enumerate(answers, first_replica * plan.ranks):
         planned = plan.memory[place] if place < len(plan.memory) else None
         parts = []
         for name, size in answer.memory.items():

@@ -5,7 +5,9 @@ be planned with neither weights nor network. Loads no torch.
 """
 
 import importlib.resources
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..parallel.planning.placement import read_routing
 from ..parallel.planning.plan import Plan
 from ..parallel.planning.planner import plan as choose_plan
 from ..parallel.planning.spec import PUBLISHED, Spec, read_config
-from .settings import Settings
+from .settings import ServeSettings, Settings
 
 TINY = "tiny"
 CONFIG = "config.json"
@@ -32,6 +34,10 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
     """
     spec, folder = resolve(model, need_weights=need_weights)
     machine = read_machine(settings.machine) if settings.machine else probe()
+    if isinstance(settings, ServeSettings):
+        machine = replace(machine, nodes=settings.nnodes)
+    elif need_weights:
+        machine = replace(machine, nodes=1)  # what runs the ranks of a plan here knows no other node
     asked = Asked(
         dtype=settings.dtype,
         gpu_memory_bytes=settings.gpu_memory_bytes,
@@ -49,11 +55,17 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
         routing=read_routing(settings.routing, spec.layers, spec.experts) if settings.routing else None,
     )
     plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)
-    here = len(probe().gpus) if need_weights and settings.machine and plan.device == "cuda" else plan.world_size
-    if plan.world_size > here:
-        message = f"the plan for {machine.name} does not run here: GPUs needed {plan.world_size}, found {here}"
-        raise UserError(message, "leave out --machine")
+    if need_weights and settings.machine:
+        check_gpus(plan, len(plan.replicas_of(0)), "leave out --machine")
     return plan
+
+
+def check_gpus(plan: Plan, replicas: int, hint: str) -> None:
+    """Raises UserError if so many replicas of `plan` do not have their GPUs here."""
+    needed = replicas * plan.ranks if plan.device == "cuda" else 0
+    if needed and needed > (here := len(probe().gpus)):
+        message = f"the plan for {plan.machine} does not run here: GPUs needed {needed}, found {here}"
+        raise UserError(message, hint)
 
 
 def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
@@ -77,7 +89,7 @@ def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
 def _local_folder(model: str) -> Path | None:
     if model == TINY:
         return tiny_folder()
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     return folder.resolve() if folder.is_dir() else None
 
 

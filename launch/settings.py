@@ -6,6 +6,7 @@ are made from them. A YAML key is the flag's name with underscores. Does not kno
 
 import dataclasses
 import importlib.resources
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
 KV_DTYPES: tuple[KvDType, ...] = (*DTYPES, "fp8")
 KERNELS: tuple[Kernels, ...] = ("triton", "plain", "cpu", "cpu-int8")
 MISSES: tuple[Misses, ...] = ("copied", "computed")
+Engine = Literal["ours", "vllm"]
+ENGINES: tuple[Engine, ...] = ("ours", "vllm")
 WORKLOADS: tuple[Workload, ...] = ("latency", "throughput")
 
 PRESETS = "serve"  # folder in gptoss_launch.configs
@@ -34,7 +37,7 @@ def read_text(value: Any) -> str:
 
 
 def read_path(value: Any) -> Path:
-    return Path(read_text(value)).expanduser()
+    return Path(os.path.expanduser(read_text(value)))  # which leaves ~nobody as it is
 
 
 def _size(value: Any) -> int:
@@ -59,6 +62,16 @@ def _origins(value: Any) -> tuple[str, ...]:
         if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\-\[\]:]+", origin):
             raise UserError(f"{origin!r} is no origin such as https://chat.example.org")
     return origins
+
+
+def _urls(value: Any) -> tuple[str, ...]:
+    """A list, or text with commas."""
+    items = value if isinstance(value, list | tuple) else str(value).split(",")
+    urls = tuple(str(item).strip() for item in items)
+    for url in urls:
+        if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
+            raise UserError(f"{url!r} is no URL such as http://127.0.0.1:9000/mcp")
+    return urls
 
 
 def _seconds(value: Any) -> float:
@@ -161,8 +174,22 @@ class ServeSettings(Settings):
     served_name: str | None = _key(
         None, "served-name", "NAME", read_text, "Model name in the API; MODEL when left out."
     )
+    engine: Engine = _key("ours", "engine", "|".join(ENGINES), one_of(ENGINES), "Who runs the plan: ours, or vLLM.")
+    tool_server: tuple[str, ...] = _key(
+        (), "tool-server", "URL,..", _urls, "MCP servers that run the built-in tools, python and browser."
+    )
+    nnodes: int = _key(1, "nnodes", "N", _number(1, 4096), "Nodes that work together, each by this command.")
+    node_rank: int = _key(0, "node-rank", "R", _number(0, 4095), "Which of them this one is; 0 is the head.")
+    head: str | None = _key(
+        None, "head", "HOST[:PORT]", read_text, "Address of node 0, where the others join; port 29500 if none is said."
+    )
+    node_key_file: Path | None = _key(
+        None, "node-key-file", "FILE", read_path, "Secret that nodes know each other by, the same on all of them."
+    )
     drain_s: float = _key(30.0, "drain-s", "SECONDS", _seconds, "How long running requests may take to end on SIGTERM.")
 
+
+NODE_SETTINGS = ("nnodes", "node_rank", "head", "node_key_file")
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -182,6 +209,17 @@ class _Reads(click.ParamType):
             return self._read(value)
         except UserError as error:
             self.fail(error.message, param, ctx)
+
+
+def setting_options(names: Sequence[str]) -> Callable[[Any], Any]:
+    """Decorator: an option for each of these settings of serve, for a command that has no others."""
+
+    def decorate(command: Any) -> Any:
+        for one in reversed([one for one in dataclasses.fields(ServeSettings) if one.name in names]):
+            command = _option(one)(command)
+        return command
+
+    return decorate
 
 
 def settings_options(kind: type[Settings]) -> Callable[[Any], Any]:

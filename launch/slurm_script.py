@@ -14,7 +14,12 @@ from .slurm_settings import Job, Kind
 # kind: (what USR1, ahead of the time limit, is passed on as; the exit code that means "stopped as asked, can go on";
 #        functions of its template that the nodes need; values that they need)
 _NODE_PARTS: dict[Kind, tuple[str, int, str, str]] = {
-    "serve": ("TERM", 0, "on_node", ""),  # a server that is asked to end drains, ends with 0, and starts again
+    "serve": (
+        "TERM",
+        0,
+        "on_node keep_joined",
+        "",
+    ),  # a server that is asked to end drains, ends with 0, and starts again
     "finetune": ("USR1", 75, "signal_ranks on_node", " torchrun ranks_per_node rendezvous"),
     "bench": ("TERM", 75, "on_node", ""),
     "preflight": ("TERM", 75, "on_node", ""),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..parallel.errors import UserError, did_you_mean
-from .settings import ServeSettings
+from .settings import NODE_SETTINGS, ServeSettings
 from .slurm_options import read_option
 
 Kind = Literal["serve", "finetune", "bench", "preflight"]
@@ -215,10 +215,9 @@ def make_job(kind: Kind, layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> J
         "signal": f"B:USR1@{launching.lead_s}",
     }
     resolved = {name: value for name, value in (defaults | options | ours).items() if value is not False}
-    if kind in ("serve", "bench") and resolved["nodes"] != "1":
-        raise UserError(
-            f"{kind} runs on one node so far, not on {resolved['nodes']}", "--nodes=1, and one job for each server"
-        )
+    if resolved["nodes"] != "1" and (kind == "bench" or payload.get("engine") == "vllm"):
+        what = "bench measures" if kind == "bench" else "engine vllm serves on"
+        raise UserError(f"{what} one node, not {resolved['nodes']}", "--nodes=1")
     env = tuple((name, _read_variable(name, value)) for name, value in merged["env"].items())
     return Job(kind, tuple(resolved.items()), env, launching, command, host, port, payload)
 
@@ -275,7 +274,7 @@ def _switch(value: str) -> bool:
 
 def _model(value: str) -> str:
     """A folder becomes absolute, for the job starts elsewhere; a hub id or `tiny` stays."""
-    folder = Path(_text(value)).expanduser()
+    folder = Path(os.path.expanduser(_text(value)))
     return str(folder.absolute()) if folder.is_dir() else value
 
 
@@ -290,7 +289,7 @@ def _assignments(value: Any) -> tuple[str, ...]:
 
 def _config(value: str) -> str:
     """A file becomes absolute; the name of a preset stays."""
-    path = Path(_text(value)).expanduser()
+    path = Path(os.path.expanduser(_text(value)))
     return str(path.absolute()) if path.is_file() else value
 
 
@@ -311,8 +310,11 @@ def _serve_reader(setting: "dataclasses.Field[Any]") -> Callable[[str], str]:
     return read
 
 
-_SERVE = {one.metadata["flag"].replace("-", "_"): _serve_reader(one) for one in dataclasses.fields(ServeSettings)}
-_SERVE |= {"host": _word}
+_SERVE = {
+    one.metadata["flag"].replace("-", "_"): _serve_reader(one)
+    for one in dataclasses.fields(ServeSettings)
+    if one.name not in NODE_SETTINGS  # settled where the job runs
+} | {"host": _word}
 
 
 def _numbers(low: float) -> Callable[[str], str]:
@@ -350,7 +352,7 @@ PAYLOAD_KEYS: dict[Kind, dict[str, Callable[[Any], Any]]] = {
     "serve": {"model": _model, **_SERVE},
     "finetune": {"config": _config, "set": _assignments},
     "bench": {"what": _one_of("decode", "prefill", "serve"), "target": _model, **_BENCH},
-    "preflight": {"model": _model},
+    "preflight": {"model": _model, "measure": _switch},
 }
 
 _Command = tuple[tuple[str, ...], str | None, int | None]
@@ -404,7 +406,9 @@ def _bench_command(payload: Mapping[str, Any]) -> _Command:
 
 
 def _preflight_command(payload: Mapping[str, Any]) -> _Command:
-    return ("doctor", *([_argument(_model(payload["model"]))] if "model" in payload else [])), None, None
+    """Measures unless it is told not to: a slow link is what it is there to find."""
+    model = [_argument(_model(payload["model"]))] if "model" in payload else []
+    return ("doctor", *model, *_flags({"measure": "true"} | dict(payload), {"measure": _switch})), None, None
 
 
 def _argument(text: str) -> str:

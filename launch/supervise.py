@@ -1,4 +1,5 @@
-"""Everything that runs for one command: a torchrun for each replica, and the HTTP process, in one private run folder.
+"""Everything that runs for one command: a torchrun for each replica of this node, and on the first node the HTTP
+process, in one private run folder.
 
 Starts them, says when they are ready or which died first, restarts replicas that die while others serve (`restarts`),
 and ends them. Nothing outlives the command: every process holds a lifeline (`lifeline`) on a control socket in the run
@@ -16,17 +17,15 @@ alone, and the HTTP process remove all of it.
 
 import asyncio
 import os
-import signal
 import socket
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
 
 from ..parallel.engine.lifeline import remove_folder
 from ..parallel.engine.wire import Progress, Ready
@@ -38,7 +37,6 @@ from .keys import KEYS_VARIABLE
 from .restarts import NO_RESTARTS, RESTARTS, Restarts
 
 WORKER = "gptoss_launch.parallel.engine.worker"
-T = TypeVar("T")
 SOCKET_PATH_BYTES = 107  # sun_path is 108 bytes with its closing zero (unix(7))
 STOP_S = 2.5  # ranks have this long to end by themselves; with drain and kill the whole stays under 5 s
 
@@ -46,6 +44,7 @@ STOP_S = 2.5  # ranks have this long to end by themselves; with drain and kill t
 class Supervisor:
     """Use as `async with`: leaving it ends every process and removes the run folder.
 
+    replicas: those of the plan that run here; all of them unless given.
     worker: the module that every rank runs. worker_arguments: of its command line, beside those that every rank gets.
     on_progress: called with bytes read and bytes to read, over all ranks. say: takes what a person should read about
     replicas that die and come back. restarts: how often they may.
@@ -59,7 +58,9 @@ class Supervisor:
         worker_arguments: Sequence[str] = (),
         say: Callable[[str], None] = lambda line: None,
         restarts: Restarts = RESTARTS,
+        replicas: range | None = None,
     ) -> None:
+        self._own = range(plan.dp) if replicas is None else replicas
         self._say = say
         # With one replica nobody would be served meanwhile, and whoever started us can restart all of it.
         self._restarts = restarts if plan.dp > 1 else NO_RESTARTS
@@ -69,7 +70,7 @@ class Supervisor:
         self._worker_arguments = worker_arguments
         self._on_progress = on_progress
         self._progress: dict[tuple[int, int], Progress] = {}
-        self._replicas: list[Crew] = []
+        self._replicas: dict[int, Crew] = {}
         self._http: Crew | None = None
 
     async def __aenter__(self) -> "Supervisor":
@@ -89,21 +90,25 @@ class Supervisor:
         return self.folder / f"engine-{replica}.sock"
 
     async def start_replicas(self) -> None:
-        for replica in range(self._plan.dp):
-            crew = self._crew(replica)
-            self._replicas.append(crew)
+        for replica in self._own:
+            self._replicas[replica] = crew = self._crew(replica)
             await self._start(replica, crew)
 
-    async def start_http(self, listener: socket.socket, arguments: Sequence[str]) -> None:
-        """Hands `listener` over to the HTTP process: it is closed here. arguments: more of its command line."""
+    async def start_http(
+        self, listener: socket.socket, arguments: Sequence[str], nodes: socket.socket | None = None
+    ) -> None:
+        """Hands `listener` over to the HTTP process: it is closed here. arguments: more of its command line. nodes:
+        where other nodes come in, handed over likewise."""
         control = self.folder / "http.sock"
         self._http = Crew(control, 1, lambda rank: None)
         command = [sys.executable, "-m", "gptoss_launch.launch.api", "--control", str(control)]
         command += ["--fd", str(listener.fileno()), "--plan", str(self.plan_file), *arguments]
-        for replica in range(self._plan.dp):
+        for replica in self._own:
             command += ["--engine", str(self.engine_socket(replica))]
-        with listener:
-            await self._http.start(command, log=None, pass_fds=(listener.fileno(),))
+        with listener, nodes or nullcontext():
+            command += [] if nodes is None else ["--nodes-fd", str(nodes.fileno())]
+            passed = [one.fileno() for one in (listener, nodes) if one is not None]
+            await self._http.start(command, log=None, pass_fds=passed)
 
     async def ready(self) -> tuple[Ready, ...]:
         """What every rank measured, once all processes can work. Raises the UserError of the first that cannot."""
@@ -115,26 +120,30 @@ class Supervisor:
                     raise failed.result()
         finally:
             failed.cancel()
-        return tuple(answer for crew in self._replicas for answer in self._checked(crew.ready.result()))
+        return tuple(answer for crew in self._replicas.values() for answer in self._checked(crew.ready.result()))
 
     async def failed(self) -> UserError:
         """Waits until the command cannot go on, and says why; to be called once all are ready. Restarts replicas
-        meanwhile: it goes on while one that may live remains. With nothing wrong it waits for ever."""
-        kept = [asyncio.create_task(self._keep(replica)) for replica in range(self._plan.dp)]
+        meanwhile: it goes on while one that may live remains, and on the first of several nodes as long as the HTTP
+        process lives, since others may come back at any time. With nothing wrong it waits for ever."""
+        kept: dict[asyncio.Future[UserError], int] = {
+            asyncio.create_task(self._keep(replica)): replica for replica in self._own
+        }
         http = {self._http.failed} if self._http else set()
         left = set(kept)
+        here = " here" if self._plan.nodes > 1 else ""
         try:
             while True:
                 done, _ = await asyncio.wait({*left, *http}, return_when=asyncio.FIRST_COMPLETED)
                 left -= done
                 error = next(iter(done & http or done)).result()
-                if done & http or not left:
+                if done & http or not (left or (http and self._plan.nodes > 1)):
                     return error
-                gone = [replica for replica, task in enumerate(kept) if task in done]
+                gone = [kept[task] for task in done]
                 await asyncio.gather(*map(self._clear, gone))
                 names = " and ".join(f"replica {replica}" for replica in gone)
                 most = f"{len(self._restarts.pauses_s)} restarts within {self._restarts.within_s:g} s"
-                self._say(f"{names} died after {most}: {len(left)} of {len(kept)} replicas are left: {error}")
+                self._say(f"{names} died after {most}: {len(left)} of {len(kept)} replicas are left{here}: {error}")
         finally:
             for task in kept:
                 task.cancel()
@@ -194,7 +203,7 @@ class Supervisor:
                 pass
 
     def _crews(self) -> list[Crew]:
-        return [*([self._http] if self._http else []), *self._replicas]
+        return [*([self._http] if self._http else []), *self._replicas.values()]
 
     def _crew(self, replica: int) -> Crew:
         """A new life of this replica, and its folder. The number of the life keeps whatever is late in an earlier one
@@ -210,7 +219,8 @@ class Supervisor:
         life = crew.control.parent
         control, listen = life.with_name(f"{life.name}.sock"), self.engine_socket(replica)
         command = torchrun_command(self._worker, self._plan.ranks, self.plan_file, control, crew.control, listen, life)
-        environment = os.environ | replica_environment(self._plan, replica, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        place = replica - self._own.start
+        environment = os.environ | replica_environment(self._plan, place, os.environ.get("CUDA_VISIBLE_DEVICES"))
         environment.pop(KEYS_VARIABLE, None)  # no business of a rank's
         await crew.start([*command, *self._worker_arguments], life / "torchrun.log", environment=environment)
 
@@ -241,43 +251,6 @@ class Supervisor:
         return count
 
 
-class StopSignals:
-    """SIGTERM and SIGINT as things to wait for: `first` asks for an orderly end, `second` for an end at once."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.first: asyncio.Future[signal.Signals] = loop.create_future()
-        self.second: asyncio.Future[signal.Signals] = loop.create_future()
-
-    @contextmanager
-    def caught(self) -> Iterator["StopSignals"]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._take, number)
-        try:
-            yield self
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-
-    def _take(self, number: signal.Signals) -> None:
-        for future in (self.first, self.second):
-            if not future.done():
-                future.set_result(number)
-                return
-
-
-async def until(work: Coroutine[Any, Any, T], stop: asyncio.Future[signal.Signals]) -> T | None:
-    """The result of `work`, or None, and `work` cancelled, if `stop` comes first."""
-    working = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({working, stop}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
-
-
 def torchrun_command(
     worker: str, ranks: int, plan: Path, torchrun_control: Path, control: Path, listen: Path, logs: Path
 ) -> list[str]:
@@ -294,8 +267,9 @@ def torchrun_command(
     ]
 
 
-def replica_environment(plan: Plan, replica: int, visible: str | None) -> dict[str, str]:
+def replica_environment(plan: Plan, place: int, visible: str | None) -> dict[str, str]:
     """Environment variables that give a replica its own GPUs, of those in `visible` (CUDA_VISIBLE_DEVICES) or of all.
+    place: its place among the replicas of this node.
 
     GPUs are numbered by bus, as the plan's machine has them; CUDA alone would put the fastest first. With
     expandable segments torch's allocator holds no freed blocks of sizes that do not come again, which no plan foresees.
@@ -304,7 +278,7 @@ def replica_environment(plan: Plan, replica: int, visible: str | None) -> dict[s
     if plan.device != "cuda":
         return {"OMP_WAIT_POLICY": "passive"}
     here = [str(index) for index in range(plan.world_size)] if visible is None else visible.split(",")
-    own = here[replica * plan.ranks : (replica + 1) * plan.ranks]
+    own = here[place * plan.ranks : (place + 1) * plan.ranks]
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": ",".join(own),

@@ -44,7 +44,13 @@ class Forced:
             words_W = engine.words.device_W
             inputs.begin_rows(record.head, words_W, engine.rows)
             batch = inputs.batch(
-                record.head, record.chunks, words_W, engine.rows, engine.plan.spec, engine.plan.page_tokens
+                record.head,
+                record.chunks,
+                words_W,
+                engine.rows,
+                engine.plan.spec,
+                engine.plan.page_tokens,
+                engine.ops.locate,
             )
             every = torch.arange(len(tokens), device=engine.device)
             logits_SV = engine.forward(dataclasses.replace(batch, wanted_S=every[wanted]))

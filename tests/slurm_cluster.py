@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 NODES = {"node2": "203.0.113.12", "node10": "203.0.113.20"}  # TEST-NET-3 (RFC 5737): never routed
@@ -90,10 +90,11 @@ def install() -> None:
 class Cluster:
     """proctrack: cgroup, as clusters have it, or linuxproc: they differ in which processes a signal reaches.
 
-    root: a short path, for sockets are in it.
+    root: a short path, for sockets are in it. nodes: name -> address; one cluster at a time can be up.
     """
 
-    def __init__(self, root: Path, proctrack: str) -> None:
+    def __init__(self, root: Path, proctrack: str, nodes: Mapping[str, str] = NODES) -> None:
+        self.nodes = nodes
         self.root = root
         self.proctrack = proctrack
         self.environment = {"SLURM_CONF": str(root / "slurm.conf")}
@@ -111,13 +112,13 @@ class Cluster:
         # slurmctld listens on what the host's name resolves to, so it gets an /etc/hosts of its own.
         self._start("unshare", "--mount", "sh", "-c", f"{hosts} && exec slurmctld {configured}")
         self._wait("slurmctld", lambda: "is UP" in self.slurm("scontrol", "ping").stdout)
-        for name in NODES:
+        for name in self.nodes:
             program = f"hostname {name} && {hosts} && exec slurmd -N {name} {configured}"
             namespace = f"--net=/run/netns/glt{name}"
             self._start("nsenter", namespace, "unshare", "--uts", "--mount", "sh", "-c", program)
-        self._wait(
-            "nodes", lambda: self.slurm("sinfo", "-h", "-N", "-p", "debug", "-o", "%T").stdout.split() == ["idle"] * 2
-        )
+        idle = ["idle"] * len(self.nodes)
+        states = ("sinfo", "-h", "-N", "-p", "debug", "-o", "%T")
+        self._wait("nodes", lambda: self.slurm(*states).stdout.split() == idle)
 
     def down(self) -> None:
         """Ends jobs, daemons and namespaces."""
@@ -128,16 +129,16 @@ class Cluster:
             self._wait("jobs to end", lambda: not self.slurm("squeue", "-h").stdout.strip(), give_up=False)
         for pid_file in (*self.root.glob("slurmd.*.pid"), self.root / "slurmctld.pid", self.root / "munged.pid"):
             self._stop(pid_file)
-        for number, name in enumerate(NODES):
+        names = {*self.nodes, *(path.name[3:] for path in Path("/run/netns").glob("glt*"))}  # whoever brought them up
+        for link in Path("/sys/class/net").glob("gltv*"):  # now, and not when the kernel ends the namespace
+            run("ip", "link", "del", link.name, check=False)
+        for name in names:
             if Path(f"/run/netns/glt{name}").exists():
                 for pid in run("ip", "netns", "pids", f"glt{name}", check=False).stdout.split():
                     os.kill(int(pid), signal.SIGKILL)
-                run(
-                    "ip", "link", "del", f"gltv{number}", check=False
-                )  # now, and not when the kernel ends the namespace
                 run("ip", "netns", "del", f"glt{name}", check=False)
         run("ip", "link", "del", BRIDGE, check=False)
-        for name in NODES:
+        for name in names:
             for folder in sorted(FREEZER.glob(f"slurm_{name}/**/"), reverse=True):
                 try:
                     folder.rmdir()
@@ -149,17 +150,33 @@ class Cluster:
         """One of Slurm's programs, as on the login node; its exit code is the caller's to look at."""
         return run(*command, check=False, env=os.environ | self.environment)
 
+    def plug(self, name: str, *, out: bool) -> None:
+        """Pulls the network cable of a node, or puts it back."""
+        run("ip", "link", "set", f"gltv{list(self.nodes).index(name)}", "down" if out else "up")
+
+    def processes(self, name: str, *words: str) -> list[int]:
+        """Those on a node whose command line has one of `words` in it, but for shells."""
+        found = []
+        for pid in run("ip", "netns", "pids", f"glt{name}").stdout.split():
+            try:
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if Path(line[0]).name not in ("bash", "slurmstepd:") and any(word in line for word in words):
+                found.append(int(pid))
+        return found
+
     def _write_files(self) -> None:
-        for folder in ("state", *(f"spool.{name}" for name in NODES)):
+        for folder in ("state", *(f"spool.{name}" for name in self.nodes)):
             (self.root / folder).mkdir(parents=True)
         key = self.root / "munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
         host = os.uname().nodename.partition(".")[0]
-        names = ",".join(NODES)
+        names = ",".join(self.nodes)
         text = CONFIG.format(host=host, login=LOGIN, root=self.root, proctrack=self.proctrack, nodes=names)
         lines = text.splitlines(keepends=True)
-        nodes = [NODE.format(name=name, address=address, gpus=GPUS) for name, address in NODES.items()]
+        nodes = [NODE.format(name=name, address=address, gpus=GPUS) for name, address in self.nodes.items()]
         (self.root / "slurm.conf").write_text("".join([*lines[:-2], *nodes, *lines[-2:]]))
         for gpu in range(GPUS):  # a GPU must be a character device; this one is /dev/null
             os.mknod(self.root / f"nvidia{gpu}", 0o666 | 0o020000, os.makedev(1, 3))
@@ -168,14 +185,14 @@ class Cluster:
         version = run("slurmctld", "-V").stdout.split()[1]
         disabled = self.proctrack != "cgroup" and tuple(map(int, version.split(".")[:2])) >= (23, 11)
         (self.root / "cgroup.conf").write_text(f"CgroupPlugin={'disabled' if disabled else 'cgroup/v1'}\n")
-        hosts = [f"127.0.0.1 localhost\n{LOGIN} {host}\n", *(f"{at} {name}\n" for name, at in NODES.items())]
+        hosts = [f"127.0.0.1 localhost\n{LOGIN} {host}\n", *(f"{at} {name}\n" for name, at in self.nodes.items())]
         (self.root / "hosts").write_text("".join(hosts))
 
     def _network(self) -> None:
         run("ip", "link", "add", BRIDGE, "type", "bridge")
         run("ip", "address", "add", f"{LOGIN}/24", "dev", BRIDGE)
         run("ip", "link", "set", BRIDGE, "up")
-        for number, (name, address) in enumerate(NODES.items()):
+        for number, (name, address) in enumerate(self.nodes.items()):
             namespace, link = f"glt{name}", f"gltv{number}"
             run("ip", "netns", "add", namespace)
             run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", namespace)

@@ -119,6 +119,10 @@ def test_a_base_install_says_what_serving_needs(base: Path, tmp_path: Path) -> N
     first, second = done.stderr.splitlines()
     assert first.startswith("error: serve needs ") and "torch" in first
     assert second == "hint: pip install 'gptoss-launch[serve]'"
+    command = [str(base / "gptoss-launch"), "doctor", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    found = {check["name"]: check["found"] for check in json.loads(done.stdout)["checks"] if not check["ok"]}
+    assert done.returncode == 4 and found["torch"] == found["msgpack"] == "not installed"
 
 
 def test_the_installed_wheel_serves_tiny(serving: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import gc
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,19 +24,22 @@ from ...parallel.engine.wire import Failed, Ready, encode
 from ...parallel.errors import UserError
 from ...parallel.planning.plan import Plan
 from ..dispatch import Dispatch
-from ..engine_client import EngineClient
+from ..engine_client import EngineClient, local
 from ..keys import read_keys
+from ..nodes import read_node_key
 from ..tokenizer import load_tokenizer
 from .app import create_app
 from .front import Front, open_front
 from .lag import watch_lag
 from .metrics import Metrics
+from .node_door import NodeDoor
 from .openapi import add_openapi
 from .page import page_routes
 from .protocol import connection
 from .record import AccessLog, make_tracer
 from .replicas import REQUEST_LIMIT, Replicas
 from .served import Served
+from .tool_server import find_tools
 
 
 class _Server(uvicorn.Server):
@@ -50,12 +54,15 @@ def main() -> None:
     parser.add_argument("--control", type=Path, required=True)
     parser.add_argument("--fd", type=int, required=True, help="the listening socket, inherited")
     parser.add_argument("--plan", type=Path, required=True)
-    parser.add_argument("--engine", type=Path, action="append", required=True, help="a leader's socket, one a replica")
+    parser.add_argument("--engine", type=Path, action="append", help="a leader's socket, one a replica of this node")
+    parser.add_argument("--nodes-fd", type=int, help="where other nodes come in, inherited")
+    parser.add_argument("--node-key-file", type=Path)
     parser.add_argument("--served-name", required=True)
     parser.add_argument("--api-key-file", type=Path)
     parser.add_argument("--tls-cert", type=Path)
     parser.add_argument("--tls-key", type=Path)
     parser.add_argument("--cors-origin", action="append", default=[])
+    parser.add_argument("--tool-server", action="append", default=[])
     parser.add_argument("--access-log")
     parser.add_argument("--otlp")
     parser.add_argument("--drain-s", type=float, required=True)
@@ -74,15 +81,21 @@ def main() -> None:
 async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None:
     plan = Plan.load(arguments.plan)
     assert plan.checkpoint is not None, "only a plan with weights is served"
-    dispatch = Dispatch(len(arguments.engine))
-    metrics = Metrics(CollectorRegistry(), arguments.served_name, len(arguments.engine))
+    dials = [local(path) for path in arguments.engine]
+    door = None
+    if arguments.nodes_fd is not None:
+        door = NodeDoor(plan, read_node_key(arguments.node_key_file), partial(print, file=sys.stderr, flush=True))
+        dials += [door.dial(replica) for replica in range(len(dials), plan.dp)]
+    dispatch = Dispatch(len(dials))
+    metrics = Metrics(CollectorRegistry(), arguments.served_name, len(dials))
     engines = [
-        EngineClient(path, partial(metrics.report, replica), partial(dispatch.forget, replica))
-        for replica, path in enumerate(arguments.engine)
+        EngineClient(dial, partial(metrics.report, replica), partial(dispatch.forget, replica))
+        for replica, dial in enumerate(dials)
     ]
     tokenizer = load_tokenizer(Path(plan.checkpoint))
     replicas = Replicas(engines, dispatch, metrics)
-    routes = create_app(Served(arguments.served_name, plan.context_tokens, tokenizer, replicas))
+    tools = await find_tools(arguments.tool_server) if arguments.tool_server else None
+    routes = create_app(Served(arguments.served_name, plan.context_tokens, tokenizer, replicas, tools=tools))
     routes.include_router(page_routes(plan))
     add_openapi(routes)
     front = Front(
@@ -124,6 +137,8 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
     # What is there now stays: looking through it again and again would hold up every stream.
     gc.collect()
     gc.freeze()
+    if door is not None:
+        await door.open(socket.socket(fileno=arguments.nodes_fd), engines)
     works = announce(), watch_lag(metrics.lag), *(one.keep_connected() for one in engines)
     background = [asyncio.create_task(work) for work in works]
     with socket.socket(fileno=arguments.fd) as listener:
@@ -131,6 +146,8 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
     for task in background:
         task.cancel()
     close_all()
+    if door is not None:
+        await door.close()
 
 
 if __name__ == "__main__":

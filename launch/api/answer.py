@@ -3,6 +3,7 @@
     analysis                            reasoning
     final, commentary to nobody         content (a preamble before a tool call is content)
     to functions.NAME, if offered       a tool call; to NAME alone, too
+    to python or browser, if offered    a run of that built-in tool
     final, to anyone else               content
     to anyone else                      reasoning: nobody waits for it, and it is no answer
 
@@ -55,6 +56,33 @@ class Arguments:
 
 
 @dataclass(frozen=True)
+class Run:
+    """A built-in tool is called; what it is given follows. name: python, or browser.search and so on. channel: of the
+    message."""
+
+    name: str
+    channel: str | None
+
+
+@dataclass(frozen=True)
+class RunInput:
+    text: str
+
+
+@dataclass(frozen=True)
+class RunBegun:
+    """It has been given everything, and works now."""
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """What the tool said (`tool_loop`). failed: it could not do what it was asked."""
+
+    text: str
+    failed: bool
+
+
+@dataclass(frozen=True)
 class End:
     """The last piece. reasoning_tokens: those of reasoning messages after their header, their end included."""
 
@@ -63,7 +91,7 @@ class End:
     reasoning_tokens: int
 
 
-Piece = Reasoning | Content | Call | Arguments | End
+Piece = Reasoning | Content | Call | Arguments | Run | RunInput | RunBegun | RunOutput | End
 
 
 class StopStrings:
@@ -76,6 +104,8 @@ class StopStrings:
 
     def feed(self, text: str) -> str:
         """What may be shown now; after a hit nothing more."""
+        if not self._stops:
+            return text
         if self.hit:
             return ""
         self._held += text
@@ -109,15 +139,21 @@ class Parser(Telling, Protocol):
 
 
 class Answer:
-    """What has been said so far, one token at a time; `read_answer` drives it. keep_tokens: Content carries them."""
+    """What has been said so far, one token at a time; `read_answer` drives it, and has the meaning of what it takes."""
 
     def __init__(
-        self, parser: Parser, stops: Sequence[str], functions: Collection[str], keep_tokens: bool = False
+        self,
+        parser: Parser,
+        stops: Sequence[str],
+        functions: Collection[str],
+        keep_tokens: bool = False,
+        builtins: Collection[str] = (),
     ) -> None:
         self._parser = parser
         self._stops = StopStrings(stops)
         self._functions = functions
-        self._place: Literal["reasoning", "content", "call"] | None = None  # of the open message
+        self._builtins = builtins
+        self._place: Literal["reasoning", "content", "call", "run"] | None = None  # of the open message
         self._message, self._preamble = 0, False  # of the content that came last
         self._calls = 0
         self._tokens = ContentTokens(parser) if keep_tokens else None
@@ -153,21 +189,13 @@ class Answer:
     def _pieces(self, deltas: Sequence[Delta]) -> list[Piece]:
         pieces: list[Piece] = []
         for delta in deltas:
-            function = self._function(delta)
-            to_tool = delta.recipient is not None and delta.channel != "final"
-            reasons = delta.channel == "analysis" or to_tool
-            self._place = "call" if function is not None else "reasoning" if reasons else "content"
             if delta.kind == "start":
-                if self._tokens is not None:
-                    self._tokens.begin(self._place)
-                if kind := _recipient_repair(delta, function):
-                    self._parser.repair(kind)
-            if delta.kind == "start" and function is not None:
-                pieces.append(Call(self._calls, f"call_{secrets.token_hex(12)}", function))
-                self._calls += 1
-            elif delta.kind == "text" and function is not None:
+                pieces += self._begin(delta)
+            elif delta.kind == "text" and self._place == "call":
                 pieces.append(Arguments(self._calls - 1, delta.text))
-            elif delta.kind == "text" and reasons:
+            elif delta.kind == "text" and self._place == "run":
+                pieces.append(RunInput(delta.text))
+            elif delta.kind == "text" and self._place == "reasoning":
                 pieces.append(Reasoning(delta.text, delta.index))
             elif delta.kind == "text":
                 if self._tokens is not None:
@@ -179,12 +207,30 @@ class Answer:
                 self._place = None
         return pieces
 
+    def _begin(self, start: Delta) -> list[Piece]:
+        """A message begins, and it is known what it is."""
+        function = self._called(start)
+        to_tool = start.recipient is not None and start.channel != "final"
+        reasons = start.channel == "analysis" or to_tool
+        runs = to_tool and function is None and (start.recipient or "").partition(".")[0] in self._builtins
+        self._place = "call" if function is not None else "run" if runs else "reasoning" if reasons else "content"
+        if self._tokens is not None:
+            self._tokens.begin(self._place)
+        if kind := _recipient_repair(start, function):
+            self._parser.repair(kind)
+        if runs:
+            return [Run(start.recipient or "", start.channel)]
+        if function is None:
+            return []
+        self._calls += 1
+        return [Call(self._calls - 1, f"call_{secrets.token_hex(12)}", function)]
+
     def _content(self, shown: str) -> list[Piece]:
         tokens = () if self._tokens is None else self._tokens.show(shown)
         return [Content(shown, tokens, self._message, self._preamble)] if shown else []
 
-    def _function(self, delta: Delta) -> str | None:
-        name = delta.recipient or ""
+    def _called(self, start: Delta) -> str | None:
+        name = start.recipient or ""
         while name.startswith("functions."):
             name = name.removeprefix("functions.")
         return name if name in self._functions else None
@@ -207,14 +253,16 @@ async def read_answer(
     on_stop: Callable[[], None] = lambda: None,
     unseen: Collection[int] = (),
     keep_tokens: bool = False,
+    builtins: Collection[str] = (),
 ) -> AsyncGenerator[Piece]:
     """The pieces of an answer as its tokens come; closes `tokens` when it ends, also early. The last piece is an End.
 
-    functions: the names that the model was offered. on_stop: called when a stop string ends it, before `tokens` is
-    closed. unseen: ids of stop tokens that are no part of the answer. keep_tokens: Content carries its tokens. A
-    deadline that passed ends it like a length: OpenAI's clients know no other word for "cut short".
+    functions: the names that the model was offered; builtins: of "python" and "browser", those. on_stop: called when a
+    stop string ends it, before `tokens` is closed. unseen: ids of stop tokens that are no part of the answer.
+    keep_tokens: Content carries its tokens. A deadline that passed ends it like a length: OpenAI's clients know no
+    other word for "cut short".
     """
-    answer = Answer(parser, stops, functions, keep_tokens)
+    answer = Answer(parser, stops, functions, keep_tokens, builtins)
     reason: Literal["stop", "length"] = "stop"
     async with aclosing(tokens):
         async for token in tokens:

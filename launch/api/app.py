@@ -15,7 +15,6 @@ Sees the engine only as `generate(Request) -> stream of Token`.
 
 import asyncio
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from ..version import own_version
 from .chat_completions import chat_job
 from .completions import completion_job, parse_completion_request
 from .errors import ApiError, explain
@@ -57,7 +57,7 @@ def create_app(served: Served) -> FastAPI:
 
     @app.get("/version")
     async def version_route() -> dict[str, Any]:
-        return {"version": _version()}
+        return {"version": own_version()}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -112,13 +112,6 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def mistake(request: HttpRequest, error: Exception) -> Response:
         return JSONResponse(explain(error).body(), 500)
-
-
-def _version() -> str:
-    try:
-        return version("gptoss-launch")
-    except PackageNotFoundError:
-        return "not installed, run from its source"
 
 
 def _model(served: Served) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from ..harmony import Conversation, Developer, FunctionTool, Message, ResponseFo
 from .constraint import Format, Named, Offered, ToolChoice
 from .errors import ApiError
 from .schema import (
+    BUILTINS,
+    AnyTool,
     AssistantMessage,
+    BuiltinTool,
     ChatMessage,
     ChatRequest,
     JsonObject,
@@ -23,13 +26,14 @@ from .schema import (
     Tool,
     ToolMessage,
 )
+from .served import Served
 
 Effort = Literal["low", "medium", "high"]
 
 
 def conversation(
     messages: Sequence[ChatMessage],
-    tools: Sequence[Tool] = (),
+    tools: Sequence[AnyTool] = (),
     effort: Effort | None = None,
     today: date | None = None,
     response_format: ResponseFormat | None = None,
@@ -43,13 +47,26 @@ def conversation(
     first = next((i for i, message in enumerate(messages) if not isinstance(message, SystemMessage)), len(messages))
     instructions = "\n\n".join(_text(message.content) for message in messages[:first] if message.content)
     functions = tuple(
-        FunctionTool(tool.function.name, tool.function.description or "", tool.function.parameters) for tool in tools
+        FunctionTool(tool.function.name, tool.function.description or "", tool.function.parameters)
+        for tool in tools
+        if isinstance(tool, Tool)
     )
+    builtins = tuple(BUILTINS[tool.type] for tool in tools if isinstance(tool, BuiltinTool))
     developer = None
     if instructions or functions or response_format:
         developer = Developer(instructions or None, functions, response_format)
-    system = System(reasoning_effort=effort or "medium", current_date=today.isoformat() if today else None)
+    date_told = today.isoformat() if today else None
+    system = System(reasoning_effort=effort or "medium", current_date=date_told, builtin_tools=builtins)
     return Conversation(tuple(_messages(messages, first)), system, developer)
+
+
+def check_builtins(tools: Sequence[AnyTool], served: Served) -> None:
+    """Raises ApiError 400 for a built-in tool that nobody runs here."""
+    offered = frozenset() if served.tools is None else served.tools.offered
+    for place, tool in enumerate(tools):
+        if isinstance(tool, BuiltinTool) and BUILTINS[tool.type] not in offered:
+            message = f"{tool.type} takes a tool server that offers {BUILTINS[tool.type]} (serve --tool-server URL)"
+            raise ApiError(400, f"tools.{place}.type: {message}", f"tools.{place}.type", "unsupported_tool")
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,7 @@ class Demands:
     """Of an answer, for `constraint_for`; shown: the format as the model reads it in the prompt."""
 
     tools: tuple[Offered, ...]
+    builtins: frozenset[str]
     tool_choice: ToolChoice
     response_format: Format | None
     shown: ResponseFormat | None
@@ -64,9 +82,14 @@ class Demands:
 
 def demands(chat: ChatRequest) -> Demands:
     tools = tuple(
-        Offered(one.name, one.parameters, bool(one.strict), f"tools.{place}.function.parameters")
-        for place, one in enumerate(tool.function for tool in chat.tools or ())
+        Offered(
+            one.function.name, one.function.parameters, bool(one.function.strict), f"tools.{place}.function.parameters"
+        )
+        for place, one in enumerate(chat.tools or ())
+        if isinstance(one, Tool)
     )
+    offered = () if chat.tool_choice == "none" else chat.tools or ()
+    builtins = frozenset(BUILTINS[one.type] for one in offered if isinstance(one, BuiltinTool))
     choice = chat.tool_choice
     named: ToolChoice = Named(choice.function.name) if isinstance(choice, NamedChoice) else choice or "auto"
     form, shown = chat.response_format, None
@@ -76,7 +99,7 @@ def demands(chat: ChatRequest) -> Demands:
         wanted = Format(asked.schema_, bool(asked.strict), "response_format.json_schema.schema")
         if asked.schema_ is not None:
             shown = ResponseFormat(asked.name, asked.schema_, asked.description or "")
-    return Demands(tools, named, wanted, shown)
+    return Demands(tools, builtins, named, wanted, shown)
 
 
 def _messages(messages: Sequence[ChatMessage], first: int) -> Iterable[Message]:

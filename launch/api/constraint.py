@@ -5,8 +5,9 @@ call's arguments follow the tool's schema, the final text the response format. E
 no route's body; what is wrong is named by the field that the caller gives.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 from ...parallel.engine.constraint import MOST_GRAMMAR_BYTES, Constraint, Section
@@ -14,6 +15,7 @@ from ..harmony_header import CONSTRAIN
 from ..json_grammar import flaw_of, json_grammar
 from ..tokenizer import Tokenizer
 from .errors import ApiError
+from .tool_server import FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,14 @@ def constraint_for(
     tool_choice: ToolChoice = "auto",
     response_format: Format | None = None,
     max_reasoning_tokens: int | None = None,
+    builtins: Collection[str] = (),
 ) -> Constraint | None:
     """None if nothing is demanded that harmony and the prompt do not bring about by themselves: the common case, in
     which the engine waits for no grammar.
 
-    required, or a name: analysis, if any, then one call. One call a turn is all that gpt-oss makes, which either value
-    of parallel_tool_calls allows. Compiles each grammar once, to name the field of one that does not: call it in a
-    thread. Raises ApiError 400.
+    builtins: tools that may be run on the way, in any case. required, or a name: analysis, if any, then one call. One
+    call a turn is all that gpt-oss makes, which either value of parallel_tool_calls allows. Compiles each grammar once,
+    to name the field of one that does not: call it in a thread. Raises ApiError 400.
     """
     called = _callable(tools, tool_choice)
     must_call = tool_choice == "required" or isinstance(tool_choice, Named)
@@ -76,6 +79,9 @@ def constraint_for(
         grammar = _grammar(tool.parameters or _NO_ARGUMENTS, tool.strict, tool.field, left)
         left -= len(grammar.encode())
         sections.append(Section(words.calls(tool.name), (words.call,), grammar))
+    runs = tuple(header for tool in sorted(builtins) for header in words.runs(tool))
+    if runs:
+        sections.append(Section(runs, (words.call,)))
     if not must_call:
         if called:  # a preamble, said to the user before a call
             sections.append(Section((words.header("commentary"),), (words.end,)))
@@ -141,6 +147,15 @@ class _Words:
         after = ["<|channel|>", f"commentary{to} ", CONSTRAIN, "json", "<|message|>"]
         before = [to, "<|channel|>", "commentary ", CONSTRAIN, "json", "<|message|>"]
         return tuple(tuple(self._spell(pieces)) for pieces in (after, before))
+
+    def runs(self, tool: str) -> tuple[tuple[int, ...], ...]:
+        """Of a built-in tool, as gpt-oss calls it, with and without the word for what it is given."""
+        names = [tool if function == tool else f"{tool}.{function}" for function in FUNCTIONS[tool]]
+        spelled = []
+        for name, given in product(names, ("", " code")):
+            spelled.append(["<|channel|>", f"analysis to={name}{given}", "<|message|>"])
+            spelled.append([f" to={name}", "<|channel|>", f"analysis{given}", "<|message|>"])
+        return tuple(tuple(self._spell(pieces)) for pieces in spelled)
 
     def _spell(self, pieces: Sequence[str]) -> Iterator[int]:
         special = self._tokenizer.special

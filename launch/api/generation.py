@@ -7,7 +7,7 @@ becomes a `Job`, and how pieces become JSON (`Shape`). What belongs to no route,
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +17,18 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ...parallel.engine.constraint import Constraint
-from ...parallel.engine.request import Request, Token
+from ...parallel.engine.request import Request
 from ...parallel.errors import UserError
 from ..dispatch import prompt_blocks
 from ..engine_client import EngineDiedError
 from ..harmony import stop_tokens
-from .answer import End, Parser, Piece, read_answer
+from .answer import End, Piece
 from .errors import ApiError, explain
 from .fields import GenerationFields, check_ids, samplings
-from .metrics import Watch
+from .reading import Reading
 from .respond import Begun, ClientGoneError, EventStream, first_of, read_body, unless_gone
 from .served import Served
+from .tool_loop import in_turns
 
 Fields = TypeVar("Fields", bound=GenerationFields)
 Item = TypeVar("Item")
@@ -41,32 +42,9 @@ class Shape(Protocol):
         """The answer as one object."""
         ...
 
-    def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
-        """The answer as objects for events, each as soon as its piece is there."""
+    def chunks(self, pieces: Pieces, include_usage: bool) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events, each as soon as its piece is there."""
         ...
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How tokens are read: `answer.read_answer`'s arguments. parser: makes a new one, which calls what it
-    is given for each repair, with its kind."""
-
-    parser: Callable[[Callable[[str], None]], Parser]
-    stops: Sequence[str]
-    functions: Collection[str]
-    unseen: Collection[int]
-    keep_tokens: bool
-
-    def pieces(self, tokens: AsyncGenerator[Token], watch: Watch) -> AsyncGenerator[Piece]:
-        return read_answer(
-            tokens,
-            self.parser(watch.repaired),
-            self.stops,
-            self.functions,
-            partial(watch.end, "stop"),
-            self.unseen,
-            keep_tokens=self.keep_tokens,
-        )
 
 
 @dataclass(frozen=True)
@@ -75,12 +53,12 @@ class Choice:
 
     request: Request
     blocks: tuple[int, ...]
+    reading: Reading
 
 
 @dataclass(frozen=True)
 class Job:
     choices: tuple[Choice, ...]
-    reading: Reading
     shape: Shape
 
 
@@ -117,6 +95,7 @@ def make_choices(
     fields: GenerationFields,
     prompts: Sequence[tuple[int, ...]],
     served: Served,
+    reading: Reading,
     *,
     prompt_param: str,
     max_tokens: int | None,
@@ -148,7 +127,7 @@ def make_choices(
                 deadline_s=fields.deadline_s,
                 constraint=constraint,
             )
-            choices.append(Choice(request, blocks))
+            choices.append(Choice(request, blocks, reading))
     return tuple(choices)
 
 
@@ -181,7 +160,7 @@ async def answer(
             begun: list[Begun] = []
             pieces: list[AsyncGenerator[Piece]] = []
             for choice in job.choices:
-                one, its_pieces = begin(choice, job.reading, served)
+                one, its_pieces = begin(choice, served)
                 stack.push_async_callback(one.aclose)
                 begun.append(one)
                 pieces.append(its_pieces)
@@ -199,10 +178,13 @@ async def answer(
         raise explain(error) from None
 
 
-def begin(choice: Choice, reading: Reading, served: Served) -> tuple[Begun, AsyncGenerator[Piece]]:
+def begin(choice: Choice, served: Served) -> tuple[Begun, AsyncGenerator[Piece]]:
     """A choice on its way to a replica, to be closed by the caller, and what comes of it."""
+    reading = choice.reading
     watch = served.replicas.watch(choice.request)
     begun = Begun(served.replicas.generate(choice.request, choice.blocks, watch), partial(watch.end, "abort"))
+    if reading.builtins and served.tools is not None:
+        return begun, in_turns(choice.request, begun.tokens(), reading, served, served.tools, watch)
     return begun, reading.pieces(begun.tokens(), watch)
 
 

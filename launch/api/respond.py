@@ -6,9 +6,11 @@ Watches the client: when it goes away, the work for it is cancelled. Does not kn
 import asyncio
 import json
 import logging
+import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from json.encoder import encode_basestring
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -24,6 +26,7 @@ INLINE_BYTES = 16 << 10  # what takes longer to look through is looked through i
 _LOG = logging.getLogger(__name__)
 # Made once: json.dumps makes an encoder for each event, which takes longer than encoding it.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_MARK = secrets.token_hex(16)  # a text that nobody says
 
 
 class ClientGoneError(Exception):
@@ -66,18 +69,18 @@ async def first_of(several: Sequence[Begun], limit_s: float | None) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events from objects. What goes wrong while they come is the last event; no `done` follows.
+    """Server-sent events. What goes wrong while they come is the last one; no `done` follows.
 
-    An object's "type", if it has one, is the event's name, too. done: what follows the last object, None for nothing.
-    explain: an error as the client may see it. close: called at the end, whatever it is. quiet_s: after so long without
-    an event comes a comment, which clients skip.
+    events: made by `event` or a TextEvent. done: what follows the last one, None for nothing. explain: an error as the
+    client may see it. close: called at the end, whatever it is. quiet_s: after so long without an event comes a
+    comment, which clients skip.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        events: AsyncGenerator[dict[str, Any]],
+        events: AsyncGenerator[bytes],
         explain: Callable[[Exception], ApiError],
         close: Callable[[], Awaitable[None]],
         quiet_s: float,
@@ -107,19 +110,18 @@ class EventStream(Response):
         commenting = asyncio.create_task(self._comment(send))
         try:
             async with aclosing(self._events):
-                async for event in self._events:
-                    await send(_event(_encode(event), event.get("type")))
+                async for one in self._events:
+                    await send({"type": "http.response.body", "body": one, "more_body": True})
                     self._last_s = time.monotonic()
-            last = self._done
+            last = b"" if self._done is None else _event(self._done)
         except Exception as error:
             if self._explain(error).status == 500:
                 _LOG.exception("an answer was cut short")
-            last = json.dumps(self._explain(error).body())
+            last = event(self._explain(error).body())
         finally:
             commenting.cancel()
             await asyncio.gather(commenting, return_exceptions=True)
-        end = {"type": "http.response.body", "body": b""} if last is None else _event(last)
-        await send(end | {"more_body": False})
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _comment(self, send: Send) -> None:
         while True:
@@ -129,6 +131,24 @@ class EventStream(Response):
                 continue
             self._last_s = time.monotonic()
             await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """A server-sent event. The object's "type", if it has one, is the event's name, too."""
+    return _event(_encode(data), data.get("type"))
+
+
+class TextEvent:
+    """Makes events that are alike but for one text, as most of a stream are: what is around it is encoded once.
+
+    make: the object of an event with this text.
+    """
+
+    def __init__(self, make: Callable[[str], Mapping[str, Any]]) -> None:
+        self._around = event(make(_MARK)).split(encode_basestring(_MARK).encode())
+
+    def __call__(self, text: str) -> bytes:
+        return encode_basestring(text).encode().join(self._around)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
@@ -181,6 +201,6 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-def _event(data: str, name: str | None = None) -> dict[str, Any]:
+def _event(data: str, name: str | None = None) -> bytes:
     named = "" if name is None else f"event: {name}\n"
-    return {"type": "http.response.body", "body": f"{named}data: {data}\n\n".encode(), "more_body": True}
+    return f"{named}data: {data}\n\n".encode()

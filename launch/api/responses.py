@@ -4,6 +4,7 @@
     GET     /v1/responses/{id}               as it is now; ?stream=true&starting_after=N its events from there
     DELETE  /v1/responses/{id}
     POST    /v1/responses/{id}/cancel        ends one in the background
+    POST    /v1/responses/input_tokens       how many tokens the same body would send to the model
     GET     /v1/responses/{id}/input_items   what it was asked, the conversation before it included
 
 A response ends with its client, unless it is made in the background. What is said of one that fails before its first
@@ -14,7 +15,7 @@ has its status.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,8 @@ from .errors import ApiError, explain
 from .gate import KEY_NAME
 from .generation import Job, begin
 from .logprobs import chat_logprobs
-from .respond import Begun, ClientGoneError, EventStream, read_body, unless_gone
-from .responses_chat import Item, response_job
+from .respond import Begun, ClientGoneError, EventStream, event, read_body, unless_gone
+from .responses_chat import Item, count_tokens, response_job
 from .responses_events import Draft, Event, place_of_item, response_id
 from .responses_query import Page, page_of, read_page, read_retrieval
 from .responses_schema import ResponsesRequest, echo, input_items, parse_responses_request
@@ -95,22 +96,34 @@ def responses_routes(served: Served) -> APIRouter:
     def find(http: HttpRequest, id: str) -> Kept:
         return store.find(id, _owner(http))
 
+    async def read(http: HttpRequest) -> tuple[ResponsesRequest, list[Item], list[Item]]:
+        """A body, the items of the conversation before it, and its own, without references."""
+        body = await read_body(http, served.body_limit_bytes)
+        # In a thread, like the tokens later: a long prompt would hold up the streams of everyone else.
+        request, items = await asyncio.to_thread(_read, body)
+        served.check_model(request.model)
+        before = [item for kept in store.chain(request.previous_response_id, _owner(http)) for item in _said(kept)]
+        return request, before, [_followed(item, place, http, store) for place, item in enumerate(items)]
+
     @routes.post("")
     async def create(http: HttpRequest) -> Response:
         try:
-            body = await read_body(http, served.body_limit_bytes)
-            # In a thread, like the tokens below: a long prompt would hold up the streams of everyone else.
-            request, items = await asyncio.to_thread(_read, body)
-            served.check_model(request.model)
+            request, before, items = await read(http)
             served.replicas.choose(())  # what nobody could take is refused before anything is made of it
-            before = [item for kept in store.chain(request.previous_response_id, _owner(http)) for item in _said(kept)]
-            items = [_followed(item, place, http, store) for place, item in enumerate(items)]
             job = await asyncio.to_thread(response_job, request, before, items, served)
             return await _answer(http, served, request, items, job)
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
         except (EngineDiedError, UserError) as error:
             raise explain(error) from None
+
+    @routes.post("/input_tokens")
+    async def count_input(http: HttpRequest) -> Response:
+        try:
+            count = await asyncio.to_thread(count_tokens, *await read(http), served)
+        except ClientGoneError:
+            return Response(status_code=499)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
     @routes.get("/{id}")
     async def retrieve(http: HttpRequest, id: str) -> Response:
@@ -121,7 +134,7 @@ def responses_routes(served: Served) -> APIRouter:
         if kept.recording is None:
             message = "stream: only what was created with background=true and stream=true has kept its events"
             raise ApiError(400, message, "stream")
-        return EventStream(kept.recording.read(starting_after), explain, _nothing, served.quiet_s, done=None)
+        return _stream(kept.recording.read(starting_after), _nothing, served)
 
     @routes.delete("/{id}")
     async def delete(http: HttpRequest, id: str) -> Response:
@@ -159,8 +172,9 @@ async def _answer(
     def logprobs_of(tokens: Sequence[ContentToken]) -> list[dict[str, Any]]:
         return chat_logprobs(tokens, served.tokenizer, request.top_logprobs or 0)
 
-    draft = Draft(head | echo(request, served.name), len(choice.request.prompt_tokens), logprobs_of)
-    begun, pieces = begin(choice, job.reading, served)
+    prompt_tokens = len(choice.request.prompt_tokens)
+    draft = Draft(head | echo(request, served.name), prompt_tokens, logprobs_of, request.shows_outputs)
+    begun, pieces = begin(choice, served)
     making = _Making(draft, begun, pieces)
     kept = Kept(draft, _owner(http), _named(items, choice.request.id), request.previous_response_id)
     if request.background:
@@ -175,7 +189,7 @@ async def _answer(
         if not request.stream:
             return JSONResponse(await unless_gone(http.receive, making.whole()))
         close = stack.pop_all().aclose  # the stream closes it
-        return EventStream(making.events(), explain, close, served.quiet_s, done=None)
+        return _stream(making.events(), close, served)
 
 
 def _in_background(kept: Kept, making: _Making, served: Served, stream: bool) -> Response:
@@ -209,7 +223,16 @@ def _in_background(kept: Kept, making: _Making, served: Served, stream: bool) ->
     served.store.put(kept)
     if recording is None:
         return JSONResponse(kept.draft.response)
-    return EventStream(recording.read(-1), explain, _nothing, served.quiet_s, done=None)
+    return _stream(recording.read(-1), _nothing, served)
+
+
+def _stream(events: AsyncGenerator[Event], close: Callable[[], Awaitable[None]], served: Served) -> Response:
+    async def encoded() -> AsyncGenerator[bytes]:
+        async with aclosing(events):
+            async for one in events:
+                yield event(one)
+
+    return EventStream(encoded(), explain, close, served.quiet_s, done=None)
 
 
 async def _close(making: _Making, kept: Kept, store: Store) -> None:
@@ -259,6 +282,7 @@ def _followed(item: Item, place: int, http: HttpRequest, store: Store) -> Item:
 def _named(items: Sequence[Item], request_id: str) -> list[Item]:
     """With an id each, and a status, as lists of them have."""
     prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+    prefix |= {"code_interpreter_call": "ci", "web_search_call": "ws"}
     return [
         {"id": f"{prefix[item['type']]}_{request_id}_in{place}", "status": "completed"} | item
         for place, item in enumerate(items)

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .chat_completions import chat_job
+from .chat import demands
+from .chat_completions import chat_job, chat_prompt
 from .errors import ApiError
 from .generation import Job
-from .responses_schema import SAME_AS_CHAT, NamedFunction, ResponsesRequest
+from .responses_schema import SAME_AS_CHAT, CodeInterpreter, FunctionTool, NamedFunction, ResponsesRequest, WebSearch
 from .schema import ChatRequest, parse_chat_request
 from .served import Served
 
@@ -50,6 +51,13 @@ def response_job(request: ResponsesRequest, before: Sequence[Item], items: Seque
         if job is None:
             raise
         return job
+
+
+def count_tokens(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item], served: Served) -> int:
+    """Of the prompt, as it would be sent. before, items: as of `response_job`. Raises ApiError 400."""
+    chat = chat_request(request, before, items)
+    with _chat_names(len(chat.messages) - len(items)):
+        return len(chat_prompt(chat, demands(chat).shown, served))
 
 
 def _job(request: ResponsesRequest, before: Sequence[Item], items: Sequence[Item], served: Served) -> Job:
@@ -93,7 +101,8 @@ def chat_request(request: ResponsesRequest, before: Sequence[Item], items: Seque
         "stream": request.stream,
         "max_completion_tokens": request.max_output_tokens,
         "reasoning_effort": request.reasoning and request.reasoning.effort,
-        "tools": request.tools and [_tool(tool.model_dump(exclude_none=True)) for tool in request.tools],
+        "tools": request.tools and [_tool(tool) for tool in request.tools],
+        "max_tool_calls": request.max_tool_calls,
         "tool_choice": _tool_choice(request),
         "response_format": _response_format(request),
         "logprobs": request.logprobs or None,
@@ -107,7 +116,8 @@ def chat_request(request: ResponsesRequest, before: Sequence[Item], items: Seque
     with _chat_names(len(first) + len(before)):
         chat = parse_chat_request(body)
     for place, tool in enumerate(request.tools or ()):
-        _check_numbers(tool.parameters, f"tools.{place}.parameters")
+        if isinstance(tool, FunctionTool):
+            _check_numbers(tool.parameters, f"tools.{place}.parameters")
     _check_numbers(request.text and request.text.format, "text.format")
     return chat
 
@@ -151,6 +161,8 @@ def _message(items: Sequence[Item], place: int) -> dict[str, Any]:
             return {"role": "assistant", "tool_calls": [{"id": item["call_id"], "function": function}]}
         case "function_call_output":
             return {"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])}
+        case "code_interpreter_call" | "web_search_call":
+            return {"role": "assistant"}  # said while it was thinking, and left out of what comes later, as that is
         case "reasoning":
             return {"role": "assistant", "reasoning_content": _text(item.get("content", ()))}
         case _:
@@ -160,7 +172,8 @@ def _message(items: Sequence[Item], place: int) -> dict[str, Any]:
 
 def _phase(items: Sequence[Item], place: int) -> str:
     """Of a message that does not say it: what comes before a call is a preamble, as in chat."""
-    later = next((item for item in items[place + 1 :] if item["type"] != "reasoning"), None)
+    unsaid = ("reasoning", "code_interpreter_call", "web_search_call")
+    later = next((item for item in items[place + 1 :] if item["type"] not in unsaid), None)
     calls = later is not None and later["type"] == "function_call"
     return items[place].get("phase") or ("commentary" if calls else "final_answer")
 
@@ -169,8 +182,11 @@ def _text(content: str | Sequence[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+def _tool(tool: FunctionTool | CodeInterpreter | WebSearch) -> dict[str, Any]:
+    if not isinstance(tool, FunctionTool):
+        return {"type": tool.type}
+    about = tool.model_dump(exclude_none=True)
+    return {"type": "function", "function": {name: value for name, value in about.items() if name != "type"}}
 
 
 def _tool_choice(request: ResponsesRequest) -> Any:

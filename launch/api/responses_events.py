@@ -5,6 +5,8 @@
         reasoning                   content_part.added, reasoning_text.delta ..., reasoning_text.done, content_part.done
         message                     content_part.added, output_text.delta ..., output_text.done, content_part.done
         function_call               function_call_arguments.delta ..., function_call_arguments.done
+        code_interpreter_call       .in_progress, ..._code.delta ..., ..._code.done, .interpreting, .completed
+        web_search_call             .in_progress, .searching, .completed
     response.completed, or .incomplete (cut short; cancelled, which has no event of its own), or .failed
 
 Order and fields are those of the official client (openai-python, types/responses). Does not know where pieces come from
@@ -16,15 +18,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .answer import Arguments, Call, Content, End, Piece, Reasoning
+from .answer import Arguments, Call, Content, End, Piece, Reasoning, Run, RunBegun, RunInput, RunOutput
 from .content_tokens import ContentToken
 from .errors import ApiError
+from .responses_runs import RunKind, run_fields, run_kind
 
 Event = dict[str, Any]
 Kind = Literal["reasoning", "message", "function_call"]
-ItemStatus = Literal["in_progress", "completed", "incomplete"]
+ItemStatus = Literal["in_progress", "completed", "incomplete", "failed"]
 
-_PREFIX: dict[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
+_PREFIX: dict[Kind | RunKind, str] = {
+    **{"reasoning": "rs", "message": "msg", "function_call": "fc"},
+    **{"code_interpreter_call": "ci", "web_search_call": "ws"},
+}
 _TEXT_EVENTS: dict[Kind, str] = {
     "reasoning": "response.reasoning_text",
     "message": "response.output_text",
@@ -88,11 +94,40 @@ class _Item:
         return {"id": self.id, "type": self.kind, "status": status} | self.about
 
 
+@dataclass
+class _Run:
+    """The item of a built-in tool that is called, or runs. output: None until it has said something."""
+
+    name: str
+    id: str
+    place: int
+    container: str
+    given: list[str] = field(default_factory=list)
+    output: RunOutput | None = None
+
+    @property
+    def kind(self) -> RunKind:
+        return run_kind(self.name)
+
+    @property
+    def where(self) -> dict[str, Any]:
+        return {"item_id": self.id, "output_index": self.place}
+
+    def whole(self, shown: bool, running: bool = False) -> dict[str, Any]:
+        """shown: with what it said. running: it may still say something."""
+        status = "in_progress" if running else "incomplete"
+        if self.output is not None:
+            status = "failed" if self.output.failed else "completed"
+        output = self.output.text if shown and self.output is not None else None
+        fields = run_fields(self.name, "".join(self.given), output, self.container)
+        return {"id": self.id, "type": self.kind, "status": status} | fields
+
+
 class Draft:
     """One response while it is made. What each method returns are the events that it causes.
 
     head: the fields that do not change, "id" among them. prompt_tokens: for the usage. logprobs_of: tokens of the
-    content as the API shows them; () where they were not asked for.
+    content as the API shows them; () where they were not asked for. show_outputs: of python, in its items.
     """
 
     def __init__(
@@ -100,12 +135,15 @@ class Draft:
         head: dict[str, Any],
         prompt_tokens: int,
         logprobs_of: Callable[[Sequence[ContentToken]], list[dict[str, Any]]],
+        show_outputs: bool = False,
     ) -> None:
         self._head = head
         self._prompt_tokens = prompt_tokens
         self._logprobs_of = logprobs_of
         self._output: list[dict[str, Any]] = []
+        self._show_outputs = show_outputs
         self._open: _Item | None = None
+        self._run: _Run | None = None  # open in its place
         self._events = 0
         self._outcome: dict[str, Any] = {
             "status": "queued" if head["background"] else "in_progress",
@@ -128,6 +166,7 @@ class Draft:
     def response(self) -> dict[str, Any]:
         """As it is now; it does not change with what comes."""
         unfinished = [] if self._open is None else [self._open.whole("incomplete" if self.ended else "in_progress")]
+        unfinished += [] if self._run is None else [self._run.whole(self._show_outputs, running=not self.ended)]
         return self._head | self._outcome | {"output": [*self._output, *unfinished]}
 
     def created(self) -> list[Event]:
@@ -156,6 +195,10 @@ class Draft:
                 return self._enter("function_call", -1 - piece.index, about)
             case Arguments():
                 return [self._delta(piece.text)]
+            case Run():
+                return self._enter_run(piece)
+            case RunInput() | RunBegun() | RunOutput():
+                return self._grow_run(piece)
             case End():
                 return self._finish(piece)
 
@@ -193,12 +236,38 @@ class Draft:
             return []
         events = self._leave("completed")
         place = len(self._output)
-        made_by = self.id.removeprefix(response_id(""))
-        item = self._open = _Item(kind, f"{_PREFIX[kind]}_{made_by}_{place}", place, message, about)
+        item = self._open = _Item(kind, self._item_id(kind, place), place, message, about)
         events.append(self._event("response.output_item.added", output_index=place, item=item.empty()))
         if kind != "function_call":
             events.append(self._event("response.content_part.added", **item.where, part=item.part("")))
         return events
+
+    def _enter_run(self, run: Run) -> list[Event]:
+        events = self._leave("completed")
+        place, container = len(self._output), f"cntr_{self.id.removeprefix(response_id(''))}"
+        item = self._run = _Run(run.name, self._item_id(run_kind(run.name), place), place, container)
+        whole = item.whole(self._show_outputs, running=True)
+        events.append(self._event("response.output_item.added", output_index=place, item=whole))
+        return [*events, self._event(f"response.{item.kind}.in_progress", **item.where)]
+
+    def _grow_run(self, piece: RunInput | RunBegun | RunOutput) -> list[Event]:
+        item = self._run
+        assert item is not None
+        code = item.kind == "code_interpreter_call"
+        match piece:
+            case RunInput():
+                item.given.append(piece.text)
+                return [self._event(f"response.{item.kind}_code.delta", **item.where, delta=piece.text)] if code else []
+            case RunBegun():
+                text, works = "".join(item.given), "interpreting" if code else "searching"
+                done = [self._event(f"response.{item.kind}_code.done", **item.where, code=text)] if code else []
+                return [*done, self._event(f"response.{item.kind}.{works}", **item.where)]
+            case RunOutput():
+                item.output = piece
+                return [self._event(f"response.{item.kind}.completed", **item.where), *self._leave("completed")]
+
+    def _item_id(self, kind: Kind | RunKind, place: int) -> str:
+        return f"{_PREFIX[kind]}_{self.id.removeprefix(response_id(''))}_{place}"
 
     def _delta(self, text: str) -> Event:
         item = self._open
@@ -208,6 +277,11 @@ class Draft:
 
     def _leave(self, status: ItemStatus) -> list[Event]:
         """Closes the open item, if there is one."""
+        run, self._run = self._run, None
+        if run is not None:
+            whole = run.whole(self._show_outputs)
+            self._output.append(whole)
+            return [self._event("response.output_item.done", output_index=run.place, item=whole)]
         item, self._open = self._open, None
         if item is None:
             return []

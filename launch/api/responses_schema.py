@@ -12,6 +12,7 @@ from .body import Items, Strict, parse_body
 from .errors import ApiError
 
 LOGPROBS = "message.output_text.logprobs"
+OUTPUTS = "code_interpreter_call.outputs"
 MOST_ID_CHARS = 128
 
 Id = Annotated[str, Field(min_length=1, max_length=MOST_ID_CHARS)]
@@ -87,6 +88,24 @@ class ReasoningItem(_Item):
     encrypted_content: None = None
 
 
+class CodeInterpreterCall(Strict):
+    """A run of python in an answer given earlier, taken back as it was told."""
+
+    type: Literal["code_interpreter_call"]
+    id: Id
+    status: str
+    code: str | None
+    container_id: str
+    outputs: list[Any] | None = None
+
+
+class WebSearchCall(Strict):
+    type: Literal["web_search_call"]
+    id: Id
+    status: str
+    action: dict[str, Any]
+
+
 class ItemReference(Strict):
     """An item of the output of a kept response."""
 
@@ -107,11 +126,14 @@ InputItem = Annotated[
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionCallOutput, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[CodeInterpreterCall, Tag("code_interpreter_call")]
+    | Annotated[WebSearchCall, Tag("web_search_call")]
     | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(
         _kind,
         "unsupported_item",
-        "type: items are message, function_call, function_call_output, reasoning and item_reference",
+        "type: items are message, function_call, function_call_output, reasoning, code_interpreter_call, "
+        "web_search_call and item_reference",
     ),
 ]
 
@@ -124,6 +146,38 @@ class FunctionTool(Strict):
     description: Any = None
     parameters: Any = None
     strict: Any = None
+
+
+class AutoContainer(Strict):
+    type: Literal["auto"]
+
+
+class CodeInterpreter(Strict):
+    """gpt-oss's python. Where it runs is the tool server's business."""
+
+    type: Literal["code_interpreter"]
+    container: AutoContainer | None = None
+
+
+class WebSearch(Strict):
+    """gpt-oss's browser."""
+
+    type: Literal["web_search", "web_search_preview"]
+    search_context_size: Literal["medium"] | None = None
+
+
+def _kind_of_tool(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    return kind if kind in ("code_interpreter", "web_search", "web_search_preview") else "function"
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("function")]
+    | Annotated[CodeInterpreter, Tag("code_interpreter")]
+    | Annotated[WebSearch, Tag("web_search")]
+    | Annotated[WebSearch, Tag("web_search_preview")],
+    Discriminator(_kind_of_tool),
+]
 
 
 class ReasoningOptions(Strict):
@@ -155,13 +209,13 @@ class ResponsesRequest(Strict):
     stream_options: StreamOptions | None = None
     store: bool | None = None
     background: bool | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: list[Literal["message.output_text.logprobs", "code_interpreter_call.outputs"]] | None = None
     top_logprobs: int | None = Field(None, ge=0)
     max_output_tokens: Any = None
-    max_tool_calls: int | None = Field(None, ge=1, lt=1 << 31)  # of built-in tools, which none can be here
+    max_tool_calls: int | None = Field(None, ge=1, lt=1 << 31)  # of built-in tools
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
-    tools: Items[FunctionTool] | None = None
+    tools: Items[AnyTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedFunction | None = None
     truncation: Literal["disabled", "auto"] | None = None
     # As in chat, and checked there:
@@ -198,6 +252,10 @@ class ResponsesRequest(Strict):
     @property
     def logprobs(self) -> bool:
         return LOGPROBS in (self.include or ())
+
+    @property
+    def shows_outputs(self) -> bool:
+        return OUTPUTS in (self.include or ())
 
 
 SAME_AS_CHAT = (
@@ -258,12 +316,17 @@ def echo(request: ResponsesRequest, model: str) -> dict[str, Any]:
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "text": {"format": text or {"type": "text"}, "verbosity": "medium"},
         "tool_choice": _dumped(request.tool_choice) or "auto",
-        "tools": [tool.model_dump() for tool in request.tools or ()],
+        "tools": [_echoed(tool) for tool in request.tools or ()],
         "top_logprobs": request.top_logprobs or 0,
         "top_p": 1.0 if request.top_p is None else request.top_p,
         "truncation": request.truncation or "disabled",
         "user": request.user,
     }
+
+
+def _echoed(tool: Any) -> dict[str, Any]:
+    container = {"container": {"type": "auto"}} if isinstance(tool, CodeInterpreter) else {}
+    return tool.model_dump() | container
 
 
 def _dumped(choice: str | NamedFunction | None) -> Any:

@@ -1,8 +1,9 @@
 """The body of a chat request: which fields there are beside those of every generating route, and of which types."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from ...parallel.engine.request import MOST_LOGPROBS
 from .body import Items, Strict, parse_body
@@ -79,6 +80,26 @@ class Tool(Strict):
     function: Function
 
 
+class BuiltinTool(Strict):
+    """Named as in the Responses API, with the tool that gpt-oss knows for it (`BUILTINS`)."""
+
+    type: Literal["code_interpreter", "web_search", "web_search_preview"]
+
+
+BUILTINS: Mapping[str, str] = {"code_interpreter": "python", "web_search": "browser", "web_search_preview": "browser"}
+
+
+def kind_of_tool(tool: Any) -> str:
+    """For a Discriminator: what is no built-in tool is read as a function, and told what is wrong with it."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    return "builtin" if isinstance(kind, str) and kind in BUILTINS else "function"
+
+
+AnyTool = Annotated[
+    Annotated[Tool, Tag("function")] | Annotated[BuiltinTool, Tag("builtin")], Discriminator(kind_of_tool)
+]
+
+
 class ChosenFunction(Strict):
     name: str
 
@@ -114,10 +135,11 @@ class ChatRequest(GenerationFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     reasoning_effort: Literal["low", "medium", "high"] | None = None
-    tools: Items[Tool] | None = None
+    tools: Items[AnyTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     response_format: Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
     max_reasoning_tokens: int | None = Field(None, ge=0, lt=2**31)  # ours: then the engine closes the analysis
+    max_tool_calls: int | None = Field(None, ge=1, lt=2**31)  # of built-in tools
     parallel_tool_calls: bool | None = None  # gpt-oss calls one function a turn, which either value allows
     # Only at the value that changes nothing:
     modalities: list[Literal["text"]] | None = None

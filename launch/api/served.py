@@ -8,6 +8,7 @@ from .body import MOST_NAME_CHARS
 from .errors import ApiError
 from .replicas import Replicas
 from .responses_store import Store
+from .tool_server import ToolServers
 
 BODY_LIMIT_BYTES = 32 << 20
 QUIET_S = 10.0  # a stream with nothing to say for so long says that it waits: proxies cut what is silent
@@ -23,6 +24,7 @@ class Served:
     replicas: Replicas
     body_limit_bytes: int = BODY_LIMIT_BYTES
     quiet_s: float = QUIET_S
+    tools: ToolServers | None = None  # that run python and browser; None: those are refused
     store: Store = field(default_factory=Store)  # of responses
     started: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
 

@@ -10,10 +10,10 @@ from pydantic import Field
 
 from ..harmony import render
 from .body import Items, Strict, parse_body
-from .chat import conversation
+from .chat import check_builtins, conversation
 from .errors import ApiError
 from .fields import TokenId, check_id
-from .schema import ChatMessage, Tool
+from .schema import AnyTool, ChatMessage
 from .served import Served
 
 
@@ -23,7 +23,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: Items[ChatMessage] | None = Field(None, min_length=1)
-    tools: Items[Tool] | None = None
+    tools: Items[AnyTool] | None = None
     reasoning_effort: Literal["low", "medium", "high"] | None = None
     add_generation_prompt: bool | None = None  # false: every message as it is, and no header of an answer
     add_special_tokens: bool | None = None  # no token begins every text of gpt-oss: either value changes nothing
@@ -48,6 +48,7 @@ def tokenize(body: bytes, served: Served) -> dict[str, Any]:
     if asked.messages is None:
         ids = served.tokenizer.encode(asked.prompt or "")
     else:
+        check_builtins(asked.tools or (), served)
         talk = conversation(asked.messages, asked.tools or (), asked.reasoning_effort, date.today())
         ids = render(talk, served.tokenizer, for_completion=asked.add_generation_prompt is not False)
     strings = [served.tokenizer.decode([id]) for id in ids] if asked.return_token_strs else None

@@ -65,7 +65,7 @@ async def started(plan: Plan, worker: str, worker_arguments: Sequence[str] = ())
     """
     import asyncio
 
-    from ..engine_client import EngineClient, EngineDiedError
+    from ..engine_client import EngineClient, EngineDiedError, local
     from ..loading import progress_bar
     from ..supervise import Supervisor
 
@@ -75,7 +75,7 @@ async def started(plan: Plan, worker: str, worker_arguments: Sequence[str] = ())
             await supervisor.start_replicas()
             answers = await supervisor.ready()
             bar.stop()
-            client = EngineClient(supervisor.engine_socket(0))
+            client = EngineClient(local(supervisor.engine_socket(0)))
             await client.connect()
             notes = tuple(dict.fromkeys(path for answer in answers for path in answer.slow_paths))
             about = about_plan(plan, time.monotonic() - began_s)

@@ -10,13 +10,17 @@ from collections.abc import Mapping
 
 GROUPS: tuple[tuple[str, str], ...] = (
     ("all-reduce", r"nccl|all_?reduce|allreduce|one_shot|two_shot|all_?gather|symm_mem|c10d::|gloo"),
-    ("experts", r"^_gate_up|^_down|^_grouped|^_sort$|^_sort_|^_reorder|^_sum$|^_dequantize|^_expert|swiglu|fp4|_moe_"),
+    (
+        "experts",
+        r"^_gate_up|^_down|^_finish|^_dequantize|^_grouped|^_sort$|^_sort_|^_reorder|^_sum$|^_expert|swiglu|fp4|_moe_",
+    ),
     ("attention", r"^_attend|^_decode|^_merge|flash|scaled_dot_product|softmax"),
     ("rope and KV write", r"^_rotate_and_write|rope|rotary"),
-    ("router", r"^_route|topk|TopK"),
+    ("router", r"^_route|^_norm_route|topk|TopK"),
     ("norm and residual", r"^_add_norm|rms_?norm|RMSNorm"),
+    ("begin", r"^_locate|^_embed$"),
     ("sampling", r"^_race|^_log_times|multinomial|argmax|ArgMax|cumsum|exponential|sample"),
-    ("products", r"^_one$|^_few$|nvjet|gemm|gemv|cutlass|cublas|aten::(mm|addmm|bmm|matmul|linear)|splitK"),
+    ("products", r"^_one$|^_few$|^_qkv_one|nvjet|gemm|gemv|cutlass|cublas|aten::(mm|addmm|bmm|matmul|linear)|splitK"),
     ("copies and fills", r"Memcpy|Memset|aten::(copy_|fill_|zero_|_to_copy|cat|clone)|CopyFunctor|FillFunctor"),
     ("gather and scatter", r"index|gather|scatter|embedding"),
     ("elementwise", r"elementwise|aten::(add|mul|sub|div|where|neg|exp|sigmoid|clamp|pow|rsqrt|bitwise|eq|lt|le|ge)"),

@@ -254,7 +254,7 @@ def _plan(model: str, settings: Settings, asked: Asked) -> Plan:
 
 
 async def _until_stopped(work: Any) -> Any:
-    from ..supervise import StopSignals, until
+    from ..stop import StopSignals, until
 
     with StopSignals().caught() as stop:
         done = await until(work, stop.first)

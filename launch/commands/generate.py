@@ -178,9 +178,10 @@ async def generate(
     harmony: the answer is a conversation's; otherwise its text is taken as it is. show: print it as it comes.
     Raises UserError for what keeps it from starting, RankDiedError when a rank dies.
     """
-    from ..engine_client import EngineClient, EngineDiedError
+    from ..engine_client import EngineClient, EngineDiedError, local
     from ..loading import progress_bar, say_tiny, slow_lines
-    from ..supervise import StopSignals, Supervisor, until
+    from ..stop import StopSignals, until
+    from ..supervise import Supervisor
 
     begun_s = time.monotonic()
     with StopSignals().caught() as stop, progress_bar() as bar:
@@ -193,7 +194,7 @@ async def generate(
             for line in slow_lines(answers):
                 click.echo(line, err=True)
             say_tiny(plan)
-            client = EngineClient(supervisor.engine_socket(0))
+            client = EngineClient(local(supervisor.engine_socket(0)))
             await client.connect()
             load_s = time.monotonic() - begun_s
             try:

@@ -4,6 +4,7 @@ import asyncio
 import json as json_text
 import socket
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 
 from ...parallel.errors import UserError
 from ...parallel.planning.plan import Plan
+from ..nodes import Nodes, read_nodes, refuse_loopback
 from ..restarts import RESTARTS, Restarts
 from ..settings import ServeSettings, load_settings, settings_options
 
@@ -21,12 +23,13 @@ ERRORS_OUT_S = 1.0  # after a rank died: for the HTTP process to tell its client
 
 @dataclass(frozen=True)
 class Door:
-    """How clients come in. url: what they put as base_url."""
+    """How clients come in, and other nodes. url: what clients put as base_url."""
 
     listener: socket.socket
     url: str
     drain_s: float
     arguments: tuple[str, ...]  # of the HTTP process
+    nodes: socket.socket | None = None
 
 
 @click.command
@@ -46,34 +49,91 @@ def command(
 
     MODEL is a checkpoint folder, a hub id such as openai/gpt-oss-20b, or tiny. Prints one line with the URL on stdout
     once it can answer. SIGTERM or Ctrl-C lets running answers finish for --drain-s seconds; a second one ends at once.
+
+    On several nodes run the same command on each, with its own --node-rank: replicas of all nodes answer through
+    node 0, which alone has the port and prints the URL. Traffic between nodes is not encrypted.
     """
     from ..extras import need_serve_extra
     from ..resolve import make_plan
     from ..tables import print_plan
     from ..tokenizer import load_tokenizer
 
+    settings = load_settings(ServeSettings, config, flags)
+    if settings.engine == "vllm":
+        if record_routing is not None or check_ranks:
+            flag = "--check-ranks" if check_ranks else "--record-routing"
+            raise UserError(f"--engine vllm: {flag}", "it looks into ranks of ours: leave --engine out")
+        if settings.nnodes > 1:
+            raise UserError(f"--engine vllm: --nnodes {settings.nnodes}", "one node at a time: leave --engine out")
+        serve_vllm(model, settings, json)
+        return
     need_serve_extra("serve")
     from ..supervise import WORKER
 
-    settings = load_settings(ServeSettings, config, flags)
-    door = open_door(model, settings)
-    with door.listener:
+    watching = ["--check-ranks"] if check_ranks else []
+    if record_routing is not None:
+        if not record_routing.absolute().parent.is_dir():
+            raise UserError(f"--record-routing {record_routing}: no such folder", "name a file in an existing folder")
+        watching += ["--record-routing", str(record_routing.absolute())]
+    nodes = read_nodes(settings)
+    if nodes is not None:
+        refuse_loopback(nodes)
+        if nodes.rank > 0:
+            from ..follower import follow
+
+            asyncio.run(follow(nodes, model, settings.drain_s, WORKER, worker_arguments=watching))
+            return
+    door = open_door(model, settings, nodes)
+    with door.listener, door.nodes or nullcontext():
         plan = make_plan(model, settings, need_weights=True)
         assert plan.checkpoint is not None
+        if plan.nodes != settings.nnodes:
+            message = f"--dp {plan.dp} gives work to {plan.nodes} of --nnodes {settings.nnodes}"
+            raise UserError(message, f"--nnodes {plan.nodes}, or more replicas")
         load_tokenizer(Path(plan.checkpoint))  # what is wrong with it is said before anything starts
         print_plan(plan, to_stderr=True)
-        watching = ["--check-ranks"] if check_ranks else []
-        if record_routing is not None:
-            if not record_routing.absolute().parent.is_dir():
-                raise UserError(
-                    f"--record-routing {record_routing}: no such folder", "name a file in an existing folder"
-                )
-            watching += ["--record-routing", str(record_routing.absolute())]
+        if nodes is not None:
+            click.echo(f"other nodes join at {nodes.head}, by the same command with a --node-rank of theirs", err=True)
         asyncio.run(serve(plan, door, WORKER, worker_arguments=watching, json=json))
 
 
-def open_door(model: str, settings: ServeSettings) -> Door:
-    """Binds the port and reads keys and certificates, so that what is wrong with them is said before anything else."""
+def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
+    """The plan through vLLM, until a signal. The URL comes on stdout once it answers, as with our own engine."""
+    import os
+    import shlex
+
+    from ..keys import read_keys
+    from ..resolve import make_plan
+    from ..stop import StopSignals
+    from ..tables import print_plan
+    from ..vllm import run_vllm, vllm_arguments, vllm_environment, vllm_notes, vllm_program
+
+    program = vllm_program()
+    door = open_door(model, settings)
+    with door.listener:
+        plan = make_plan(model, settings, need_weights=True)
+        port = door.listener.getsockname()[1]
+        command = [*program, *vllm_arguments(plan, settings, settings.served_name or model, port)]
+        keys = read_keys(settings.api_key_file)
+        environment = vllm_environment(os.environ, keys, settings.api_key_file)
+    print_plan(plan, to_stderr=True)
+    for line in (*vllm_notes(plan, keys), shlex.join(command)):
+        click.echo(line, err=True)
+
+    def ready() -> None:
+        click.echo(json_text.dumps({"url": door.url, "plan": plan.to_json()}) if json else door.url)
+
+    async def run() -> None:
+        with StopSignals().caught() as stop:
+            await run_vllm(command, environment, door.url, settings.drain_s, stop, ready)
+
+    asyncio.run(run())
+
+
+def open_door(model: str, settings: ServeSettings, nodes: Nodes | None = None) -> Door:
+    """Binds the port, and that of other nodes, and reads keys and certificates, so that what is wrong with them is
+    said before anything else."""
+    from ..extras import need_tools_extra
     from ..keys import KEYS_VARIABLE, read_keys
     from ..listen import bind, is_loopback, tls_files
 
@@ -82,6 +142,8 @@ def open_door(model: str, settings: ServeSettings) -> Door:
     if settings.otlp is not None and find_spec("opentelemetry.exporter") is None:
         need = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
         raise UserError(f"--otlp {settings.otlp} needs OpenTelemetry's exporter", need)
+    if settings.tool_server:
+        need_tools_extra(f"--tool-server {settings.tool_server[0]}")
     if settings.access_log not in (None, "-") and not Path(settings.access_log).absolute().parent.is_dir():
         raise UserError(f"--access-log {settings.access_log}: no such folder", "name a file in an existing folder")
     if not keys and not is_loopback(settings.host):
@@ -99,7 +161,17 @@ def open_door(model: str, settings: ServeSettings) -> Door:
         arguments += [] if value is None else [f"--{name}", str(value)]
     for origin in settings.cors_origin:
         arguments += ["--cors-origin", origin]
-    return Door(listener, url, settings.drain_s, tuple(arguments))
+    for server in settings.tool_server:
+        arguments += ["--tool-server", server]
+    if nodes is None:
+        return Door(listener, url, settings.drain_s, tuple(arguments))
+    arguments += ["--node-key-file", str(settings.node_key_file)]
+    try:
+        others = bind(nodes.host, nodes.port)
+    except UserError as error:
+        listener.close()
+        raise UserError(error.message, "--head is an address of this node, node 0, with a free port") from None
+    return Door(listener, url, settings.drain_s, tuple(arguments), others)
 
 
 async def serve(
@@ -116,15 +188,18 @@ async def serve(
     Raises UserError for what keeps it from starting, RankDiedError when the HTTP process or the last replica dies.
     """
     from ..loading import memory_lines, progress_bar, say_tiny, slow_lines
-    from ..supervise import StopSignals, Supervisor, until
+    from ..stop import StopSignals, until
+    from ..supervise import Supervisor
 
     def say(text: str) -> None:
         click.echo(text, err=True)
 
     with StopSignals().caught() as stop, progress_bar() as bar:
-        async with Supervisor(plan, worker, bar.show, worker_arguments, say, restarts) as supervisor:
+        async with Supervisor(
+            plan, worker, bar.show, worker_arguments, say, restarts, plan.replicas_of(0)
+        ) as supervisor:
             # The HTTP process first: alive, not ready, while the ranks load.
-            await supervisor.start_http(door.listener, door.arguments)
+            await supervisor.start_http(door.listener, door.arguments, door.nodes)
             await supervisor.start_replicas()
             answers = await until(supervisor.ready(), stop.first)
             if answers is None:

@@ -13,6 +13,7 @@ import click
 from ...parallel.errors import UserError
 from ..slurm_options import EITHER, FLAGS, KNOWN, REFUSED, VALUES, read_option
 from ..slurm_settings import KINDS, Job, Kind, make_job, read_assignment, read_sections, site_file
+from ..version import own_version
 
 # Of sbatch's options, those that --help shows; the others are taken as well.
 _SHOWN = {
@@ -99,7 +100,7 @@ def _add(kind: Kind, help_text: str) -> None:
 for _kind, _help in zip(
     KINDS,
     (
-        "Serve a model on one node. `jobs endpoint` says where it answers.",
+        "Serve a model on one node or several. `jobs endpoint` says where it answers.",
         "Fine-tune on one node or several; requeued at its time limit until it is done.",
         "Measure speed on one node.",
         "Look at every node before hours are spent on it.",
@@ -129,7 +130,7 @@ def submit(
     job, plan = with_plan(read_job(kind, config, assignments, flags))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(job.launching.folder or absolute_path(f"runs/{_file_name(str(job.option('job-name')))}-{stamp}"))
-    script = render_script(job, str(folder), _version())
+    script = render_script(job, str(folder), own_version())
     for line in remarks(job):
         click.echo(line, err=True)
     if render or dry_run:
@@ -190,16 +191,19 @@ def with_plan(job: Job) -> tuple[Job, dict[str, Any] | None]:
     given = {
         fields[key].name: fields[key].metadata["read"](value) for key, value in job.payload.items() if key in fields
     }
-    plan = make_plan(job.command[1], ServeSettings(**given), need_weights=False)
+    nodes = str(job.option("nodes"))
+    settings = ServeSettings(**given, nnodes=int(nodes) if nodes.isdigit() else 1)
+    plan = make_plan(job.command[1], settings, need_weights=False)
+    needed = len(plan.replicas_of(0)) * plan.ranks
     if plan.device == "cuda":
         asked = str(job.option("gpus-per-node") or "")
         count = asked.rpartition(":")[2]
         if not asked and not any(job.option(name) for name in ("gpus", "gres")):
-            job = dataclasses.replace(job, options=(*job.options, ("gpus-per-node", str(plan.world_size))))
-        elif count.isdigit() and int(count) < plan.world_size:
+            job = dataclasses.replace(job, options=(*job.options, ("gpus-per-node", str(needed))))
+        elif count.isdigit() and int(count) < needed:
             raise UserError(
-                f"the plan for {plan.machine} needs {plan.world_size} GPUs, gpus-per-node is {asked}",
-                f"--gpus-per-node={plan.world_size}, or fewer --set run.ranks=... and run.dp=...",
+                f"the plan for {plan.machine} needs {needed} GPUs a node, gpus-per-node is {asked}",
+                f"--gpus-per-node={needed}, or fewer --set run.ranks=... and run.dp=...",
             )
     return job, plan.to_json()
 
@@ -247,12 +251,3 @@ def _make_output_folder(job: Job) -> None:
 
 def _file_name(text: str) -> str:
     return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "_" for letter in text)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("gptoss-launch")
-    except PackageNotFoundError:
-        return "from its source"

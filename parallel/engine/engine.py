@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Operations
-from ..kernels.adjust import adjust, count_tokens
+from ..kernels.adjust import adjust, count_tokens, mark_tokens
 from ..kernels.batch import Batch, Chunk
 from ..kernels.logprobs import logprobs
 from ..kernels.rope import inverse_frequencies
@@ -29,7 +29,7 @@ from . import inputs
 from .constraint import flaw
 from .graphs import Graphs
 from .pages import Cache, Pool
-from .record import Head, Record, Sizes, encode
+from .record import ANSWER, PROMPT, Head, Record, Sizes, encode
 from .request import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K, Request
 from .schedule import Limits, Result, Scheduler, Step
 
@@ -152,6 +152,8 @@ class Engine:
             self._capture(head)
         self.words.upload(record)
         inputs.begin_rows(head, self.words.device_W, self.rows)
+        if head.counts:
+            self._count(head)
         if in_graph:
             logits_SV, drawn = self.graphs.replay(head)
         else:
@@ -182,19 +184,27 @@ class Engine:
 
     def _logits(self, head: Head, chunks: tuple[Chunk, ...]) -> Tensor:
         return self.forward(
-            inputs.batch(head, chunks, self.words.device_W, self.rows, self.plan.spec, self.plan.page_tokens)
+            inputs.batch(
+                head, chunks, self.words.device_W, self.rows, self.plan.spec, self.plan.page_tokens, self.ops.locate
+            )
         )
+
+    def _count(self, head: Head) -> None:
+        """Also where nothing is drawn: the middle of a prompt, or of an answer that begins again."""
+        rows_T, tokens_T, counted_T = inputs.fed(head, self.words.device_W, self.rows)
+        counts_RV, first_token = self.rows.counts_RV, self.weights.first_token
+        mark_tokens(counts_RV, first_token, rows_T, tokens_T, counted_T == PROMPT)
+        count_tokens(counts_RV, first_token, rows_T, tokens_T, counted_T == ANSWER)
 
     def _draw(self, head: Head, logits_SV: Tensor) -> Drawn:
         """Draw, and remember each row's token for its next step."""
         words_W, first_token, gather = self.words.device_W, self.weights.first_token, self.comm.all_gather
         draws = inputs.draws(head, words_W)
         row_S = words_W[inputs.places(head)["draw_row"]].long()
-        if head.counts:
-            count_tokens(self.rows.counts_RV, first_token, *inputs.fed(head, words_W, self.rows))
         if head.adjusts:
             bias, allowed_SW = inputs.biases(head, words_W, self.rows), inputs.allowed(head, words_W)
-            logits_SV = adjust(logits_SV, first_token, draws, self.rows.counts_RV, row_S, bias, allowed_SW)
+            counts_RV, repeats = self.rows.counts_RV, bool(head.repeats)
+            logits_SV = adjust(logits_SV, first_token, draws, counts_RV, row_S, bias, allowed_SW, repeats)
         if head.exact:
             tokens_S = self.ops.sample_exact(logits_SV, first_token, gather, draws)
             drawn = Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))

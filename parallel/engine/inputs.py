@@ -5,6 +5,7 @@ Everything here is a view into one static buffer or follows from it on the devic
 captured for a size reads the next record from the same place. Knows no weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.batch import Batch, Chunk, PageView
 from ..kernels.sample import Draws
-from ..planning.spec import Spec
+from ..planning.spec import LayerKind, Spec
 from .record import KINDS, Head, Record, Sizes, places
 from .request import MOST_BIASES
 
@@ -22,7 +23,8 @@ class Rows:
     """State by row, scratch row included. R rows, P entries, V vocabulary rows of this rank.
 
     tables_KRP: page tables in the order of KINDS. last_R: the token drawn last. counts_RV: how often each token was fed
-    as part of the answer; None: not counted. bias_*: padded with token -1.
+    as part of the answer, and whether as part of the prompt (`adjust`), of requests that want it. bias_*: padded with
+    token -1.
     """
 
     tables_KRP: Tensor
@@ -76,17 +78,24 @@ def begin_rows(head: Head, words_W: Tensor, rows: Rows) -> None:
         rows.bias_values_RB[row, place] = words_W[at["bias_value"]].view(torch.float32)
 
 
-def batch(head: Head, chunks: tuple[Chunk, ...], words_W: Tensor, rows: Rows, spec: Spec, page_tokens: int) -> Batch:
-    """The step's tokens; those that are not known to the host are the ones drawn last."""
+def batch(
+    head: Head,
+    chunks: tuple[Chunk, ...],
+    words_W: Tensor,
+    rows: Rows,
+    spec: Spec,
+    page_tokens: int,
+    locate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+) -> Batch:
+    """The step's tokens; those that are not known to the host are the ones drawn last. locate: as begin.locate."""
     at = places(head)
-    rows_T, tokens_T, _ = fed(head, words_W, rows)
-    positions_T = words_W[at["position"]].long()
-    views = {}
-    for kind, table_RP in zip(KINDS, rows.tables_KRP.unbind(), strict=True):
-        if spec.layers_of(kind):
-            page_T = table_RP[rows_T, positions_T // page_tokens].long()
-            slots_T = page_T * page_tokens + positions_T % page_tokens
-            views[kind] = PageView(table_RP, slots_T, spec.window_tokens if kind == "window" else None)
+    words = (words_W[at[name]] for name in ("row", "token", "position"))
+    rows_T, tokens_T, positions_T, slots_KT = locate(*words, rows.last_R, rows.tables_KRP, page_tokens)
+    views: dict[LayerKind, PageView] = {
+        kind: PageView(table_RP, slots_T, spec.window_tokens if kind == "window" else None)
+        for kind, table_RP, slots_T in zip(KINDS, rows.tables_KRP, slots_KT, strict=True)
+        if spec.layers_of(kind)
+    }
     return Batch(
         tokens_T=tokens_T,
         positions_T=positions_T,
@@ -112,6 +121,7 @@ def draws(head: Head, words_W: Tensor) -> Draws:
         min_p_S=floats("min_p"),
         presence_S=floats("presence"),
         frequency_S=floats("frequency"),
+        repetition_S=floats("repetition"),
         top_k_S=words_W[at["top_k"]],
         seed_S=(high_S << 32) | (low_S & 0xFFFFFFFF),
         position_S=words_W[at["draw_position"]].long(),
@@ -119,10 +129,10 @@ def draws(head: Head, words_W: Tensor) -> Draws:
 
 
 def fed(head: Head, words_W: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, id, and whether it counts as part of the answer, of each token of the step."""
+    """Row, id, and as part of what it counts (`record.ANSWER`, `PROMPT`, 0), of each token of the step."""
     at = places(head)
     rows_T, tokens_T = words_W[at["row"]].long(), words_W[at["token"]].long()
-    return rows_T, torch.where(tokens_T < 0, rows.last_R[rows_T], tokens_T), words_W[at["counted"]] != 0
+    return rows_T, torch.where(tokens_T < 0, rows.last_R[rows_T], tokens_T), words_W[at["counted"]]
 
 
 def biases(head: Head, words_W: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What one may want to know about routing while a model runs: whether all ranks agree, and which experts are used.
 
-Both wrap the `route` operation and leave its result alone. A forward pass routes once a layer, in order.
+Both wrap the `norm_route` operation and leave its result alone. A forward pass routes once a layer, in order.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,12 @@ def checked(ops: Operations, comm: Comm, layers: int) -> Operations:
     """
     layer = itertools.cycle(range(layers))
 
-    def route(*inputs: Tensor | int) -> tuple[Tensor, Tensor]:
-        weights_TX, experts_TX = ops.route(*inputs)
+    def norm_route(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        residual_TH, x_TH, weights_TX, experts_TX = ops.norm_route(*inputs)
         check_equal(comm, experts_TX, f"the router's choice in layer {next(layer)}")
-        return weights_TX, experts_TX
+        return residual_TH, x_TH, weights_TX, experts_TX
 
-    return dataclasses.replace(ops, route=route)
+    return dataclasses.replace(ops, norm_route=norm_route)
 
 
 class Recorder:
@@ -48,12 +49,12 @@ class Recorder:
         self._written_s = 0.0
 
     def counted(self, ops: Operations) -> Operations:
-        def route(*inputs: Tensor | int) -> tuple[Tensor, Tensor]:
-            weights_TX, experts_TX = ops.route(*inputs)
+        def norm_route(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            residual_TH, x_TH, weights_TX, experts_TX = ops.norm_route(*inputs)
             self._counts[next(self._layer)] += torch.bincount(experts_TX.flatten(), minlength=self._counts.shape[1])
-            return weights_TX, experts_TX
+            return residual_TH, x_TH, weights_TX, experts_TX
 
-        return dataclasses.replace(ops, route=route)
+        return dataclasses.replace(ops, norm_route=norm_route)
 
     def reset(self) -> None:
         """Forget what warming up counted."""

@@ -91,7 +91,12 @@ class Running:
     @property
     def counts(self) -> bool:
         """Whether the device counts the tokens of its answer."""
-        return bool(self.request.sampling.presence or self.request.sampling.frequency)
+        return bool(self.request.sampling.presence or self.request.sampling.frequency or self.repeats)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it marks those of its prompt as well."""
+        return self.request.sampling.repetition != 1
 
     @property
     def deadline_s(self) -> float:
@@ -314,8 +319,9 @@ class Scheduler:
 
     def _prefix(self, running: Running) -> int:
         """Whole pages of its beginning that are in the cache. At least one token is left to compute, as its logits are
-        wanted; where the device counts the answer's tokens, all of these go through it."""
+        wanted; where the device counts the answer's tokens, or the prompt's, all of these go through it."""
         limit = len(running.request.prompt_tokens) if running.counts else len(running.tokens)
+        limit = 0 if running.repeats else limit
         return self.cache.longest_prefix(running.table, running.tokens, min(limit, len(running.tokens) - 1))
 
     def _fits(self, running: Running, prefix: int, count: int) -> bool:

@@ -1,8 +1,9 @@
 """Messages between processes: frozen values, msgpack on a stream socket.
 
-Two conversations use it. Front end and leader rank: Generate and Cancel one way; Tokens, Refused, Done and Stats back.
-Every process and the supervisor: Hello, then Progress, Ready or Failed. A process whose supervisor connection ends must
-end too, so that nothing outlives the command, not even after kill -9.
+Three conversations use it. Front end and leader rank: Generate and Cancel one way; Tokens, Refused, Done and Stats
+back. Every process and the supervisor: Hello, then Progress, Ready or Failed; a process whose supervisor connection
+ends must end too, so that nothing outlives the command, not even after kill -9. A node and the head: Hello and Leave
+one way; Assigned, Failed and Stop back.
 
 Knows nothing of sockets or event loops: bytes in, values out.
 """
@@ -10,7 +11,7 @@ Knows nothing of sockets or event loops: bytes in, values out.
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 
@@ -98,7 +99,8 @@ class Stats:
 
 @dataclass(frozen=True)
 class Hello:
-    """Any process -> supervisor, first: who it is. role: "rank", "torchrun" or "http"."""
+    """Any process -> supervisor, first: who it is. role: "rank", "torchrun" or "http". And node -> head: role "node" or
+    "replica", for a connection of this node's or of one of its replicas; rank is that one's number."""
 
     role: str
     rank: int
@@ -133,7 +135,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Failed:
-    """Any process -> supervisor, last: why it ends (exit_code 2: the user can put it right).
+    """Any process -> supervisor, last: why it ends (exit_code 2: the user can put it right). And head -> node: why it
+    cannot join now.
 
     follows: it was waiting for another process when it failed, so that one is the likely cause.
     """
@@ -145,10 +148,27 @@ class Failed:
     follows: bool = False
 
 
-Message = Generate | Cancel | Tokens | Refused | Done | Stats | Hello | Progress | Ready | Failed
-_TYPES: dict[str, type] = {
-    kind.__name__: kind for kind in (Generate, Cancel, Tokens, Refused, Done, Stats, Hello, Progress, Ready, Failed)
-}
+@dataclass(frozen=True)
+class Assigned:
+    """Head -> node, first: what all nodes run. version: of gptoss-launch. plan: as JSON."""
+
+    version: str
+    plan: str
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Node -> head: it was asked to end. Its replicas get no further requests, and Stop once theirs have ended."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Head -> node: nothing is asked of it any more."""
+
+
+_Engine = Generate | Cancel | Tokens | Refused | Done | Stats
+Message = _Engine | Hello | Progress | Ready | Failed | Assigned | Leave | Stop
+_TYPES: dict[str, type] = {kind.__name__: kind for kind in get_args(Message)}
 
 
 def encode(message: Message) -> bytes:
@@ -181,7 +201,7 @@ def _decode(value: Any) -> Message:
     try:
         name, body = value
         if name == "Tokens":
-            return Tokens(tuple(Token(*fields, top=tuple((id, p) for id, p in top)) for *fields, top in body))
+            return Tokens(tuple(map(_token, body)))
         if name == "Generate":
             fields = body["request"]
             return Generate(
@@ -200,6 +220,12 @@ def _decode(value: Any) -> Message:
         return _TYPES[name](**body)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"not a message: {error!r}") from None
+
+
+def _token(fields: list[Any]) -> Token:
+    request_id, id, finish_reason, logprob, top = fields
+    # Most have no alternatives, and this is done for each token.
+    return Token(request_id, id, finish_reason, logprob, tuple((other, p) for other, p in top) if top else ())
 
 
 def _sampling(fields: dict[str, Any]) -> Sampling:

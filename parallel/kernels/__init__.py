@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import attention, experts, linear, norm, sample
+from . import attention, begin, experts, linear, norm, sample
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Operations:
     on each product of a layer; `experts` reads what it made."""
 
     pack: Callable[..., experts.Packed]
+    locate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    embed: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]]
     linear: Callable[..., Tensor]
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     qkv_write: Callable[..., Tensor]
     attend: Callable[..., Tensor]
-    route: Callable[..., tuple[Tensor, Tensor]]
+    norm_route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     experts: Callable[..., Tensor]
     sample: Callable[..., sample.Drawn]
     sample_exact: Callable[..., Tensor]
@@ -30,11 +32,13 @@ class Operations:
 
 PLAIN = Operations(
     pack=experts.Packed,
+    locate=begin.locate,
+    embed=begin.embed,
     linear=linear.linear,
     add_norm=norm.add_norm,
     qkv_write=attention.qkv_write,
     attend=attention.attend,
-    route=experts.route,
+    norm_route=experts.norm_route,
     experts=experts.experts,
     sample=sample.sample,
     sample_exact=sample.sample_exact,

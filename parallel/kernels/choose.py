@@ -40,6 +40,7 @@ def triton_operations() -> Operations:
     """bf16 on GPUs from sm_80 on; all of them can be captured in a CUDA graph."""
     from . import (
         triton_attention,
+        triton_begin,
         triton_experts,
         triton_linear,
         triton_mxfp4,
@@ -51,11 +52,13 @@ def triton_operations() -> Operations:
 
     return Operations(
         pack=triton_mxfp4.pack,
+        locate=triton_begin.locate,
+        embed=triton_begin.embed,
         linear=triton_linear.linear,
         add_norm=triton_norm.add_norm,
         qkv_write=triton_qkv.qkv_write,
         attend=triton_attention.attend,
-        route=triton_route.route,
+        norm_route=triton_route.norm_route,
         experts=triton_experts.experts,
         sample=triton_sample.sample,
         sample_exact=triton_sample.sample_exact,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .mxfp4 import dequantize
+from .norm import add_norm
 from .precision import wide
 
 SWIGLU_ALPHA = 1.702  # of the published models; config.json does not carry it
@@ -33,6 +34,21 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
     logits_TE = torch.nn.functional.linear(x_TH.to(precision), weight_EH.to(precision), bias_E.to(precision))
     chosen_TX, experts_TX = logits_TE.topk(experts_per_token, dim=-1)
     return chosen_TX.softmax(-1), experts_TX
+
+
+def norm_route(
+    residual_TH: Tensor,
+    delta_TH: Tensor,
+    norm_H: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    weight_EH: Tensor,
+    bias_E: Tensor,
+    experts_per_token: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(residual_TH, x_TH, weights_TX, experts_TX): norm.add_norm, and `route` of what it gives."""
+    residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
+    return residual_TH, x_TH, *route(x_TH, weight_EH, bias_E, experts_per_token)
 
 
 def swiglu(x: Tensor, limit: float) -> Tensor:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .batch import Batch, PageView
 from .triton_attend_merge import LOWEST, merge, parts, store_part
-from .triton_launch import constants
+from .triton_launch import constants, early
 from .triton_pages import as_operand, as_stored, entry, operand, stored_factor
 
 LEAST_ROWS = 16  # of a tensor core's tile
@@ -77,6 +78,7 @@ def attend_decodes(
             WINDOW=pages.window_tokens or 0,
             BLOCK=tuning.block_tokens,
             SPLIT=splits > 1,
+            EARLY=early(q_TND),
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         ),
@@ -111,6 +113,7 @@ def _decode(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
@@ -122,6 +125,9 @@ def _decode(
     first = begin + split * share
     last = tl.minimum(first + share, length)
     table += tl.load(rows + token) * width
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
     dim = tl.arange(0, HEAD_DIM)
     row = tl.arange(0, ROWS)

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants
+from .triton_launch import constants, early
 
 LOWEST = tl.constexpr(-1e30)  # a score below all, but finite, so that its distance to itself is 0
 TOGETHER = 32  # parts that are read at a time
@@ -34,7 +35,7 @@ def merge(mixed_TNSD: Tensor, stats_TNS2: Tensor, out_TND: Tensor, factor: float
         out_TND,
         splits,
         factor,
-        **constants(HEAD_DIM=head_dim, TOGETHER=TOGETHER, num_warps=WARPS),
+        **constants(HEAD_DIM=head_dim, TOGETHER=TOGETHER, EARLY=early(out_TND), num_warps=WARPS),
     )
 
 
@@ -49,7 +50,10 @@ def store_part(mixed, stats, at, split, splits, top, total, acc, mask, HEAD_DIM:
 
 
 @triton.jit(do_not_specialize=["splits", "factor"], do_not_specialize_on_alignment=["stats"])
-def _merge(mixed, stats, out, splits, factor, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr):
+def _merge(mixed, stats, out, splits, factor, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     dim = tl.arange(0, HEAD_DIM)
     top = tl.load(stats + row * splits * 2)

@@ -1,4 +1,4 @@
-"""Experts for few tokens: two kernels that read each needed expert once, by programs of one warp.
+"""Experts for few tokens: two kernels that read each needed expert once, by programs of one warp, and one that sums up.
 
 A program owns 16 rows (a tile) of one expert, a slot, and all tokens that chose it: 8 or so are the columns of the
 tensor core's product. So many tokens fill no wgmma, and what is left is to keep the memory busy: all loads of a few
@@ -21,11 +21,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .experts import SWIGLU_ALPHA
+from .triton_launch import constants, early
 from .triton_mxfp4 import HALVES, MAX_SLOTS, SCALES, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
 MAX_PAIRS = 256
+COLUMNS = 8  # rows of x in one product
 CHUNK_PAIRS = 64  # pairs that a program looks at together
-FINISH_TOKENS = 16  # tokens that the last program of a tile sums together
+FINISH_ROWS = 512  # of a program that sums up
 _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as weights come times 2**-126
 _BACK = tl.constexpr(2.0**26)
 _UP_ASM = tl.constexpr("{ .reg .b32 f, z; mov.b32 f, 0x71807180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }")
@@ -67,7 +69,6 @@ def _factors(word, SHIFT: tl.constexpr):
 def _product(
     x,
     row_N,
-    live_N,
     blocks,
     scales,
     tile,
@@ -84,51 +85,47 @@ def _product(
 ):
     """Steps begin to end of one tile by `COLUMNS` rows of x: [2 rh, 8 g, columns] fp32.
 
-    row_N: where each row of x begins, live_N: which exist. width: columns of x. EVEN: UNROLL divides the steps, and x
-    has 64 columns for each. WAIT: x may be of a kernel that still runs.
+    row_N: where each row of x begins; where a column is of no token, any row: what comes of it is not stored. width:
+    columns of x. EVEN: UNROLL divides the steps, and x has 64 columns for each. WAIT: x may be of a kernel that still
+    runs.
     """
     lane = tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    blocks += tile * steps * _HALVES
+    blocks += tile * steps * _HALVES + lane
     scales += tile * steps * 8 + tl.arange(0, 8)
     row_L = tl.multiple_of(row_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4), 32)
-    live = live_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4)[:, None]
     x += (row_L + tl.arange(0, COLUMNS * 4) % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
     acc = tl.zeros((2, 8, COLUMNS), tl.float32)
     for step in range(begin, end, UNROLL):
+        block, scale, row = blocks + step * _HALVES, scales + step * 8, x + step * _CODES
         halves = ()
         words = ()
         for i in tl.static_range(UNROLL):
-            at = step + i  # weights pass by the L1 cache, which x is to stay in
-            if EVEN:
-                halves += (tl.load(blocks + at * _HALVES + lane, cache_modifier=".cg"),)
-                words += (tl.load(scales + at * 8, cache_modifier=".cg"),)
+            if EVEN:  # weights pass by the L1 cache, which x is to stay in
+                halves += (tl.load(block + i * _HALVES, cache_modifier=".cg"),)
+                words += (tl.load(scale + i * 8, cache_modifier=".cg"),)
             else:
-                halves += (tl.load(blocks + at * _HALVES + lane, mask=at < end, other=0, cache_modifier=".cg"),)
-                words += (tl.load(scales + at * 8, mask=at < end, other=0, cache_modifier=".cg"),)
+                more = step + i < end
+                halves += (tl.load(block + i * _HALVES, mask=more, other=0, cache_modifier=".cg"),)
+                words += (tl.load(scale + i * 8, mask=more, other=0, cache_modifier=".cg"),)
         # ptxas sinks loads to their use, but not across this; x is read after it, so that no use can climb above it
         tl.debug_barrier()
         if WAIT:
             gdc_wait()
-        values = ()
         for i in tl.static_range(UNROLL):
-            at = (step + i) * _CODES
             if EVEN:
-                x_0 = tl.load(x + at, mask=live, other=0.0)
-                x_1 = tl.load(x + at + 32, mask=live, other=0.0)
+                x_0, x_1 = tl.load(row + i * _CODES), tl.load(row + i * _CODES + 32)
             else:
-                x_0 = tl.load(x + at, mask=live & (step + i < end), other=0.0)
-                x_1 = tl.load(x + at + 32, mask=live & (step + i < end) & (at + 32 < width), other=0.0)
-            values += (x_0, x_1)
-        for i in tl.static_range(UNROLL):
-            x_0, x_1 = values[2 * i], values[2 * i + 1]
+                more = step + i < end
+                x_0 = tl.load(row + i * _CODES, mask=more, other=0.0)
+                x_1 = tl.load(row + i * _CODES + 32, mask=more & ((step + i) * _CODES + 32 < width), other=0.0)
+            b_0, b_1 = _operands(x_0, COLUMNS)
+            b_2, b_3 = _operands(x_1, COLUMNS)
             if SCALE_X:
-                x_0 = _scaled_up(x_0, PLAIN)
-                x_1 = _scaled_up(x_1, PLAIN)
+                b_0, b_1 = _scaled_up(b_0, PLAIN), _scaled_up(b_1, PLAIN)
+                b_2, b_3 = _scaled_up(b_2, PLAIN), _scaled_up(b_3, PLAIN)
             v_0, v_1, v_2, v_3 = planes(halves[i], PLAIN)
-            b_0, b_1 = _operands(x_0.to(v_0.dtype), COLUMNS)
-            b_2, b_3 = _operands(x_1.to(v_0.dtype), COLUMNS)
-            first = tl.dot(_weights(v_1), b_1, tl.dot(_weights(v_0), b_0))
-            second = tl.dot(_weights(v_3), b_3, tl.dot(_weights(v_2), b_2))
+            first = tl.dot(_weights(v_1), b_1.to(v_1.dtype), tl.dot(_weights(v_0), b_0.to(v_0.dtype)))
+            second = tl.dot(_weights(v_3), b_3.to(v_3.dtype), tl.dot(_weights(v_2), b_2.to(v_2.dtype)))
             acc += first.reshape(2, 8, COLUMNS) * _factors(words[i], 0)
             acc += second.reshape(2, 8, COLUMNS) * _factors(words[i], 1)
     return acc * _BACK
@@ -248,7 +245,6 @@ def _gate_up(
         y = _product(
             x,
             (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
-            live_N,
             blocks,
             scales,
             expert.to(tl.int64) * tiles + tile,
@@ -277,7 +273,38 @@ def _gate_up(
                 _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert", "tokens", "slots"])
+@triton.jit
+def _sum_up(
+    bias,
+    experts,
+    weights,
+    out,
+    partial,
+    first,
+    held,
+    pairs,
+    rows,
+    token,
+    row,
+    tile_rows,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """These rows of out [T, rows]: the weighted sum of what the token's experts here gave, in a fixed order."""
+    total = tl.zeros(row.shape, tl.float32)
+    for place in tl.static_range(EXPERTS_PER_TOKEN):
+        pair = token * EXPERTS_PER_TOKEN + place
+        chosen = tl.load(experts + pair).to(tl.int32) - first
+        there = (chosen >= 0) & (chosen < held) & (row < rows)
+        y = tl.load(bias + chosen.to(tl.int64) * rows + row, mask=there, other=0.0).to(tl.float32)
+        for i in tl.static_range(SPLIT):
+            at = partial + (i * pairs + pair).to(tl.int64) * tile_rows + row
+            y += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+        total += tl.load(weights + pair) * y
+    tl.store(out + tl.cast(token, tl.int64) * rows + row, total.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert"])
 def _down(
     inner,
     blocks,
@@ -292,8 +319,6 @@ def _down(
     held,
     pairs,
     by_expert,
-    tokens,
-    slots,
     tiles,
     steps,
     rows,
@@ -303,16 +328,13 @@ def _down(
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
-    FINISH: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """out [T, rows]: the last program of a tile adds up all its slots' and parts' products, in a fixed order.
-
-    partial: fp32 [SPLIT, P, tiles * 16].
-    """
+    """partial: fp32 [SPLIT, P, tiles * 16]; rows of pairs that are not here stay as they were. SINGLE: the last program
+    of a tile sums up, which is faster where there is a chain of few; else `_finish` does."""
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
@@ -323,7 +345,6 @@ def _down(
         y = _product(
             inner,
             pair_N.to(tl.int64) * width,
-            live_N,
             blocks,
             scales,
             expert.to(tl.int64) * tiles + tile,
@@ -342,44 +363,70 @@ def _down(
         at = (part * pairs + pair_N)[None, None, :] * (tiles * 16) + row[:, :, None]
         tl.store(partial + at, y, mask=live_N[None, None, :])
     if EARLY:
+        gdc_wait()  # programs without work too: what is launched next may rely on all before this being over
+        gdc_launch_dependents()
+    if SINGLE:
+        if arrive(arrivals + tile, EXPERTS_PER_TOKEN * SPLIT):
+            row = tile * 16 + tl.arange(0, 16)
+            _sum_up(
+                bias,
+                experts,
+                weights,
+                out,
+                partial,
+                first,
+                held,
+                pairs,
+                rows,
+                0,
+                row,
+                tiles * 16,
+                EXPERTS_PER_TOKEN,
+                SPLIT,
+            )
+
+
+@triton.jit(do_not_specialize=["first", "held", "pairs"])
+def _finish(
+    bias,
+    experts,
+    weights,
+    out,
+    partial,
+    first,
+    held,
+    pairs,
+    rows,
+    tile_rows,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """out [T, rows] from partial, as `_down` left it."""
+    if EARLY:
         gdc_wait()
-    if arrive(arrivals + tile, slots * SPLIT):
-        row = tile * 16 + tl.arange(0, 16)
-        for begin in range(0, tokens, FINISH):
-            token = begin + tl.arange(0, FINISH)
-            total = tl.zeros((FINISH, 16), tl.float32)
-            for place in tl.static_range(EXPERTS_PER_TOKEN):
-                pair = token * EXPERTS_PER_TOKEN + place
-                chosen = tl.load(experts + pair, mask=token < tokens, other=-1).to(tl.int32) - first
-                here = (token < tokens) & (chosen >= 0) & (chosen < held)
-                weight = tl.load(weights + pair, mask=here, other=0.0)
-                there = here[:, None] & (row < rows)[None, :]
-                at = chosen.to(tl.int64)[:, None] * rows + row[None, :]
-                y = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
-                for i in tl.static_range(SPLIT):
-                    at = (i * pairs + pair)[:, None] * (tiles * 16) + row[None, :]
-                    y += tl.load(partial + at, mask=there, other=0.0, cache_modifier=".cg")
-                total += weight[:, None] * y
-            there = (token < tokens)[:, None] & (row < rows)[None, :]
-            at = token[:, None] * rows + row[None, :]
-            tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+        gdc_launch_dependents()
+    token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    _sum_up(
+        bias, experts, weights, out, partial, first, held, pairs, rows, token, row, tile_rows, EXPERTS_PER_TOKEN, SPLIT
+    )
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a product is cut: K into `split` parts; `unroll` steps whose loads are in flight together; `columns` rows
-    of x in one product (8, or 16 where experts have more tokens). early: the kernel is launched while the one before
-    it still runs (programmatic dependent launch, from sm_90 on), and waits inside."""
+    """How a product is cut: K into `split` parts; `unroll` steps whose loads are in flight together. early: the kernel
+    is launched while the one before it still runs (programmatic dependent launch, from sm_90 on), and waits inside."""
 
     split: int
     unroll: int
-    columns: int = 8
     early: bool = True
 
 
 _CUTS = (  # up to so many tokens, gate_up, down; the fastest on an H200 of those in tests/benchmarks/kernels_experts.py
-    (1, Cut(split=3, unroll=5), Cut(split=5, unroll=3)),
-    (MAX_PAIRS, Cut(split=1, unroll=5), Cut(split=1, unroll=5)),
+    (1, Cut(split=5, unroll=3), Cut(split=5, unroll=3)),
+    (2, Cut(split=1, unroll=3), Cut(split=3, unroll=3)),
+    (MAX_PAIRS, Cut(split=1, unroll=9), Cut(split=1, unroll=3)),
 )
 
 
@@ -409,7 +456,7 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
     held, rows = packed.bias.shape
     _, tiles, steps, *_ = packed.blocks.shape
     slots = _slots(experts_TX, held)
-    split = cut.split if tokens <= cut.columns and slots <= MAX_SLOTS else 1
+    split = cut.split if tokens <= COLUMNS and slots <= MAX_SLOTS else 1
     inner_PI = torch.empty((pairs, rows // 2), dtype=x_TH.dtype, device=x_TH.device)
     _gate_up[tiles, slots, split](
         x_TH,
@@ -439,35 +486,46 @@ def down_sum(
     inner_PI: Tensor, weights_TX: Tensor, experts_TX: Tensor, packed: Tiles, first_expert: int, cut: Cut
 ) -> Tensor:
     """The second product of what `gate_up_inner` gave, and its weighted sum, [T, H] in the dtype of inner."""
-    tokens = len(experts_TX)
+    tokens, per_token = experts_TX.shape
     pairs, width = inner_PI.shape
     held, rows = packed.bias.shape
     _, tiles, steps, *_ = packed.blocks.shape
     slots = _slots(experts_TX, held)
     out_TH = torch.empty((tokens, rows), dtype=inner_PI.dtype, device=inner_PI.device)
+    partial = torch.empty((cut.split, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=inner_PI.device)
+    summed = (packed.bias, experts_TX, weights_TX, out_TH, partial)
     _down[tiles, slots, cut.split](
         inner_PI,
         packed.blocks,
         packed.scales.view(torch.int32),
-        packed.bias,
-        experts_TX,
-        weights_TX,
-        out_TH,
-        torch.empty((cut.split, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=inner_PI.device),
+        *summed,
         packed.arrivals,
         first_expert,
         held,
         pairs,
         int(slots == held),
-        tokens,
-        slots,
         tiles,
         steps,
         rows,
         width,
-        FINISH=1 if tokens == 1 else FINISH_TOKENS,
         **_constants(experts_TX, steps, width, cut, cut.split),
     )
+    if tokens > 1:
+        _finish[tokens, triton.cdiv(rows, FINISH_ROWS)](
+            *summed,
+            first_expert,
+            held,
+            pairs,
+            rows,
+            tiles * TILE_ROWS,
+            **constants(
+                EXPERTS_PER_TOKEN=per_token,
+                SPLIT=cut.split,
+                BLOCK=FINISH_ROWS,
+                EARLY=cut.early and early(experts_TX),
+                num_warps=4,
+            ),
+        )
     return out_TH
 
 
@@ -480,17 +538,15 @@ def _slots(experts_TX: Tensor, held: int) -> int:
 def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int) -> dict[str, Any]:
     """Few values of each, as each combination is compiled."""
     tokens, per_token = experts_TX.shape
-    early = cut.early and experts_TX.is_cuda and torch.cuda.get_device_capability(experts_TX.device) >= (9, 0)
-    return {
-        "EXPERTS_PER_TOKEN": per_token,
-        "CHUNK": CHUNK_PAIRS,
-        "COLUMNS": cut.columns,
-        "UNROLL": cut.unroll,
-        "SPLIT": split,
-        "SINGLE": tokens == 1,
-        "EVEN": steps % (split * cut.unroll) == 0 and width == steps * TILE_COLUMNS,
-        "EARLY": early,
-        "PLAIN": not experts_TX.is_cuda,
-        "num_warps": 1,
-        **({"launch_pdl": True} if early else {}),
-    }
+    return constants(
+        EXPERTS_PER_TOKEN=per_token,
+        CHUNK=CHUNK_PAIRS,
+        COLUMNS=COLUMNS,
+        UNROLL=cut.unroll,
+        SPLIT=split,
+        SINGLE=tokens == 1,
+        EVEN=steps % (split * cut.unroll) == 0 and width == steps * TILE_COLUMNS,
+        EARLY=cut.early and early(experts_TX),
+        PLAIN=not experts_TX.is_cuda,
+        num_warps=1,
+    )

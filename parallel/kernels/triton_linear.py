@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants
+from .triton_launch import constants, early
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def one(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tuning: Tuning) 
             ROWS=tuning.rows,
             BLOCK=min(tuning.columns, triton.next_power_of_2(columns)),
             BIAS=bias_O is not None,
+            EARLY=early(x_1I),
             num_warps=tuning.warps,
         ),
     )
@@ -78,6 +80,7 @@ def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tuning: Tuning) 
             WAYS=tuning.ways,
             BLOCK=tuning.columns // tuning.ways,
             BIAS=bias_O is not None,
+            EARLY=early(x_TI),
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         ),
@@ -96,6 +99,7 @@ def _one(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
@@ -104,6 +108,10 @@ def _one(
     for start in tl.static_range(0, COLUMNS, BLOCK):
         column = start + tl.arange(0, BLOCK)
         w = tl.load(weight + column[None, :], mask=is_row[:, None] & (column < COLUMNS)[None, :], other=0.0)
+        if EARLY and start == 0:
+            tl.debug_barrier()  # ptxas would read the weight after the wait
+            gdc_wait()
+            gdc_launch_dependents()
         acc += w.to(tl.float32) * tl.load(x + column, mask=column < COLUMNS, other=0.0).to(tl.float32)[None, :]
     y = tl.sum(acc, 1)
     if BIAS:
@@ -125,6 +133,7 @@ def _few(
     WAYS: tl.constexpr,
     BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
@@ -133,6 +142,9 @@ def _few(
     weight += row.to(tl.int64)[None, :, None] * COLUMNS
     x += token[None, None, :] * COLUMNS
     acc = tl.zeros([WAYS, ROWS, TOKENS], tl.float32)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     for start in range(0, COLUMNS, WAYS * BLOCK):
         column = start + tl.arange(0, WAYS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         is_column = column < COLUMNS

@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants
+from .triton_launch import constants, early
 
 WARPS = 8
 
@@ -28,6 +29,7 @@ def add_norm(
             HIDDEN=hidden,
             BLOCK=triton.next_power_of_2(hidden),
             ADD=delta_TH is not None,
+            EARLY=early(residual_TH),
             num_warps=WARPS,
         ),
     )
@@ -45,15 +47,31 @@ def _add_norm(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK)
     here = column < HIDDEN
     at = tl.program_id(0).to(tl.int64) * HIDDEN + column
+    factor = tl.load(weight + column, mask=here, other=0.0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(residual + at, mask=here, other=0.0)
     if ADD:
-        x = (x.to(tl.float32) + tl.load(delta + at, mask=here, other=0.0).to(x.dtype).to(tl.float32)).to(x.dtype)
+        x = added(x, tl.load(delta + at, mask=here, other=0.0))
         tl.store(summed + at, x, mask=here)
-    wide = x.to(tl.float32)  # of the rounded sum, as the next layer adds to it
+    tl.store(normed + at, normalised(x, factor, eps, HIDDEN).to(normed.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def added(x, delta):
+    """x + delta, rounded as x is."""
+    return (x.to(tl.float32) + delta.to(x.dtype).to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def normalised(x, factor, eps, HIDDEN: tl.constexpr):
+    """fp32 RMSNorm of a row; x is the rounded sum, as the next layer adds to it, and 0 past HIDDEN."""
+    wide = x.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
-    wide *= tl.load(weight + column, mask=here, other=0.0).to(tl.float32)
-    tl.store(normed + at, wide.to(normed.dtype.element_ty), mask=here)
+    return wide * factor.to(tl.float32)

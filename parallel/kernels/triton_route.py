@@ -1,4 +1,5 @@
-"""The router in one kernel: logits, the choice of X experts, and their softmax, as `experts.route`.
+"""The router in one kernel: logits, the choice of X experts, and their softmax, as `experts.route`; for one token with
+the norm before it.
 
 A program multiplies some tokens by some experts over a part of the hidden dim; the last of a group of tokens adds up
 the parts in order and chooses. Few tokens are cut into many parts, as one program alone would wait for the router's
@@ -14,8 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_decode import arrive
+from .triton_launch import constants, early
+from .triton_norm import add_norm, added, normalised
 
 GROUP_TOKENS = 16  # tokens of a program: the least that a tensor core's product has
 STEP_COLUMNS = 64
@@ -43,6 +47,7 @@ def _route(
     EXPERTS_PER_TOKEN: tl.constexpr,
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,
+    EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     """partial: fp32 [parts, T, EXPERTS_2]. Equal logits go to the lower number. NaN is never chosen before a number,
@@ -55,6 +60,9 @@ def _route(
     x_TK = x + token.to(tl.int64)[:, None] * width
     weight_EK = weight + expert[:, None] * width
     acc = tl.zeros((TOKENS, EXPERT_BLOCK), tl.float32)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     for begin in range(part * share, tl.minimum((part + 1) * share, width), STEP):
         at = begin + column[None, :]
         value = tl.load(x_TK + at, mask=(token < tokens)[:, None] & (at < width), other=0.0)
@@ -66,29 +74,136 @@ def _route(
     tl.store(partial + at, acc, mask=(token < tokens)[:, None])
     if arrive(arrivals + group, PARTS * (EXPERTS_2 // EXPERT_BLOCK)):
         every = tl.arange(0, EXPERTS_2)
-        real = every < EXPERTS
         logit = tl.zeros((TOKENS, EXPERTS_2), tl.float32)
         for i in tl.static_range(PARTS):  # all loads in flight together
             part_TE = partial + (i * tokens + token)[:, None] * EXPERTS_2 + every[None, :]
             logit += tl.load(part_TE, mask=(token < tokens)[:, None], other=0.0, cache_modifier=".cg")
-        logit += tl.load(bias + every, mask=real, other=0.0).to(tl.float32)[None, :]
-        logit = tl.where(logit == logit, logit, _LOWEST)
-        place = tl.arange(0, 8)
-        values = tl.full((TOKENS, 8), float("-inf"), tl.float32)
-        ids = tl.zeros((TOKENS, 8), tl.int32)
-        left = (token >= 0)[:, None] & real[None, :]
-        for i in tl.static_range(EXPERTS_PER_TOKEN):
-            best = tl.max(tl.where(left, logit, float("-inf")), 1)
-            found = tl.min(tl.where(left & (logit == best[:, None]), every[None, :], EXPERTS - 1), 1)
-            values = tl.where(place[None, :] == i, best[:, None], values)
-            ids = tl.where(place[None, :] == i, found[:, None], ids)
-            left = left & (every[None, :] != found[:, None])
-        share_of = tl.exp(values - tl.max(values, 1)[:, None])
-        share_of = share_of / tl.sum(share_of, 1)[:, None]
-        choice = token[:, None] * EXPERTS_PER_TOKEN + place[None, :]
-        there = (token < tokens)[:, None] & (place < EXPERTS_PER_TOKEN)[None, :]
-        tl.store(chosen_weights + choice, share_of, mask=there)
-        tl.store(chosen_experts + choice, ids.to(tl.int64), mask=there)
+        logit += tl.load(bias + every, mask=every < EXPERTS, other=0.0).to(tl.float32)[None, :]
+        _choose(logit, token, tokens, chosen_weights, chosen_experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN, TOKENS)
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _norm_route(
+    residual,
+    delta,
+    norm,
+    weight,
+    bias,
+    summed,
+    normed,
+    logits,
+    chosen_weights,
+    chosen_experts,
+    arrivals,
+    eps,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One token, a program for each expert: all of them work out the norm, which is less than to wait for it."""
+    expert = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    here = column < HIDDEN
+    factor = tl.load(norm + column, mask=here, other=0.0)
+    row = tl.load(weight + expert * HIDDEN + column, mask=here, other=0.0)
+    if EARLY:
+        tl.debug_barrier()  # ptxas would read the weights after the wait
+        gdc_wait()
+        gdc_launch_dependents()
+    x = added(tl.load(residual + column, mask=here, other=0.0), tl.load(delta + column, mask=here, other=0.0))
+    value = normalised(x, factor, eps, HIDDEN).to(normed.dtype.element_ty)
+    if expert == 0:
+        tl.store(summed + column, x, mask=here)
+        tl.store(normed + column, value, mask=here)
+    logit = tl.sum(value.to(tl.float32) * row.to(tl.float32), 0) + tl.load(bias + expert).to(tl.float32)
+    tl.store(logits + expert, logit)
+    if arrive(arrivals, EXPERTS):
+        token, every = tl.arange(0, 1), tl.arange(0, EXPERTS_2)
+        all_1E = tl.load(logits + every, mask=every < EXPERTS, other=0.0, cache_modifier=".cg")[None, :]
+        _choose(all_1E, token, 1, chosen_weights, chosen_experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN, 1)
+
+
+@triton.jit
+def _choose(
+    logit,
+    token,
+    tokens,
+    chosen_weights,
+    chosen_experts,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """The choice and its softmax from logits [TOKENS, EXPERTS_2], to the rows of these tokens."""
+    every = tl.arange(0, EXPERTS_2)
+    real = every < EXPERTS
+    logit = tl.where(logit == logit, logit, _LOWEST)
+    place = tl.arange(0, 8)
+    values = tl.full((TOKENS, 8), float("-inf"), tl.float32)
+    ids = tl.zeros((TOKENS, 8), tl.int32)
+    left = (token >= 0)[:, None] & real[None, :]
+    for i in tl.static_range(EXPERTS_PER_TOKEN):
+        best = tl.max(tl.where(left, logit, float("-inf")), 1)
+        found = tl.min(tl.where(left & (logit == best[:, None]), every[None, :], EXPERTS - 1), 1)
+        values = tl.where(place[None, :] == i, best[:, None], values)
+        ids = tl.where(place[None, :] == i, found[:, None], ids)
+        left = left & (every[None, :] != found[:, None])
+    share_of = tl.exp(values - tl.max(values, 1)[:, None])
+    share_of = share_of / tl.sum(share_of, 1)[:, None]
+    choice = token[:, None] * EXPERTS_PER_TOKEN + place[None, :]
+    there = (token < tokens)[:, None] & (place < EXPERTS_PER_TOKEN)[None, :]
+    tl.store(chosen_weights + choice, share_of, mask=there)
+    tl.store(chosen_experts + choice, ids.to(tl.int64), mask=there)
+
+
+def norm_route(
+    residual_TH: Tensor,
+    delta_TH: Tensor,
+    norm_H: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    weight_EH: Tensor,
+    bias_E: Tensor,
+    experts_per_token: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `experts.norm_route`: one kernel for one token, two for more."""
+    tokens, hidden = residual_TH.shape
+    if tokens > 1:
+        residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
+        return residual_TH, x_TH, *route(x_TH, weight_EH, bias_E, experts_per_token)
+    device, count = residual_TH.device, len(weight_EH)
+    sum_TH = torch.empty_like(residual_TH)
+    x_TH = torch.empty((1, hidden), dtype=dtype, device=device)
+    weights_TX = torch.empty((1, experts_per_token), dtype=torch.float32, device=device)
+    experts_TX = torch.empty((1, experts_per_token), dtype=torch.int64, device=device)
+    _norm_route[(count,)](
+        residual_TH,
+        delta_TH,
+        norm_H,
+        weight_EH,
+        bias_E,
+        sum_TH,
+        x_TH,
+        torch.empty(count, dtype=torch.float32, device=device),
+        weights_TX,
+        experts_TX,
+        _arrivals(device),
+        eps,
+        **constants(
+            HIDDEN=hidden,
+            BLOCK=triton.next_power_of_2(hidden),
+            EXPERTS=count,
+            EXPERTS_2=triton.next_power_of_2(count),
+            EXPERTS_PER_TOKEN=experts_per_token,
+            EARLY=early(residual_TH),
+            num_warps=8,
+        ),
+    )
+    return sum_TH, x_TH, weights_TX, experts_TX
 
 
 def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
@@ -115,15 +230,18 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
         _arrivals(device),
         tokens,
         width,
-        PARTS=parts,
-        EXPERTS=count,
-        EXPERTS_2=padded,
-        EXPERT_BLOCK=block,
-        EXPERTS_PER_TOKEN=experts_per_token,
-        TOKENS=GROUP_TOKENS,
-        STEP=STEP_COLUMNS,
-        PLAIN=not x_TH.is_cuda,
-        num_warps=4,
+        **constants(
+            PARTS=parts,
+            EXPERTS=count,
+            EXPERTS_2=padded,
+            EXPERT_BLOCK=block,
+            EXPERTS_PER_TOKEN=experts_per_token,
+            TOKENS=GROUP_TOKENS,
+            STEP=STEP_COLUMNS,
+            EARLY=early(x_TH),
+            PLAIN=not x_TH.is_cuda,
+            num_warps=4,
+        ),
     )
     return weights_TX, experts_TX
 

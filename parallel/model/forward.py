@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels import Operations
 from ..kernels.batch import Batch
-from ..kernels.rope import concentration, rotation
+from ..kernels.rope import concentration
 from ..planning.spec import Spec
 from .comm import Comm
 from .weights import Weights
@@ -32,8 +32,10 @@ def forward(
     place.
     """
     dtype = weights.embed_VH.dtype
-    turn = rotation(batch.positions_T, frequencies, concentration(spec))
-    residual_TH = comm.all_reduce(embed(batch.tokens_T, weights.embed_VH, weights.first_token)).to(residual_dtype)
+    embedded_TH, turn = ops.embed(
+        batch.tokens_T, batch.positions_T, weights.embed_VH, weights.first_token, frequencies, concentration(spec)
+    )
+    residual_TH = comm.all_reduce(embedded_TH).to(residual_dtype)
     delta_TH = None
     seen = {"window": 0, "full": 0}
     for kind, layer in zip(spec.layer_kinds, weights.layers, strict=True):
@@ -43,17 +45,18 @@ def forward(
         q_TND = ops.qkv_write(x_TH, layer.qkv_QH, layer.qkv_bias_Q, turn, kv_PCSKD, pages.slots_T)
         attended_TQ = ops.attend(q_TND, kv_PCSKD, layer.sinks_N, batch, pages)
         delta_TH = comm.all_reduce(ops.linear(attended_TQ, layer.out_HQ, layer.out_bias_H))
-        residual_TH, x_TH = ops.add_norm(residual_TH, delta_TH, layer.mlp_norm_H, spec.norm_eps, dtype)
-        routes = ops.route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
+        residual_TH, x_TH, *routes = ops.norm_route(
+            residual_TH,
+            delta_TH,
+            layer.mlp_norm_H,
+            spec.norm_eps,
+            dtype,
+            layer.router_EH,
+            layer.router_bias_E,
+            spec.experts_per_token,
+        )
         delta_TH = comm.all_reduce(
             ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit)
         )
     _, x_TH = ops.add_norm(residual_TH, delta_TH, weights.norm_H, spec.norm_eps, dtype)
     return ops.linear(x_TH[batch.wanted_S], weights.head_VH)
-
-
-def embed(tokens_T: Tensor, embed_VH: Tensor, first_token: int) -> Tensor:
-    """Rows of the tokens held here, zeros for the others: their sum over ranks is the embedding."""
-    local_T = tokens_T - first_token
-    here_T = (local_T >= 0) & (local_T < len(embed_VH))
-    return embed_VH[local_T.where(here_T, 0)] * here_T[:, None]

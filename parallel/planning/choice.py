@@ -132,7 +132,7 @@ def on_cpu(machine: Machine, asked: Asked) -> Place:
         raise UserError(f"how much memory {machine.name} has free is not known", "say so: --host-memory 16GiB")
     dtype = asked.dtype or "fp32"
     kernels = _kernels(asked, "cpu", dtype)
-    return Place("cpu", (), 1, "none", machine.host_memory_bytes, dtype, asked.kv_dtype or dtype, kernels)
+    return Place("cpu", (), machine.nodes, "none", machine.host_memory_bytes, dtype, asked.kv_dtype or dtype, kernels)
 
 
 def _kernels(asked: Asked, device: Device, dtype: DType) -> Kernels | None:

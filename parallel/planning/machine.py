@@ -114,9 +114,7 @@ def _probe_gpus(visible: str | None) -> tuple[tuple[Gpu, ...], Link]:
     except pynvml.NVMLError:  # no driver, or no GPU
         return (), "none"
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        uuids = [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-        chosen = [handles[index] for index in visible_indexes(visible, uuids)]
+        chosen = visible_handles(pynvml, visible)
         gpus = []
         for handle in chosen:
             memory: Any = pynvml.nvmlDeviceGetMemoryInfo(handle)
@@ -128,6 +126,13 @@ def _probe_gpus(visible: str | None) -> tuple[tuple[Gpu, ...], Link]:
         raise UserError(f"a GPU does not answer: {error}", "--machine FILE.yaml says what is here instead") from None
     finally:
         pynvml.nvmlShutdown()
+
+
+def visible_handles(nvml: Any, visible: str | None) -> list[Any]:
+    """NVML's handles of the GPUs that CUDA shows, in its order. nvml: the module, begun with."""
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    return [handles[index] for index in visible_indexes(visible, uuids)]
 
 
 def _text(value: str | bytes) -> str:

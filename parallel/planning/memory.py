@@ -24,7 +24,7 @@ DRAW_ELEMENT_BYTES = (24, 32)  # of a row, for each of its logits: raced in fp32
 class ProcessCost:
     """What one rank's process takes besides tensors."""
 
-    context_bytes: int  # CUDA context, loaded kernels, cuBLAS workspace
+    context_bytes: int  # CUDA context, loaded kernels
     nccl_bytes: int  # NCCL's own buffers on the device, in a replica of several ranks
     host_bytes: int  # Python, torch and its libraries
 
@@ -53,7 +53,8 @@ KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # kept in fp32: few byte
 WIDE_BYTES = 4  # fp32
 INDEX_BYTES = 4  # int32, for one byte of packed weights while it is looked up
 TABLE_ENTRY_BYTES = 4  # int32 page numbers
-COUNT_BYTES = 4  # int32: how often a token stands in an answer
+COUNT_BYTES = 2  # int16: how often a token stands in an answer, and whether it does in the prompt
+CUBLAS_BYTES = 33 << 20  # its workspace, which torch allocates with the first product, seen on an H200
 
 
 def stored_dtype(row: Row, dtype: DType) -> DType | None:
@@ -101,8 +102,9 @@ def workspace_bytes(
 ) -> int:
     """Most bytes that live during a step besides weights and KV.
 
-    What is kept for each sequence, and, times the allocator's slack, hidden states that live all along + the largest of
-    (attention, experts, norm, head). For the plain operations in kernels/:
+    What is kept for each sequence, with Triton's kernels the workspace of cuBLAS, and, times the allocator's slack, the
+    larger of two steps: T tokens of prompts, whose hidden states live beside the largest of (attention, experts, norm);
+    and a token of every sequence, beside the head. For the plain operations in kernels/:
       hidden     T x H x (2 residual + HIDDEN_COPIES x compute)
       attention  SCORE_TILES x min(limit, heads x T x C x fp32), keys and values of C tokens, q, k, v of T tokens
       experts    one expert's larger matrix (gate_up) DEQUANTIZED_COPIES times, its bytes as indexes, T rows inside
@@ -116,7 +118,7 @@ def workspace_bytes(
     element, residual = DTYPE_BYTES[dtype], DTYPE_BYTES[residual_dtype]
     context_tokens, step_tokens = room.context_tokens, room.step_tokens
     here, rows = _widths(spec, mesh, rank), step_tokens * spec.hidden
-    lasting = rows * (2 * residual + HIDDEN_COPIES * element)
+    lasting = 2 * residual + HIDDEN_COPIES * element  # of a hidden state
     scores = here.q // spec.head_dim * step_tokens * context_tokens * WIDE_BYTES
     attention = (
         SCORE_TILES * min(SCORES_LIMIT_BYTES, scores)
@@ -140,9 +142,11 @@ def workspace_bytes(
     draw = here.vocab * DRAW_ELEMENT_BYTES[dtype == "fp64"]
     head = room.sequences * here.vocab * (element + WIDE_BYTES)
     head += max(draw, min(DRAW_LIMIT_BYTES, room.sequences * draw))
-    passing = lasting + max(attention, experts, norm, head)
+    prompts = rows * lasting + max(attention, experts, norm)
+    passing = max(prompts, room.sequences * spec.hidden * lasting + head)
     slack = 1.0 if kernels == "triton" else ALLOCATOR_SLACK
-    return rows_bytes(spec, mesh, rank, room) + ceil(passing * slack)
+    cublas = CUBLAS_BYTES if kernels == "triton" else 0
+    return rows_bytes(spec, mesh, rank, room) + cublas + ceil(passing * slack)
 
 
 def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, step_tokens: int) -> int:

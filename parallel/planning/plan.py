@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
-from .shards import Mesh
+from .shards import Mesh, part
 from .spec import Spec, spec_from_json, spec_to_json
 
 DType = Literal["bf16", "fp16", "fp32", "fp64"]
@@ -134,6 +134,11 @@ class Plan:
     @property
     def world_size(self) -> int:
         return self.dp * self.ranks
+
+    def replicas_of(self, node: int) -> range:
+        """The replicas that run on this node, counted from 0."""
+        own = part(self.dp, 1, node, self.nodes)
+        return range(own.start, own.stop)
 
     @property
     def digest(self) -> str:

@@ -104,13 +104,14 @@ def _offloaded(
         others += () if on_the_cpu is None else (on_the_cpu,)
     taken = here[0]
     chosen = Offload(taken.way, others, hot_experts(asked.routing, taken.way.slots))
+    nodes = place.nodes if asked.dp is None else 1  # a replica, which is one rank, on each
     return Plan(
         model=model,
         checkpoint=checkpoint,
         spec=spec,
         machine=machine.name,
         device=place.device,
-        dp=1,
+        dp=nodes,
         ranks=1,
         ep=1,
         dtype=place.dtype,
@@ -123,9 +124,10 @@ def _offloaded(
         kv_tokens=taken.room.kv_tokens,
         page_tokens=taken.room.page_tokens,
         step_tokens=taken.room.step_tokens,
-        memory=(taken.memory,),
+        memory=tuple(dataclasses.replace(taken.memory, rank=rank) for rank in range(nodes)),
         why=tuple(why_offloaded(spec, found, machine, place, asked, chosen, taken.room, taken.memory)),
         workload=asked.workload,
+        nodes=nodes,
     )
 
 

@@ -186,7 +186,8 @@ def _dp(place: Place, asked: Asked, choice: Choice) -> str:
     ranks, layout = choice.layout.mesh.ranks, choice.layout
     head = f"dp {choice.dp}: "
     if place.device == "cpu":
-        return head + ("asked for" if asked.dp else "one replica has the whole CPU")
+        each = f" of each of {place.nodes} nodes" if place.nodes > 1 else ""
+        return head + ("asked for" if asked.dp else f"one replica has the whole CPU{each}")
     gpus, nodes = len(place.gpus), place.nodes
     where = _count(gpus, "GPU") + (f" on each of {nodes} nodes" if nodes > 1 else "")
     idle = gpus * nodes - choice.dp * ranks

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from gptoss_launch.launch.resolve import make_plan, resolve
-from gptoss_launch.launch.settings import Settings
+from gptoss_launch.launch.settings import ServeSettings, Settings
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.planning.spec import PUBLISHED
 
@@ -63,6 +63,18 @@ def test_a_plan_for_a_gpu_that_is_elsewhere_does_not_run_here(monkeypatch: pytes
     assert make_plan("tiny", Settings(machine="h100"), need_weights=False).device == "cuda"
     with pytest.raises(UserError, match="does not run here: GPUs needed 1, found 0"):
         make_plan("tiny", Settings(machine="h100"), need_weights=True)
+
+
+def test_nodes_are_those_that_serve_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the Slurm job that this runs in, and for what runs on one node: one."""
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
+    given = {"gpu_memory_bytes": 0, "context_tokens": 1024}
+    assert make_plan("tiny", Settings(**given), need_weights=True).dp == 1
+    plan = make_plan("tiny", ServeSettings(**given, nnodes=3), need_weights=True)
+    assert (plan.dp, plan.nodes) == (3, 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="does not run here: GPUs needed 8, found 0"):
+        make_plan("tiny", ServeSettings(machine="h100x8", nnodes=2), need_weights=True)
 
 
 def test_offline_download_says_what_to_do(hub: Path) -> None:

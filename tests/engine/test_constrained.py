@@ -124,8 +124,8 @@ class Loop:
 @pytest.mark.parametrize(
     ("pages", "step_tokens", "ahead"),
     [
-        (16, 16, True),
-        pytest.param(16, 16, False, marks=pytest.mark.slow),
+        (12, 16, True),
+        pytest.param(12, 16, False, marks=pytest.mark.slow),
         pytest.param(None, 512, True, marks=pytest.mark.slow),
     ],
 )

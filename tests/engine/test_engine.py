@@ -29,6 +29,8 @@ SAMPLINGS = (
     Sampling(min_p=0.2, seed=10),
     Sampling(temperature=0.0, presence=1.5, frequency=0.5),
     Sampling(temperature=0.0, logit_bias=((5, 100.0),)),
+    Sampling(temperature=0.0, repetition=1.5),
+    Sampling(seed=12, repetition=0.8, frequency=0.5),
     Sampling(temperature=8.0, top_p=0.999, seed=11),  # deeper than the first candidates
 )
 

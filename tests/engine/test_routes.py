@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +31,12 @@ DEVICE = torch.device("cpu")
 def overheard(ops: Operations, routes: list[Tensor]) -> Operations:
     """`ops` whose every router choice goes into `routes` too."""
 
-    def route(*inputs: Tensor | int) -> tuple[Tensor, Tensor]:
-        weights_TX, experts_TX = ops.route(*inputs)
+    def norm_route(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        residual_TH, x_TH, weights_TX, experts_TX = ops.norm_route(*inputs)
         routes.append(experts_TX.clone())
-        return weights_TX, experts_TX
+        return residual_TH, x_TH, weights_TX, experts_TX
 
-    return dataclasses.replace(ops, route=route)
+    return dataclasses.replace(ops, norm_route=norm_route)
 
 
 def recorded(plan: Plan, path: Path) -> tuple[list[list[int]], list[Tensor]]:
@@ -124,15 +125,15 @@ def tampered(ops: Operations, rank: int, wrong: dict[int, int]) -> Operations:
     """`ops` that, on `rank`, takes other experts in the layers of `wrong`, at its step."""
     calls = iter(range(10**9))
 
-    def route(*inputs: Tensor | int) -> tuple[Tensor, Tensor]:
-        weights_TX, experts_TX = ops.route(*inputs)
+    def norm_route(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        residual_TH, x_TH, weights_TX, experts_TX = ops.norm_route(*inputs)
         step, layer = divmod(next(calls), SPEC.layers)
         if rank == 1 and wrong.get(layer) == step:
             experts_TX = experts_TX.clone()
             experts_TX[-1, 0] = next(e for e in range(SPEC.experts) if e not in experts_TX[-1])
-        return weights_TX, experts_TX
+        return residual_TH, x_TH, weights_TX, experts_TX
 
-    return dataclasses.replace(ops, route=route)
+    return dataclasses.replace(ops, norm_route=norm_route)
 
 
 def said(wrong: dict[int, int], ranks: int = 2) -> list[str]:

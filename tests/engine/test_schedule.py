@@ -194,6 +194,7 @@ class Simulation:
         sampling = Sampling(
             presence=r.choice([0.0, 0.0, 0.0, 1.0]),
             frequency=r.choice([0.0, 0.0, 0.0, 0.5]),
+            repetition=r.choice([1.0, 1.0, 1.0, 1.5]),
             logit_bias=tuple((r.randrange(VOCAB), float(r.randrange(5))) for _ in range(r.choice([0, 0, 0, 3]))),
             seed=r.randrange(2**63),
         )

@@ -9,17 +9,20 @@ from gptoss_launch.parallel.engine.constraint import Constraint, Section
 from gptoss_launch.parallel.engine.request import Request, Sampling, Token
 from gptoss_launch.parallel.engine.wire import (
     MESSAGE_LIMIT_BYTES,
+    Assigned,
     Cancel,
     Decoder,
     Done,
     Failed,
     Generate,
     Hello,
+    Leave,
     Message,
     Progress,
     Ready,
     Refused,
     Stats,
+    Stop,
     Tokens,
     encode,
 )
@@ -55,6 +58,9 @@ EXAMPLES: tuple[Message, ...] = (
     Ready(1, "0123abcd", {"weights_bytes": 1 << 36, "read_bytes": 0}, {"decode_step_s": 0.01}, 1.5),
     Failed(0, "tensor x is short", "fetch it again", 2),
     Failed(1, "é 漢 \n two lines", "", 1, follows=True),
+    Assigned("1.0", '{"digest": "0123abcd"}'),
+    Leave(),
+    Stop(),
 )
 
 ids = st.text(max_size=20)
@@ -90,6 +96,9 @@ messages: st.SearchStrategy[Message] = st.one_of(
         Ready, small, ids, st.dictionaries(ids, counts, max_size=4), st.dictionaries(ids, reals, max_size=4), reals
     ),
     st.builds(Failed, small, ids, ids, small, st.booleans()),
+    st.builds(Assigned, ids, ids),
+    st.builds(Leave),
+    st.builds(Stop),
 )
 
 

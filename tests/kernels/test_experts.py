@@ -17,7 +17,7 @@ from gptoss_launch.parallel.kernels.triton_decode import MAX_PAIRS, Cut, decode
 from gptoss_launch.parallel.kernels.triton_experts import experts
 from gptoss_launch.parallel.kernels.triton_grouped import _SHAPES, Shape, grouped
 from gptoss_launch.parallel.kernels.triton_mxfp4 import pack
-from gptoss_launch.parallel.kernels.triton_route import route
+from gptoss_launch.parallel.kernels.triton_route import norm_route, route
 from small_models import GPU
 from torch import Tensor
 
@@ -123,7 +123,7 @@ FEW = {
     "a slot a pair, others' experts": (Case(2, 64, 32, 6, 2, 10), (Cut(1, 1), Cut(1, 1))),
     "a slot an expert, more tokens than columns": (Case(11, 64, 32, 2, 1, 3), (Cut(2, 1), Cut(1, 3))),
     "no expert is here": (Case(2, 64, 32, 2, 8, 10), (Cut(1, 1), Cut(1, 1))),
-    "wide columns": (Case(12, 96, 32, 2), (Cut(1, 2, 16), Cut(1, 1, 16))),
+    "two rounds of columns, odd K": (Case(12, 96, 96, 2), (Cut(1, 2), Cut(2, 1))),
 }
 
 
@@ -247,6 +247,27 @@ def test_route_true_sizes(tokens: int, count: int) -> None:
     assert torch.allclose(logits_TE.gather(1, experts_TX), best_TX, rtol=1e-4, atol=1e-3)
     assert torch.allclose(weights_TX.double(), best_TX.softmax(-1), rtol=1e-3, atol=1e-4)
     assert torch.equal(route(*given, 4)[0], weights_TX)
+
+
+@pytest.mark.parametrize("count", [5, 32, 128])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_norm_route_is_norm_and_then_route(tokens: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    residual_TH, delta_TH = normal(tokens, 96), normal(tokens, 96)
+    given = residual_TH, delta_TH, normal(96, dtype=torch.float32), 1e-5, dtype, normal(count, 96), normal(count), 4
+    found, wanted = norm_route(*given), plain.norm_route(*given)
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], rtol=2.0**-7, atol=1e-6)
+    again_TX, experts_TX = route(found[1], *given[5:])
+    assert torch.equal(found[3], experts_TX)
+    torch.testing.assert_close(found[2], again_TX, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(one, other) for one, other in zip(found, norm_route(*given), strict=True))
 
 
 COMPILE = """

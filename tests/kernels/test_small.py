@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gptoss_launch.parallel.kernels import attention, norm, triton_linear, triton_norm, triton_qkv
+from gptoss_launch.parallel.kernels import attention, begin, norm, triton_begin, triton_linear, triton_norm, triton_qkv
 from small_models import GPU
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,6 +30,33 @@ def test_add_norm(dtype: torch.dtype, residual_is_wide: bool, delta_dtype: torch
         assert torch.equal(got[0], want[0]) and got[0].dtype == residual_dtype
         assert got[1].dtype == dtype
         torch.testing.assert_close(got[1], want[1], rtol=ULP[dtype], atol=1e-6)
+
+
+def integers(high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(high), dtype=dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("tokens", (1, 5, 129))
+def test_locate(tokens: int) -> None:
+    rows, pages = 7, 11
+    words_W = integers(rows, 3 * tokens + 1)[1:]  # a view that is aligned to nothing
+    row_T, token_T, position_T = words_W.view(3, tokens)
+    token_T[::2] = -1
+    position_T += integers(pages * 16 - rows, tokens)
+    given = row_T, token_T, position_T, integers(99, rows, dtype=torch.int64), integers(1000, 2, rows, pages), 16
+    for got, want in zip(triton_begin.locate(*given), begin.locate(*given), strict=True):
+        assert torch.equal(got, want) and got.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("first", (0, 30))
+def test_embed(dtype: torch.dtype, first: int) -> None:
+    embed_VH, frequencies = random(40, 96, dtype=dtype), random(24).abs()
+    tokens_T, positions_T = integers(80, 33, dtype=torch.int64), integers(131072, 33, dtype=torch.int64)
+    given = tokens_T, positions_T, embed_VH, first, frequencies, 1.3466
+    (got, turn), (want, wanted_turn) = triton_begin.embed(*given), begin.embed(*given)
+    assert torch.equal(got, want)
+    torch.testing.assert_close(turn, wanted_turn, rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("dtype", LOW)

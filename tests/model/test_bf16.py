@@ -27,12 +27,12 @@ def our_logits(
     routes: list[Tensor] = []
 
     def recording_route(*inputs):
-        weights, experts = ops.route(*inputs)
+        *others, experts = ops.norm_route(*inputs)
         routes.append(experts)
-        return weights, experts
+        return *others, experts
 
     plan = plain_plan(folder, dtype, context_tokens=len(tokens), step_tokens=step_tokens, device=device)
-    engine = plain_engine(plan, dataclasses.replace(ops, route=recording_route))
+    engine = plain_engine(plan, dataclasses.replace(ops, norm_route=recording_route))
     forced = Forced(engine)
     logits = [
         forced.step(tokens[start : start + step_tokens], slice(None)) for start in range(0, len(tokens), step_tokens)

@@ -65,10 +65,10 @@ def test_two_gpus(size: str, layers: int, dtype: DType, count: int, tmp_path: Pa
     for row in run(tmp_path, count, plans):
         print(json.dumps({"model": size, "layers": layers} | row))
         if dtype == "fp32":
+            assert row["error"] <= (1e-5 if layers < 24 else 2e-5) * largest and row["argmax_equal"]
             # Over 24 layers fp32 itself is off by more than 1e-5, in the oracle no less than here: there ours has to
             # be as near to the same sums in fp64 as the oracle is.
-            assert row["error"] <= (1e-5 if layers < 24 else 2e-5) * largest and row["argmax_equal"]
-            assert row["off_fp64"] <= 1.1 * row["oracle_off_fp64"]
+            assert layers < 24 or row["off_fp64"] <= 1.1 * row["oracle_off_fp64"]
         else:
             assert row["error"] <= 1.5 * theirs[0] and row["flipped"] <= 1.2 * theirs[1]
 
@@ -122,12 +122,12 @@ def main(folder: Path, count: int, paths: list[Path]) -> None:
 
             checking = engine.ops
 
-            def route(*inputs, routes=routes, checked=checking.route):
-                weights, experts = checked(*inputs)
+            def norm_route(*inputs, routes=routes, checked=checking.norm_route):
+                *others, experts = checked(*inputs)
                 routes.append(experts)
-                return weights, experts
+                return *others, experts
 
-            engine.ops = dataclasses.replace(checking, route=route)
+            engine.ops = dataclasses.replace(checking, norm_route=norm_route)
             forced, parts = Forced(engine), []
             tokens = prompt(plan.spec, count)
             for first in range(0, count, plan.step_tokens):

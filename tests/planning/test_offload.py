@@ -40,6 +40,16 @@ def test_as_many_experts_as_fit_and_no_more(gib: float, misses: str) -> None:
     assert (way.misses, plan.ranks, plan.dp, plan.device) == (misses, 1, 1, "cuda")
 
 
+def test_each_node_has_a_replica_of_its_own() -> None:
+    """Of the one rank that is offloaded; --dp 1 keeps to one node."""
+    two = dataclasses.replace(read_machine("rtx2080ti"), nodes=2)
+    plan, alone = planned("20b", two), planned("20b", "rtx2080ti")
+    assert (plan.dp, plan.nodes, plan.ranks) == (2, 2, 1) and offload(plan) == offload(alone)
+    assert plan.memory == (alone.memory[0], dataclasses.replace(alone.memory[0], rank=1))
+    assert [plan.replicas_of(node) for node in range(2)] == [range(1), range(1, 2)]
+    assert planned("20b", two, dp=1).nodes == 1
+
+
 def test_host_memory_too_small_leaves_experts_in_the_file() -> None:
     need = offload(planned("20b", "rtx2080ti")).taken.host_bytes + 3 * GIB
     fits = offload(planned("20b", "rtx2080ti", host_memory_bytes=need)).taken

@@ -216,6 +216,13 @@ def test_two_nodes_get_a_replica_each() -> None:
     assert planned("120b", "h100x8-2nodes", dp=1).nodes == 1
 
 
+def test_two_nodes_without_gpus() -> None:
+    two = dataclasses.replace(read_machine("cpu"), nodes=2)
+    plan = planned("20b", two, host_memory_bytes=256 * GIB)
+    assert (plan.dp, plan.nodes, plan.world_size) == (2, 2, 2)
+    assert "one replica has the whole CPU of each of 2 nodes" in why(plan, "dp 2: ")
+
+
 def test_an_unknown_gpu_gets_the_fewest_ranks() -> None:
     machine = read_machine("h100x8")
     gpus = tuple(dataclasses.replace(gpu, name="NVIDIA X1") for gpu in machine.gpus)

@@ -9,7 +9,7 @@ from gptoss_launch.launch.api.replicas import REQUEST_LIMIT
 from gptoss_launch.launch.engine_client import EngineDiedError
 from gptoss_launch.parallel.engine.request import Token
 from gptoss_launch.parallel.errors import UserError
-from in_process import HELLO, Call, ScriptedEngine, served
+from in_process import HELLO, Call, ScriptedEngine, TellingEngine, served
 
 BODY = {"model": "tiny", "messages": HELLO}
 WEATHER = {
@@ -68,6 +68,30 @@ def test_streamed(serving, markup):
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == len(markup(THINKS + ANSWERS))
     assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_typed_stream_of_the_official_client(serving, markup, strict):
+    """It raises for what is not in the order or of the types that it knows. strict: it parses the arguments, too; else
+    log probabilities come along."""
+    parameters = WEATHER["function"]["parameters"] | {"additionalProperties": False}
+    weather = {"type": "function", "function": {"name": "get_weather", "parameters": parameters, "strict": strict}}
+    script = markup(THINKS + CALLS)
+    _, call = serving(engine=ScriptedEngine(script) if strict else TellingEngine(script))
+
+    async def work(client):
+        asked = {"model": "tiny", "messages": HELLO, "tools": [weather], "logprobs": not strict}
+        async with client.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
+            return [event async for event in stream], await stream.get_final_completion()
+
+    events, whole = call.ask(work)
+    [one] = whole.choices[0].message.tool_calls
+    assert one.function.arguments == '{"city": "Bern"}' and whole.choices[0].finish_reason == "tool_calls"
+    assert one.function.parsed_arguments == ({"city": "Bern"} if strict else None)
+    kinds = {event.type for event in events}
+    assert {"chunk", "content.delta", "content.done", "tool_calls.function.arguments.done"} <= kinds
+    assert ("logprobs.content.done" in kinds) == (not strict)
+    assert whole.usage.completion_tokens == len(script)
 
 
 def test_events_as_they_are_on_the_wire(serving, markup):

@@ -34,7 +34,7 @@ WRONG = {
     "min_p": [*NO_NUMBER, *ODD, -0.1, 1.1],
     "presence_penalty": [*NO_NUMBER, *ODD, -2.1, 2.1],
     "frequency_penalty": [*NO_NUMBER, *ODD, -2.1, 2.1],
-    "repetition_penalty": [*NO_NUMBER, *ODD, 0.9, 1.1],
+    "repetition_penalty": [*NO_NUMBER, *ODD, 0, -1, 0.09, 10.1],
     "logit_bias": [
         *(1, "x", [], [[1, 1]], {"a": 1}, {"-1": 1}, {"1.0": 1}, {"01": 1}, {"": 1}, {"2000": 1}, {"99999999999": 1}),
         *({"1": "1"}, {"1": None}, {"1": 101}, {"1": -101}, {"1": float("nan")}, {str(i): 1 for i in range(301)}),
@@ -58,7 +58,10 @@ WRONG = {
     "logprobs": {"chat": [*NO_TRUTH, 3], "text": [*NO_INTEGER, -1, 21]},
     "top_logprobs": [*NO_INTEGER, -1, 21, 5],  # 5: without logprobs
     "reasoning_effort": [*NO_TEXT, [], "minimal", "none", ""],
-    "tools": [1, "x", {}, [1], [{}], [{"type": "web_search"}], [{"type": "function", "function": {"name": "a b"}}]],
+    "tools": [
+        *(1, "x", {}, [1], [{}], [{"type": "web_search"}], [{"type": "code_interpreter"}], [{"type": ["mcp"]}]),
+        *([{"type": "mcp"}], [{"type": "function", "function": {"name": "a b"}}]),
+    ],
     "tool_choice": [1, True, [], "x", "required", {}, {"type": "function", "function": {"name": "x"}}],
     "response_format": [
         *(1, "json", [], {}, {"type": "xml"}, {"type": "json_object", "strict": True}, {"type": "json_schema"}),
@@ -69,6 +72,7 @@ WRONG = {
         {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "robot"}}},
     ],
     "max_reasoning_tokens": [*NO_INTEGER, -1],
+    "max_tool_calls": [*NO_INTEGER, 0, -1, 2**31],
     "parallel_tool_calls": [*NO_TRUTH],
     "modalities": [1, "text", ["audio"], [1], {}],
     **{
@@ -146,7 +150,7 @@ def test_fields_that_do_not_go_together(tokenizer):
         for path, body, param in (
             ("/v1/chat/completions", chat | {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
             ("/v1/chat/completions", chat | {"logprobs": False, "top_logprobs": 0}, "top_logprobs"),
-            ("/v1/completions", text | {"echo": True, "logprobs": 0}, "echo"),
+            ("/v1/completions", text | {"echo": True, "logprobs": 0, "prompt": [*range(1024)] * 2}, "prompt"),
             ("/v1/completions", text | {"n": 2, "best_of": 1}, "best_of"),
             ("/v1/completions", text | {"n": 100, "prompt": ["a", "b"]}, "prompt"),
             ("/v1/completions", text | {"stream": False, "stream_options": {}}, "stream_options"),

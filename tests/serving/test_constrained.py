@@ -18,6 +18,7 @@ import openai
 import pytest
 from bounded_schemas import BOUNDED, thing
 from gptoss_launch.launch.api.app import Served, create_app
+from gptoss_launch.launch.api.logprobs import spelled
 from gptoss_launch.launch.api.metrics import Metrics
 from gptoss_launch.launch.api.replicas import Replicas
 from gptoss_launch.launch.dispatch import Dispatch
@@ -236,6 +237,96 @@ def test_cut_short_is_length(said) -> None:
         assert one.content.startswith("{") and not one.content.endswith("}}")
     assert answers[2].name == "pick" and answers[2].arguments.startswith("{") and answers[2].calls == 1
     assert answers[3].reasoning_tokens <= 5 and answers[3].content, "the final channel is open"
+
+
+def test_everything_together_on_responses(engine, tokenizer) -> None:
+    """A schema, a tool that must be called, log probabilities and a stream in one request; then the answer after it."""
+    schema = BOUNDED["enums"]
+    form = {"format": {"type": "json_schema", "name": "form", "schema": schema, "strict": True}}
+    pick = {"type": "function", "name": "pick", "parameters": schema, "strict": True}
+    fields = {
+        "model": "tiny",
+        "tools": [pick],
+        "text": form,
+        "include": ["message.output_text.logprobs"],
+        "stream": True,
+    }
+    fields |= {
+        "top_logprobs": 2,
+        "max_output_tokens": 400,
+        "extra_body": {"max_reasoning_tokens": REASONING, "seed": 3},
+    }
+
+    async def talk() -> list:
+        replicas = Replicas([engine], Dispatch(1), Metrics(CollectorRegistry(), "tiny", 1))
+        transport = httpx.ASGITransport(create_app(Served("tiny", CONTEXT, tokenizer, replicas)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=300) as http:
+            client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=http, max_retries=0)
+            turns, said = [], {"input": "Hello", "tool_choice": "required"}
+            for _ in range(2):
+                turns.append([event async for event in await client.responses.create(**fields, **said)])
+                response = turns[-1][-1].response
+                call = next((item for item in response.output if item.type == "function_call"), None)
+                result = {"type": "function_call_output", "call_id": call and call.call_id, "output": "ok"}
+                said = {"input": [result], "previous_response_id": response.id, "tool_choice": "none"}
+            return turns
+
+    first, second = asyncio.run(talk())
+    [call] = [item for item in first[-1].response.output if item.type == "function_call"]
+    deltas = [event.delta for event in first if event.type == "response.function_call_arguments.delta"]
+    assert call.name == "pick" and "".join(deltas) == call.arguments and first[-1].type == "response.completed"
+    jsonschema.validate(json.loads(call.arguments), schema)
+    [message] = [item for item in second[-1].response.output if item.type == "message"]
+    jsonschema.validate(json.loads(message.content[0].text), schema)
+    told = [entry for event in second if event.type == "response.output_text.delta" for entry in event.logprobs]
+    assert "".join(entry.token for entry in told) == message.content[0].text
+    assert all(len(entry.top_logprobs) == 2 for entry in told)
+    assert second[-1].response.usage.output_tokens_details.reasoning_tokens <= REASONING
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_tells_how_likely_the_prompt_is(engine, tokenizer, stream) -> None:
+    """What is said of tokens of a prompt is what was said of them as they were drawn."""
+    texts = ["Once upon", "The 漢 of a"]
+
+    async def talk() -> list[dict[int, list]]:
+        replicas = Replicas([engine], Dispatch(1), Metrics(CollectorRegistry(), "tiny", 1))
+        transport = httpx.ASGITransport(create_app(Served("tiny", CONTEXT, tokenizer, replicas)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=300) as http:
+            client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=http, max_retries=0)
+
+            async def complete(**fields) -> dict[int, list]:
+                fields |= {"model": "tiny", "logprobs": 2, "seed": 5, "stream": stream}
+                answer = await client.completions.create(**fields)
+                rows: dict[int, list] = {}
+                for choice in [c async for chunk in answer for c in chunk.choices] if stream else answer.choices:
+                    told, row = choice.logprobs, rows.setdefault(choice.index, ["", [], [], [], []])
+                    row[0] += choice.text
+                    for place, name in enumerate(("tokens", "token_logprobs", "top_logprobs", "text_offset"), 1):
+                        row[place] += getattr(told, name)
+                return rows
+
+            drawn = await complete(prompt=texts, max_tokens=8)
+            of = {spelled(id, tokenizer): id for id in range(tokenizer.vocab_size)}
+            whole = [[*tokenizer.encode(text), *map(of.get, drawn[place][1])] for place, text in enumerate(texts)]
+            return [drawn, await complete(prompt=[*whole, whole[0][:1]], n=2, max_tokens=3, echo=True)]
+
+    drawn, echoed = asyncio.run(talk())
+    assert sorted(echoed) == list(range(6))
+    for place, text in enumerate(texts):
+        for choice in (2 * place, 2 * place + 1):
+            before = len(tokenizer.encode(text))
+            tokens, values, tops, offsets = echoed[choice][1:]
+            assert (values[0], tops[0], offsets[0]) == (None, None, 0) and None not in values[1:]
+            count = len(drawn[place][1])
+            assert tokens[before : before + count] == drawn[place][1]
+            assert values[before : before + count] == pytest.approx(drawn[place][2], abs=1e-3)
+            assert len(tokens) == len(values) == len(tops) == len(offsets) and offsets == sorted(offsets)
+            assert before + count <= len(tokens) <= before + count + 3  # it may stop
+            places = [len(text) + place for place in drawn[place][4]]
+            assert offsets[before : before + count] == places or "\ufffd" in echoed[choice][0]
+            assert echoed[choice][0].startswith(text)
+    assert echoed[4][2][0] is None and 1 <= len(echoed[4][1]) <= 4
 
 
 def test_any_object(said) -> None:

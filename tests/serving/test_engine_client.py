@@ -4,7 +4,7 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from gptoss_launch.launch.engine_client import EngineClient, EngineDiedError
+from gptoss_launch.launch.engine_client import EngineClient, EngineDiedError, local
 from gptoss_launch.parallel.engine.request import Request, Token
 from gptoss_launch.parallel.engine.wire import Cancel, Decoder, Done, Generate, Refused, Tokens, encode
 from gptoss_launch.parallel.errors import UserError
@@ -32,7 +32,7 @@ class Leader:
 
 def test_streams_refusals_cancels_and_death(tmp_path):
     async def story():
-        client, leader = EngineClient(tmp_path / "s"), Leader()
+        client, leader = EngineClient(local(tmp_path / "s")), Leader()
         connecting = asyncio.create_task(client.connect())
         await asyncio.sleep(0.1)
         assert not client.ready and not client.dead
@@ -69,7 +69,7 @@ def test_streams_refusals_cancels_and_death(tmp_path):
 def test_a_restarted_leader_is_found_again(tmp_path):
     async def story():
         reports, losses = [], []
-        client = EngineClient(tmp_path / "s", reports.append, lambda: losses.append(client.running))
+        client = EngineClient(local(tmp_path / "s"), reports.append, lambda: losses.append(client.running))
         keeping = asyncio.create_task(client.keep_connected())
         for life in range(3):
             leader = Leader()
@@ -100,7 +100,7 @@ def test_a_restarted_leader_is_found_again(tmp_path):
 def test_a_closed_client_stays_closed(tmp_path):
     async def story():
         server = await asyncio.start_unix_server(Leader(), tmp_path / "s")
-        client = EngineClient(tmp_path / "s")
+        client = EngineClient(local(tmp_path / "s"))
         keeping = asyncio.create_task(client.keep_connected())
         await client.found.wait()
         tokens = client.generate(Request("b", (1,), 9))

@@ -182,6 +182,21 @@ def test_plain(server, markup):
     Response.model_validate(server.http.get(f"/v1/responses/{answer.id}").json())
 
 
+def test_input_tokens_are_those_of_the_response(server):
+    first = server.create()
+    fields = {"input": "And now?", "instructions": "Be brief.", "tools": [WEATHER], "reasoning": {"effort": "high"}}
+    fields |= {"previous_response_id": first.id}
+    counted = server.client.responses.input_tokens.count(model="tiny", **fields)
+    assert (counted.object, counted.input_tokens) == (
+        "response.input_tokens",
+        server.create(**fields).usage.input_tokens,
+    )
+    long = {"input": "word " * 5000}  # more than the context holds
+    assert server.client.responses.input_tokens.count(model="tiny", **long).input_tokens > 2048
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        server.client.responses.input_tokens.count(model="tiny", input="x", previous_response_id="resp_1")
+
+
 REASONING = [
     "response.output_item.added",
     "response.content_part.added",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,11 +78,17 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.fixture(scope="module", params=["cgroup", "linuxproc"])
 def cluster(request: pytest.FixtureRequest, skip_or_fail: Callable[[str], NoReturn]) -> Iterator[Cluster]:
     """A real two-node Slurm, once with each proctrack plugin."""
+    with brought_up(Cluster(CLUSTER_ROOT, request.param), skip_or_fail) as made:
+        yield made
+
+
+@contextmanager
+def brought_up(made: Cluster, skip_or_fail: Callable[[str], NoReturn]) -> Iterator[Cluster]:
+    """The cluster, for as long as the block; skips where there can be none."""
     if os.geteuid() != 0:
         pytest.skip("a real Slurm needs root, for network namespaces")
-    if request.param == "cgroup" and not os.access(FREEZER, os.W_OK):
+    if made.proctrack == "cgroup" and not os.access(FREEZER, os.W_OK):
         pytest.skip("proctrack/cgroup needs a writable cgroup v1 freezer")
-    made = Cluster(CLUSTER_ROOT, request.param)
     try:
         install()
     except ClusterError as error:

@@ -4,15 +4,21 @@ payload.py stands in for the model; torchrun, signals, exit codes and the queue 
 """
 
 import json
+import os
+import re
+import signal
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from slurm_cluster import GPUS, NODES, Cluster
+from small_models import checkpoint
 
 from .conftest import FAKE_PYTHON, CommandLine
 
@@ -90,6 +96,33 @@ def test_usr1_ahead_of_the_limit(
     assert [one["state"] for one in states(status)] == ["SUBMITTED", "RUNNING", "REQUEUED", "RUNNING", "COMPLETED"]
 
 
+def test_a_finetune_that_is_requeued_loses_nothing(
+    cli: CommandLine, submit: Callable[..., int], cluster: Cluster, tmp_path: Path
+) -> None:
+    """Nothing fake: two nodes train, are told to stop, come back, and end with the losses of a run without a stop."""
+    if cluster.proctrack == "linuxproc":
+        pytest.skip("who gets the signal is shown above; cgroup is what clusters have")
+    model, steps = checkpoint("three_blocks", tmp_path), 10
+    words = {"model": str(model), "steps": str(steps), "packs_per_step": "2", "sequence_tokens": "256"}
+    words |= {"skip_bad_records": "true", "save_every": "0", "eval_fraction": "0.1"}
+
+    def losses(run: Path) -> list[float]:
+        path = run / "metrics.jsonl"
+        return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    run = {"python": sys.executable, "config": "tiny", "set": words | {"run": str(tmp_path / "trained")}}
+    job = submit("finetune", {"nodes": 2}, run)
+    cli.until(job, lambda _: len(losses(tmp_path / "trained")) >= 2)
+    assert cluster.slurm("scancel", "--signal=USR1", "--batch", str(job)).returncode == 0
+    whole = [f"{key}={value}" for key, value in words.items()]
+    cli("finetune", "--config", "tiny", *whole, f"run={tmp_path / 'whole'}")  # while the job waits to be back
+    status = cli.until(job, lambda status: status["ended"])
+    assert (status["state"], status["code"], status["attempt"]) == ("COMPLETED", 0, 1)
+    assert re.search(r"going on after step \d+ of 10", cli("jobs", "logs", job).stdout)
+    found, wanted = losses(tmp_path / "trained"), losses(tmp_path / "whole")
+    assert len(found) == steps and found == pytest.approx(wanted, rel=1e-5), (found, wanted)
+
+
 def test_the_time_limit_itself(cli: CommandLine, submit: Callable[..., int], cluster: Cluster, tmp_path: Path) -> None:
     """Slurm's own signal, by --signal, and a bound of 0 requeues: stopped, 75, and `requeue` is what is left to do."""
     if cluster.proctrack == "linuxproc":
@@ -141,6 +174,64 @@ def test_a_serve_job(cli: CommandLine, submit: Callable[..., int], tmp_path: Pat
     cli("jobs", "endpoint", job, code=2)
 
 
+def ask(url: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+    """(HTTP status, the answer's JSON)."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url.removesuffix("/v1") + path, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def wait_until(found: Callable[[], bool], limit_s: float = 60) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not found():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+
+
+def test_two_nodes_serve_together(cli: CommandLine, submit: Callable[..., int], cluster: Cluster) -> None:
+    """Nothing fake: tiny on both nodes behind the first one's port. Under load everything of ours on the second is
+    killed, or its cable is pulled, and it comes back; a graceful cancel lets both end."""
+    killed = cluster.proctrack == "cgroup"
+    run = {"model": "tiny", "gpu_memory": "0", "context": "2048", "python": sys.executable}
+    job = submit("serve", {"nodes": 2}, run)
+    place = cli.json("jobs", "endpoint", job, "--wait-s", "100")
+    assert (place["health"], place["node"]) == ("ready", FIRST), cli("jobs", "logs", job).stdout
+    url = place["url"]
+    assert ask(url, "/ready") == (200, {"ready_replicas": 2, "replicas": 2})
+    hello = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(ask, url, "/v1/chat/completions", hello | {"max_tokens": 1200}) for _ in range(4)]
+        time.sleep(1)
+        if killed:
+            for pid in cluster.processes(SECOND, "gptoss_launch.launch", "gptoss_launch.parallel"):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            cluster.plug(SECOND, out=True)
+        wait_until(lambda: ask(url, "/health") == (503, {"ok": False, "dead_replicas": 1, "replicas": 2}))
+        assert ask(url, "/v1/chat/completions", hello | {"max_tokens": 4})[1]["usage"]["completion_tokens"] == 4
+        codes = sorted(answer.result()[0] for answer in answers)
+    assert codes == [200, 200, 503, 503], codes
+    cluster.plug(SECOND, out=False)
+    wait_until(lambda: ask(url, "/ready")[0] == 200 and ask(url, "/health")[0] == 200)
+    assert ask(url, "/v1/chat/completions", hello | {"max_tokens": 4})[0] == 200
+    log = cli("jobs", "logs", job).stdout
+    assert f"node 1 ({SECOND}) is lost" in log and log.count(f"node 1 ({SECOND}) has joined: replica 1") == 2
+    errors = cli("jobs", "logs", "--errors", "--node", "1", job).stdout
+    assert ("node 1 ended with 137, and joins again in 1 s" if killed else "is there again") in errors
+    status = cli.status(job)
+    key = (Path(status["folder"]) / "node.key").read_text().strip()
+    assert key not in log + (Path(status["folder"]) / "script.sbatch").read_text()
+    cli("jobs", "cancel", job, "--graceful")
+    followed = cli("jobs", "logs", "-f", job).stdout
+    assert "STOPPED" in followed and "Traceback" not in followed
+    status = cli.status(job)
+    assert (status["state"], status["code"], status["failure"]) == ("STOPPED", 75, None)
+
+
 def test_tiny_is_served(cli: CommandLine, submit: Callable[..., int], cluster: Cluster) -> None:
     """Nothing fake: the embedded model, and an answer through the node's address."""
     if cluster.proctrack == "cgroup":
@@ -150,11 +241,7 @@ def test_tiny_is_served(cli: CommandLine, submit: Callable[..., int], cluster: C
     place = cli.json("jobs", "endpoint", job, "--wait-s", "100")
     assert place["health"] == "ready", cli("jobs", "logs", job).stdout
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-    request = urllib.request.Request(
-        f"{place['url']}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        assert json.load(response)["usage"]["completion_tokens"] == 4
+    assert ask(place["url"], "/v1/chat/completions", body)[1]["usage"]["completion_tokens"] == 4
     cli("jobs", "cancel", job, "--graceful")
     assert cli.until(job, lambda status: status["ended"])["code"] == 75
 
@@ -174,6 +261,37 @@ def test_wait_gives_the_jobs_own_code(cli: CommandLine, submit: Callable[..., in
     held = cli.status(late.stdout.strip())
     assert held["state"] == "PENDING" and "held" in held["reason"]
     cli("jobs", "cancel", held["job"])
+
+
+def test_preflight_finds_the_bad_node(cli: CommandLine, cluster: Cluster, tmp_path: Path) -> None:
+    """Nothing fake but the faults: a low limit, and another version of a package, on the second node."""
+    if cluster.proctrack == "cgroup":
+        pytest.skip("no signals in it: once is enough")
+    other = tmp_path / "other" / "tokenizers-9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 9.9\n")
+    setup = tmp_path / "setup.sh"
+    setup.write_text(
+        f"""[ "$SLURMD_NODENAME" = {FIRST} ] && return
+ulimit -n 256
+export PYTHONPATH={other.parent}:${{PYTHONPATH:-}}
+"""
+    )
+    flags = [
+        f"run.python={sys.executable}",
+        "run.model=tiny",
+        "slurm.nodes=2",
+        f"run.setup={setup}",
+        "run.measure=false",
+    ]
+    done = cli("submit", "preflight", *[w for one in flags for w in ("--set", one)], "--wait", "--follow", code=4)
+    lines = done.stderr.splitlines()
+    assert f"gptoss-launch: not fit: {SECOND}; submit with --exclude={SECOND}" in lines
+    found = [line for line in lines if "BAD  " in line]
+    said = [line.split("BAD  ")[1].split("  ")[0] for line in found if "[rank 1]" in line]
+    assert said == ["open files", "tokenizers on all nodes"], found
+    assert any("[rank 0]" in line and f"{SECOND}: open files, tokenizers on all nodes" in line for line in found)
+    assert any("[rank 1] ok   head" in line and "answers in" in line for line in lines)
 
 
 def test_a_script_is_usable_by_hand(cli: CommandLine, cluster: Cluster, tmp_path: Path) -> None:
@@ -208,7 +326,7 @@ def test_apptainer(cli: CommandLine, tmp_path: Path) -> None:
     inside = (
         f"apptainer exec --nv --bind {tmp_path}/run,/data:/data /my image.sif {FAKE_PYTHON} -m gptoss_launch.launch"
     )
-    assert f"[rank 0] {inside} doctor\n" in done.stderr and "[rank 0] looked at" in done.stderr
+    assert f"[rank 0] {inside} doctor --measure\n" in done.stderr and "[rank 0] looked at" in done.stderr
     cli.environment["PATH"] = cli.environment["PATH"].partition(":")[2]
     settings[2] = "run.folder=another"
     done = cli("submit", "preflight", *[word for one in settings for word in ("--set", one)], "--wait", code=4)

@@ -16,13 +16,13 @@ from gptoss_launch.launch.slurm_settings import make_job
 from .test_submit import program
 
 SLURM = {
-    **{"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost"},
+    **{"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost"},
     **{"SLURMD_NODENAME": "localhost", "SLURM_RESTART_COUNT": "0"},
 }
 
 
 def run_script(
-    tmp_path: Path, srun: str, *, kind: Any = "finetune", scontrol: str = "true", **run: str
+    tmp_path: Path, srun: str, *, kind: Any = "finetune", scontrol: str = "true", nodes: int = 1, **run: str
 ) -> tuple[int, list[dict[str, Any]], str]:
     """(exit code, states, standard error). srun, scontrol: what stands in for them, in bash."""
     program(tmp_path, "srun", srun)
@@ -30,7 +30,7 @@ def run_script(
     program(tmp_path, "sleep", "exit 0")
     payload = {"finetune": {"config": "tiny"}, "preflight": {}, "serve": {"model": "tiny"}}[kind]
     job = make_job(kind, [{"run": {"python": "/no/python", **payload, **run}}])
-    environment = {**SLURM, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    environment = {**SLURM, "SLURM_NNODES": str(nodes), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-c", render_script(job, str(tmp_path / "run"), "0")],
         env=environment,
@@ -101,6 +101,27 @@ def test_preflight_names_the_nodes_to_leave_out(tmp_path: Path) -> None:
     assert ended == 4 and "not fit: a; submit with --exclude=a" in err
 
 
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"a": (4, "BAD  node 1  b: driver"), "b": (4, "BAD  driver  none")}, "b"),
+        ({"a": (4, "BAD  node 1  b: driver\nBAD  open files  9"), "b": (4, "BAD  driver  none")}, "a,b"),
+        ({"a": (4, "BAD  node 1  no report in 60 s"), "b": (None, "")}, "b"),
+        ({"a": (1, "BAD  node 1  b: driver"), "b": (0, "ok   driver")}, "a"),
+    ],
+)
+def test_preflight_tells_a_nodes_own_faults_from_others(
+    tmp_path: Path, said: dict[str, tuple[int | None, str]], named: str
+) -> None:
+    lines = []
+    for rank, (host, (code, words)) in enumerate(said.items()):
+        folder = f'"$logs/node{rank}-{host}"'
+        lines += [f"mkdir -p {folder}", f"printf '%s\n' '{words}' >{folder}/rank{rank}.out"]
+        lines += [] if code is None else [f'echo "1 {code} {host}" >{folder}/rank{rank}.exit']
+    _, _, err = run_script(tmp_path, "\n".join(lines), kind="preflight")
+    assert f"not fit: {named}; submit with --exclude={named}\n" in err
+
+
 def test_a_node_runs_its_rank(tmp_path: Path) -> None:
     """The functions as a node gets them: output in files and in the job's, the code kept."""
     shim = tmp_path / "python"
@@ -115,3 +136,31 @@ def test_a_node_runs_its_rank(tmp_path: Path) -> None:
     assert f"[rank 0] {words}" in (tmp_path / "run/logs/latest/all.log").read_text()
     place = json.loads((tmp_path / "run/endpoint.json").read_text())
     assert place == {"node": "localhost", "address": "127.0.0.1", "port": 8123}
+
+
+def test_nodes_that_serve_together(tmp_path: Path) -> None:
+    """The first has the port; another one joins it, again when it was killed, and until there is something to be put
+    right. Their key is in a file of the run alone, and gone in the end."""
+    program(tmp_path, "getent", "echo 192.0.2.1 STREAM a")
+    shim = tmp_path / "python"
+    shim.write_text(
+        f"""#!/bin/bash
+echo "words: $*" >>'{tmp_path}/words'
+cp -p '{tmp_path}/run/node.key' '{tmp_path}/key'
+[ "$SLURM_NODEID" = 0 ] && exit 0
+case $(grep -c node-rank '{tmp_path}/words') in 1) exit 7 ;; 2) kill -9 $$ ;; *) exit 2 ;; esac
+"""
+    )
+    shim.chmod(0o755)
+    srun = """while [ "$1" != bash ]; do shift; done
+SLURM_NODEID=0 SLURMD_NODENAME=a "$@" && SLURM_NODEID=1 SLURMD_NODENAME=b "$@" """
+    ended, states, _ = run_script(tmp_path, srun, kind="serve", nodes=2, python=str(shim))
+    assert ended == 2 and states[-1]["reason"] == "rank 1 on b ended with 2"
+    common = f"--nnodes 2 --head 192.0.2.1:10007 --node-key-file {tmp_path}/run/node.key"
+    serve = f"words: -m gptoss_launch.launch serve tiny --host 192.0.2.1 --port 20007 {common}"
+    assert (tmp_path / "words").read_text().splitlines() == [serve, *[f"{serve} --node-rank 1"] * 3]
+    key = tmp_path / "key"
+    assert key.stat().st_mode & 0o777 == 0o600 and len(key.read_bytes()) > 40
+    assert not (tmp_path / "run/node.key").exists()
+    said = (tmp_path / "run/logs/latest/node1-b/rank1.err").read_text()
+    assert "node 1 ended with 7, and joins again in 1 s" in said and "ended with 137, and joins again in 2 s" in said

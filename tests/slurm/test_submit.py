@@ -74,7 +74,8 @@ def test_what_wins(command_line: CommandLine, config: Path, tmp_path: Path) -> N
         ("slurm: {requeue: perhaps}", "takes no value, not 'perhaps'", "requeue: true"),
         ('slurm: {job-name: "a\\nb"}', "cannot stand on an #SBATCH line", "printable"),
         ("slurm: {nodes: [1]}", "neither text nor a number", ""),
-        ("slurm: {nodes: 2}\nrun: {model: tiny}", "serve runs on one node so far, not on 2", "--nodes=1"),
+        ("slurm: {nodes: 2}\nrun: {model: tiny, engine: vllm}", "engine vllm serves on one node, not 2", "--nodes=1"),
+        ("run: {model: tiny, nnodes: 2}", "unknown key 'nnodes'", "known:"),
         ("env: {HF_TOKEN: abc}", "env.HF_TOKEN: looks like a secret", "sbatch passes its environment on"),
         ("env: {A B: abc}", "no environment variable", ""),
         ("run: {modle: tiny}", "run.modle: unknown key 'modle'", "did you mean model?"),
@@ -114,6 +115,15 @@ def test_an_option_is_misspelt(command_line: CommandLine) -> None:
 def test_no_sbatch(command_line: CommandLine, config: Path, tmp_path: Path) -> None:
     done = command_line("submit", "serve", "--config", config, code=2)
     assert "no sbatch on the PATH" in done.stderr and "--render" in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_gpus_are_asked_for_by_the_node(command_line: CommandLine) -> None:
+    """What the fullest of them needs, of the plan for all."""
+    given = ["run.model=openai/gpt-oss-120b", "run.machine=h100x8", "run.ranks=4", "run.dp=3", "slurm.nodes=2"]
+    words = [word for one in given for word in ("--set", one)]
+    assert "gpus-per-node=8" in sbatch_lines(command_line("submit", "serve", *words, "--render").stdout)
+    done = command_line("submit", "serve", *words, "--gpus-per-node", "4", "--render", code=2)
+    assert "needs 8 GPUs a node, gpus-per-node is 4" in done.stderr
 
 
 def test_the_run_folder_is_there_before_the_job(command_line: CommandLine, config: Path, tmp_path: Path) -> None:

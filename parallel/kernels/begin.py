@@ -1,0 +1,36 @@
+"""What comes before the first layer of a step: where each token stands, its embedding, and the turn of its position.
+
+T tokens, R rows of the page tables, in the order of the kinds of layers (K). Knows no requests.
+"""
+
+import torch
+from torch import Tensor
+
+from .rope import rotation
+
+
+def locate(
+    row_T: Tensor, token_T: Tensor, position_T: Tensor, last_R: Tensor, tables_KRP: Tensor, page_tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(rows_T, tokens_T, positions_T, slots_KT), int64, from int32: a token below 0 stands for the one that its row has
+    drawn last; a slot is page * page_tokens + offset."""
+    rows_T, positions_T = row_T.long(), position_T.long()
+    tokens_T = torch.where(token_T < 0, last_R[rows_T], token_T.long())
+    pages_KT = tables_KRP[:, rows_T, positions_T // page_tokens].long()
+    return rows_T, tokens_T, positions_T, pages_KT * page_tokens + positions_T % page_tokens
+
+
+def embed(
+    tokens_T: Tensor,
+    positions_T: Tensor,
+    embed_VH: Tensor,
+    first_token: int,
+    frequencies: Tensor,
+    concentration: float,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """([T, H], rope.rotation): rows of the tokens held here, zeros for others, so that their sum over ranks is the
+    embedding."""
+    local_T = tokens_T - first_token
+    here_T = (local_T >= 0) & (local_T < len(embed_VH))
+    embedded_TH = embed_VH[local_T.where(here_T, 0)] * here_T[:, None]
+    return embedded_TH, rotation(positions_T, frequencies, concentration)
