@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..parallel.errors import NoPlanError, UserError
+from ..parallel.planning.flops import ASSUMED_MFU, peak_flops, training_flops
 from ..parallel.planning.machine import format_size, probe, read_machine
 from ..parallel.planning.spec import Spec
 from ..parallel.planning.training import Share, all_values, lora_values, training_memory
@@ -77,6 +78,7 @@ def print_plan(
          f"({settings.packs_per_step} packs of {settings.sequence_tokens:,}, "
          f"{-(-settings.packs_per_step // settings.world_size)} a rank)"),
         ("steps", f"{settings.steps:,}" if settings.steps else f"as many as {settings.epochs} epochs of the data take"),
+        ("time", _time(settings, spec, None if on_cpu else machine.gpus[0].name)),
         ("command", line),
     ]  # fmt: skip
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -99,6 +101,21 @@ def print_plan(
                 if full
                 else "lower sequence_tokens, expert_rank or attention_rank, or targets=[attention]",
             )
+
+
+def _time(settings: FinetuneSettings, spec: Spec, gpu: str | None) -> str:
+    """Of all steps, or of a million tokens where nothing says how many steps there are."""
+    assert settings.dtype is not None
+    peak = None if gpu is None else peak_flops(gpu, settings.dtype)
+    if peak is None:
+        return f"not known: no peak of {gpu or 'a CPU'} in {settings.dtype} is in our tables"
+    flops = training_flops(spec, [settings.sequence_tokens], settings.mode) / settings.sequence_tokens
+    tokens_per_s = ASSUMED_MFU * peak * settings.world_size / flops
+    how = f"{tokens_per_s:,.0f} tokens/s, if {ASSUMED_MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s are reached"
+    if not settings.steps:
+        return f"{1e6 / tokens_per_s / 3600:.2g} hours a million tokens ({how})"
+    tokens = settings.steps * settings.packs_per_step * settings.sequence_tokens
+    return f"at most {tokens / tokens_per_s / 3600:.2g} hours ({how})"
 
 
 def _ranks_in_words(settings: FinetuneSettings, zero: Zero | None) -> str:

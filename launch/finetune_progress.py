@@ -42,6 +42,8 @@ class Progress:
 
     def show(self, step: "Step") -> None:
         now = f"loss {step.loss:.4f}  {step.tokens_per_s:,.0f} tokens/s  {format_size(step.memory_bytes)}"
+        if step.mfu is not None:
+            now += f"  MFU {step.mfu:.1%}"
         self._bar.update(self._task, completed=step.step, now=now)
         every = max(1, self._job.steps // self.LINES)
         if step.eval_loss is not None:

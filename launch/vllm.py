@@ -50,9 +50,11 @@ def vllm_arguments(plan: Plan, settings: ServeSettings, served_name: str, port: 
     return arguments
 
 
-def vllm_notes(plan: Plan) -> list[str]:
+def vllm_notes(plan: Plan, keys: Sequence[Key]) -> list[str]:
     """What is not the same, in words."""
     notes = []
+    if keys:
+        notes.append("warning: vLLM asks for the key under /v1; /invocations, which answers as well, is open")
     if plan.dp > 1:
         notes.append(
             f"vLLM cuts experts over all {plan.world_size} ranks; the plan's {plan.dp} replicas are independent"

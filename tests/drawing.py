@@ -22,11 +22,12 @@ DTYPES = {
     "min_p": torch.float32,
     "presence": torch.float32,
     "frequency": torch.float32,
+    "repetition": torch.float32,
     "top_k": torch.int32,
     "seed": torch.int64,
     "position": torch.int64,
 }
-NOTHING = {name: 0 for name in DTYPES} | {"temperature": 1.0, "top_p": 1.0}
+NOTHING = {name: 0 for name in DTYPES} | {"temperature": 1.0, "top_p": 1.0, "repetition": 1.0}
 NEVER = float("-inf")
 
 

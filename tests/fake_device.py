@@ -8,10 +8,10 @@ reads a page that is not what its table says, or that somebody else has written,
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from gptoss_launch.parallel.engine.record import KINDS, Record, Sizes, places
+from gptoss_launch.parallel.engine.record import ANSWER, KINDS, PROMPT, Record, Sizes, places
 from gptoss_launch.parallel.engine.request import Request
 from gptoss_launch.parallel.engine.schedule import Result
 
@@ -27,6 +27,11 @@ def draw(state: int, counts: Counter[int], bias: Sequence[tuple[int, float]], al
     for token, value in bias:
         state = mix(mix(state, token), int(value))
     return allowed[mix(state, seed) % len(allowed)]
+
+
+def repeated(prompt: Iterable[int], answer: Iterable[int]) -> Counter[int]:
+    """For a penalty that takes the prompt in: each token of either once, whatever else is counted."""
+    return Counter(dict.fromkeys({*prompt, *answer}, 1))
 
 
 @dataclass
@@ -60,10 +65,13 @@ def alone(request: Request, vocab: int) -> list[int]:
         state = mix(state, token)
     answer: list[int] = []
     matcher = matcher_of(request, vocab)
-    penalised = bool(request.sampling.presence or request.sampling.frequency)
+    sampling = request.sampling
+    penalised = bool(sampling.presence or sampling.frequency)
     while len(answer) < request.max_tokens:
         allowed = list(range(vocab)) if matcher is None else matcher.tokens()
         counts = Counter(answer) if penalised else Counter()
+        if sampling.repetition != 1:
+            counts = repeated(request.prompt_tokens, answer) + counts
         token = draw(state, counts, request.sampling.logit_bias, allowed, request.sampling.seed)
         answer.append(token)
         if token in request.stop_tokens:
@@ -96,6 +104,7 @@ class FakeDevice:
     _tables: dict[int, int] = field(default_factory=dict)  # flat entry -> page
     _last: Counter[int] = field(default_factory=Counter)
     _counts: dict[int, Counter[int]] = field(default_factory=dict)
+    _prompts: dict[int, set[int]] = field(default_factory=dict)
     _biases: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
 
     def launch(self, record: Record) -> Done:
@@ -110,7 +119,7 @@ class FakeDevice:
         self.steps += 1
         self._tables |= zip(column("entry"), column("page"), strict=True)
         for row in column("reset_row"):
-            self._counts[row] = Counter()
+            self._counts[row], self._prompts[row] = Counter(), set()
         for row in set(column("bias_row")):
             self._biases[row] = []
         for row, token, value in zip(column("bias_row"), column("bias_token"), floats("bias_value"), strict=True):
@@ -129,8 +138,10 @@ class FakeDevice:
             if row != self.sizes.rows:
                 for seen in range(max(0, position - self.window_tokens + 1), position):
                     assert self._read(row, seen, "window") == self._read(row, seen, "full")
-            if counted:
+            if counted == ANSWER:
                 self._counts[row][token] += 1
+            elif counted == PROMPT:
+                self._prompts[row].add(token)
             states.append(state)
 
         masks = {}
@@ -147,6 +158,9 @@ class FakeDevice:
             assert rows[place] == row
             seed = (column("seed_high")[index] << 32) | (column("seed_low")[index] & 0xFFFFFFFF)
             counts = self._counts[row] if penalised[index] else Counter()
+            if floats("repetition")[index] != 1:
+                assert head.repeats
+                counts = repeated(self._prompts[row], self._counts[row]) + counts
             bias = self._biases[row] if biased else []
             token = draw(states[place], counts, bias, masks.get(index, everything), seed)
             complete = bool(head.exact) or not self.insufficient()

@@ -53,6 +53,7 @@ class GenerationFields(Strict):
     min_p: Unit | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10, allow_inf_nan=False)] | None = None  # 1 changes nothing
     logit_bias: (
         Annotated[
             dict[IdText, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=MOST_BIASES)
@@ -66,7 +67,6 @@ class GenerationFields(Strict):
     prompt_cache_key: Label | None = None  # equal beginnings are found without it
     metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)] | None = None
     # Only at the value that changes nothing:
-    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     store: bool | None = None  # nothing is stored
     service_tier: Literal["auto", "default"] | None = None
 
@@ -119,6 +119,7 @@ def _sampling(fields: GenerationFields, seed: int) -> Sampling:
         min_p=fields.min_p or 0.0,
         presence=fields.presence_penalty or 0.0,
         frequency=fields.frequency_penalty or 0.0,
+        repetition=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
         logit_bias=tuple((int(id), bias) for id, bias in (fields.logit_bias or {}).items()),
         seed=seed,
     )

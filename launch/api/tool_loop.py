@@ -6,6 +6,7 @@ deadline_s hold for all turns together; what tools say counts as neither. A func
 answer, whatever else the turn has called. Knows no route, and tools only by their names.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -81,7 +82,9 @@ async def in_turns(
                     output = await session.run(turn.run.name, "".join(turn.given))
                 runs += 1
                 yield RunOutput(output.text, output.failed)
-                said = _said(turn.run, output, tokenizer, int(MOST_OUTPUT * served.context_tokens))
+                most = int(MOST_OUTPUT * served.context_tokens)
+                # In a thread: a long output would hold up the streams of everyone else.
+                said = await asyncio.to_thread(_said, turn.run, output, tokenizer, most)
                 following = _following(request, turn, said, served.context_tokens, begun_s)
                 if following is None:
                     yield replace(whole, finish_reason="length")

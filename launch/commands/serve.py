@@ -114,9 +114,10 @@ def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
         plan = make_plan(model, settings, need_weights=True)
         port = door.listener.getsockname()[1]
         command = [*program, *vllm_arguments(plan, settings, settings.served_name or model, port)]
-        environment = vllm_environment(os.environ, read_keys(settings.api_key_file), settings.api_key_file)
+        keys = read_keys(settings.api_key_file)
+        environment = vllm_environment(os.environ, keys, settings.api_key_file)
     print_plan(plan, to_stderr=True)
-    for line in (*vllm_notes(plan), shlex.join(command)):
+    for line in (*vllm_notes(plan, keys), shlex.join(command)):
         click.echo(line, err=True)
 
     def ready() -> None:

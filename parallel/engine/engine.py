@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Operations
-from ..kernels.adjust import adjust, count_tokens
+from ..kernels.adjust import adjust, count_tokens, mark_tokens
 from ..kernels.batch import Batch, Chunk
 from ..kernels.logprobs import logprobs
 from ..kernels.rope import inverse_frequencies
@@ -22,13 +22,14 @@ from ..model.dtypes import TORCH_DTYPE
 from ..model.forward import forward
 from ..model.weights import Weights
 from ..offload.counts import Counts
+from ..offload.mapped import Mapped
 from ..planning.pages import layers_per_page, local_kv_heads, pool_pages
 from ..planning.plan import Plan
 from . import inputs
 from .constraint import flaw
 from .graphs import Graphs
 from .pages import Cache, Pool
-from .record import Head, Record, Sizes, encode
+from .record import ANSWER, PROMPT, Head, Record, Sizes, encode
 from .request import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K, Request
 from .schedule import Limits, Result, Scheduler, Step
 
@@ -100,7 +101,8 @@ class Launched:
 
 class Engine:
     """`plan` is resolved; nothing is detected here. graph_sizes: of steps of decodes that run as CUDA graphs; none on
-    the CPU, or where every operation has to be watched. experts: what `ops` count of experts that are elsewhere."""
+    the CPU, or where every operation has to be watched. experts: what `ops` count of experts that are
+    elsewhere. files: that experts are read from meanwhile."""
 
     def __init__(
         self,
@@ -111,9 +113,10 @@ class Engine:
         comm: Comm,
         graph_sizes: Sequence[int] = (),
         experts: Counts | None = None,
+        files: Mapped | None = None,
     ) -> None:
         spec = plan.spec
-        self.experts = experts
+        self.experts, self._files = experts, files
         self.plan, self.weights, self.ops, self.comm = plan, weights, ops, comm
         self.device = weights.embed_VH.device
         self.sizes = sizes_of(plan)
@@ -139,13 +142,18 @@ class Engine:
 
     @torch.inference_mode()
     def launch(self, record: Record) -> Launched:
-        """Start the step; on the CPU it is over on return."""
+        """Start the step; on the CPU it is over on return. Raises UserError for a file that the weights are read from
+        and that has been cut."""
+        if self._files is not None:
+            self._files.check()
         head = record.head
         in_graph = bool(head.graph and not head.exact)
         if in_graph:
             self._capture(head)
         self.words.upload(record)
         inputs.begin_rows(head, self.words.device_W, self.rows)
+        if head.counts:
+            self._count(head)
         if in_graph:
             logits_SV, drawn = self.graphs.replay(head)
         else:
@@ -181,16 +189,22 @@ class Engine:
             )
         )
 
+    def _count(self, head: Head) -> None:
+        """Also where nothing is drawn: the middle of a prompt, or of an answer that begins again."""
+        rows_T, tokens_T, counted_T = inputs.fed(head, self.words.device_W, self.rows)
+        counts_RV, first_token = self.rows.counts_RV, self.weights.first_token
+        mark_tokens(counts_RV, first_token, rows_T, tokens_T, counted_T == PROMPT)
+        count_tokens(counts_RV, first_token, rows_T, tokens_T, counted_T == ANSWER)
+
     def _draw(self, head: Head, logits_SV: Tensor) -> Drawn:
         """Draw, and remember each row's token for its next step."""
         words_W, first_token, gather = self.words.device_W, self.weights.first_token, self.comm.all_gather
         draws = inputs.draws(head, words_W)
         row_S = words_W[inputs.places(head)["draw_row"]].long()
-        if head.counts:
-            count_tokens(self.rows.counts_RV, first_token, *inputs.fed(head, words_W, self.rows))
         if head.adjusts:
             bias, allowed_SW = inputs.biases(head, words_W, self.rows), inputs.allowed(head, words_W)
-            logits_SV = adjust(logits_SV, first_token, draws, self.rows.counts_RV, row_S, bias, allowed_SW)
+            counts_RV, repeats = self.rows.counts_RV, bool(head.repeats)
+            logits_SV = adjust(logits_SV, first_token, draws, counts_RV, row_S, bias, allowed_SW, repeats)
         if head.exact:
             tokens_S = self.ops.sample_exact(logits_SV, first_token, gather, draws)
             drawn = Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))

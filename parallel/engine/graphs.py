@@ -66,4 +66,6 @@ def _key(head: Head) -> Key:
 def _plain(head: Head) -> Head:
     """The head of a step of the same tokens and draws and nothing else."""
     none = dict.fromkeys(("changes", "resets", "biases", "chunks", "tiles", "masks"), 0)
-    return dataclasses.replace(head, decodes=head.graph, exact=0, adjusts=0, counts=0, most_logprobs=-1, **none)
+    return dataclasses.replace(
+        head, decodes=head.graph, exact=0, adjusts=0, repeats=0, counts=0, most_logprobs=-1, **none
+    )

@@ -23,7 +23,8 @@ class Rows:
     """State by row, scratch row included. R rows, P entries, V vocabulary rows of this rank.
 
     tables_KRP: page tables in the order of KINDS. last_R: the token drawn last. counts_RV: how often each token was fed
-    as part of the answer; None: not counted. bias_*: padded with token -1.
+    as part of the answer, and whether as part of the prompt (`adjust`), of requests that want it. bias_*: padded with
+    token -1.
     """
 
     tables_KRP: Tensor
@@ -120,6 +121,7 @@ def draws(head: Head, words_W: Tensor) -> Draws:
         min_p_S=floats("min_p"),
         presence_S=floats("presence"),
         frequency_S=floats("frequency"),
+        repetition_S=floats("repetition"),
         top_k_S=words_W[at["top_k"]],
         seed_S=(high_S << 32) | (low_S & 0xFFFFFFFF),
         position_S=words_W[at["draw_position"]].long(),
@@ -127,10 +129,10 @@ def draws(head: Head, words_W: Tensor) -> Draws:
 
 
 def fed(head: Head, words_W: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, id, and whether it counts as part of the answer, of each token of the step."""
+    """Row, id, and as part of what it counts (`record.ANSWER`, `PROMPT`, 0), of each token of the step."""
     at = places(head)
     rows_T, tokens_T = words_W[at["row"]].long(), words_W[at["token"]].long()
-    return rows_T, torch.where(tokens_T < 0, rows.last_R[rows_T], tokens_T), words_W[at["counted"]] != 0
+    return rows_T, torch.where(tokens_T < 0, rows.last_R[rows_T], tokens_T), words_W[at["counted"]]
 
 
 def biases(head: Head, words_W: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

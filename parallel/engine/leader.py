@@ -19,6 +19,10 @@ STATS_EVERY_S = 0.25
 PAUSE_S = 0.001  # while there is nothing to do but wait for masks; what front ends say is looked at in between
 
 
+class StepError(Exception):
+    """Raised by `Device.launch`: why the step was not computed. The next one may be: this ends its requests alone."""
+
+
 class Launched(Protocol):
     def results(self, count: int) -> list[Result]: ...
 
@@ -114,16 +118,23 @@ class Leader:
             self._send(running.owner, Tokens((Token(running.request.id, -1, "deadline"),)))
             self._finish(running)
         step = self._scheduler.schedule(self._clock())
-        launched = None
+        launched = failure = None
         if step is not None:
             graph = self._device.graph_size(step.decodes) if step.decodes == len(step.items) else 0
             self._number += 1
-            launched = self._device.launch(encode(step, self._number, self._device.sizes, graph))
+            try:
+                launched = self._device.launch(encode(step, self._number, self._device.sizes, graph))
+            except StepError as error:
+                failure = str(error)
         if step is None and self._under_way is None and not self.idle:
             self._matchers.wait(PAUSE_S)
         if self._under_way is not None:
             self._accept(*self._under_way)
             self._under_way = None
+        if step is not None and failure is not None:
+            for running in self._scheduler.abandon(step):
+                del self._requests[running.owner, running.request.id]
+                self._send(running.owner, Refused(running.request.id, failure))
         if step is not None and launched is not None:
             if self._device.ahead:
                 self._under_way = step, launched

@@ -53,6 +53,7 @@ class Meter:
             return {}
         workspace_bytes = torch.cuda.max_memory_reserved(self._device) - sum(self._parts.values())
         context_bytes = self.outside_bytes() - communication_bytes
+        torch.cuda.empty_cache()  # a capture does so too, and what it gives back is not what graphs take
         free_bytes, _ = torch.cuda.mem_get_info(self._device)
         capture()
         return self._parts | {

@@ -80,6 +80,13 @@ class Pool:
             assert self._names[page] is None, f"page {page} has a name"
             self._names[page], self._pages[name] = name, page
 
+    def forget(self) -> None:
+        """No page can be found any more: what a step that failed was to write into them is not there."""
+        self._free += self._kept
+        self._kept.clear()
+        self._pages.clear()
+        self._names = [None] * len(self._names)
+
     def _forget(self, page: int) -> None:
         name = self._names[page]
         if name is not None:

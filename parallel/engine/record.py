@@ -13,18 +13,21 @@ from dataclasses import astuple, dataclass, fields
 from itertools import accumulate
 
 from ..kernels.batch import Chunk, tiles
-from .request import MOST_BIASES
+from .request import MOST_BIASES, Sampling
 from .schedule import Item, Running, Step
 
 WORD_BYTES = 4
 KINDS = ("window", "full")  # the order of the page tables on the device
+ANSWER, PROMPT = 1, 2  # in the column `counted`: what a token counts as part of; 0: it does not count
 
 
 @dataclass(frozen=True)
 class Head:
     """number: of the step. decodes: tokens that are one of a sequence each, they come first. graph: the size that the
     step was padded to, 0 if it was not. most_logprobs: -1 where nobody wants any. adjusts: some draw has penalties,
-    biases or a mask. The rest are lengths: of groups of columns, and of the whole record in words."""
+    biases or a mask; repeats: some draw has a penalty that takes prompts in. The rest are lengths: of groups of
+    columns, and of the whole record in words.
+    """
 
     number: int
     decodes: int
@@ -33,6 +36,7 @@ class Head:
     candidates: int
     min_p: int
     adjusts: int
+    repeats: int
     counts: int
     most_logprobs: int
     tokens: int
@@ -53,7 +57,7 @@ HEAD_WORDS = len(fields(Head))
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("tokens", ("token", "position", "row", "counted")),  # token -1: the one that was drawn last in this row
     ("draws", ("at", "draw_row", "draw_position", "seed_low", "seed_high", "top_k", "biased")),
-    ("draws", ("temperature", "top_p", "min_p", "presence", "frequency")),  # fp32
+    ("draws", ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")),  # fp32
     ("changes", ("entry", "page")),  # of both page tables as one flat array
     ("resets", ("reset_row",)),
     ("biases", ("bias_row", "bias_place", "bias_token", "bias_value")),  # bias_value: fp32
@@ -141,7 +145,8 @@ def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:
         position += range(item.start, stop)
         row += [running.row] * item.count
         answer = len(running.request.prompt_tokens)
-        counted += [int(running.counts and at >= answer) for at in range(item.start, stop)]
+        prompt, said = PROMPT * running.repeats, ANSWER * running.counts
+        counted += [said if at >= answer else prompt for at in range(item.start, stop)]
     padding = max(0, graph - len(token))
     columns["token"] = token + [0] * padding
     columns["position"] = position + [0] * padding
@@ -197,7 +202,8 @@ def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:
         exact=int(step.exact),
         candidates=int(any(one.top_p < 1 or one.top_k for one in samplings)),
         min_p=int(any(one.min_p > 0 for one in samplings)),
-        adjusts=int(bool(masked) or any(one.presence or one.frequency or one.logit_bias for one in samplings)),
+        adjusts=int(bool(masked) or any(_adjusts(one) for one in samplings)),
+        repeats=int(any(one.repetition != 1 for one in samplings)),
         counts=int(counts),
         most_logprobs=max((-1 if most is None else most for most in logprobs), default=-1),
         mask_words=sizes.mask_words,
@@ -242,9 +248,14 @@ def _draw_columns(draws: tuple[Item, ...], at: list[int], sizes: Sizes, graph: i
         "biased": [int(bool(one.logit_bias)) for one in samplings] + zeros,
         "top_p": _bits([one.top_p for one in samplings] + [1.0] * padding),
     }
+    columns["repetition"] = _bits([one.repetition for one in samplings] + [1.0] * padding)
     for name in ("temperature", "min_p", "presence", "frequency"):
         columns[name] = _bits([getattr(one, name) for one in samplings] + [0.0] * padding)
     return columns
+
+
+def _adjusts(one: Sampling) -> bool:
+    return bool(one.presence or one.frequency or one.logit_bias or one.repetition != 1)
 
 
 def _bits(values: Iterable[float]) -> "array[int]":

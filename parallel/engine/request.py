@@ -19,8 +19,9 @@ MOST_BIASES = 300  # tokens that a request may bias, as OpenAI's API has it
 class Sampling:
     """How the next token is drawn. The draw depends on (seed, position) alone, never on what else is in the batch.
 
-    In this order: logit_bias is added to the logits, then presence (once) and frequency (a time each) are subtracted
-    for the tokens of the answer so far; temperature divides, and 0 takes the most likely token; top_k keeps so many of
+    In this order: logit_bias is added to the logits; repetition divides those above 0, and multiplies those below, of
+    tokens of the prompt and of the answer so far; presence (once) and frequency (a time each) are subtracted for the
+    tokens of the answer so far; temperature divides, and 0 takes the most likely token; top_k keeps so many of
     the most likely tokens (0: all); top_p keeps the smallest set of tokens whose probability reaches it; min_p keeps
     tokens at least so likely, as a share of the most likely one. top_p and min_p see the probabilities before top_k.
     """
@@ -33,6 +34,7 @@ class Sampling:
     frequency: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0  # 0 <= seed < 2**63
+    repetition: float = 1.0
 
 
 @dataclass(frozen=True)

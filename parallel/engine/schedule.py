@@ -91,7 +91,12 @@ class Running:
     @property
     def counts(self) -> bool:
         """Whether the device counts the tokens of its answer."""
-        return bool(self.request.sampling.presence or self.request.sampling.frequency)
+        return bool(self.request.sampling.presence or self.request.sampling.frequency or self.repeats)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it marks those of its prompt as well."""
+        return self.request.sampling.repetition != 1
 
     @property
     def deadline_s(self) -> float:
@@ -186,6 +191,15 @@ class Scheduler:
             self.running.remove(running)
         else:
             self.waiting.remove(running)
+
+    def abandon(self, step: Step) -> list[Running]:
+        """`step` was not computed: its sequences are ended, and returned. The device has not heard of their new pages,
+        and pages were named as if they had been written."""
+        lost = [item.running for item in step.items if item.running.row >= 0]
+        for running in lost:
+            self.end(running)
+        self.cache.pool.forget()
+        return lost
 
     def expired(self, now_s: float) -> list[Running]:
         """Those whose deadline is over; the caller ends them."""
@@ -305,8 +319,9 @@ class Scheduler:
 
     def _prefix(self, running: Running) -> int:
         """Whole pages of its beginning that are in the cache. At least one token is left to compute, as its logits are
-        wanted; where the device counts the answer's tokens, all of these go through it."""
+        wanted; where the device counts the answer's tokens, or the prompt's, all of these go through it."""
         limit = len(running.request.prompt_tokens) if running.counts else len(running.tokens)
+        limit = 0 if running.repeats else limit
         return self.cache.longest_prefix(running.table, running.tokens, min(limit, len(running.tokens) - 1))
 
     def _fits(self, running: Running, prefix: int, count: int) -> bool:

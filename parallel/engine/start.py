@@ -14,6 +14,7 @@ from ..model.calibrate import connect
 from ..model.checkpoint import load
 from ..model.comm import Alone, Comm, Marked, Sums
 from ..offload.experts import offloaded
+from ..offload.mapped import mapped
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
 from .engine import Engine
@@ -24,6 +25,11 @@ from .wire import Ready
 
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # decodes of a step that runs as a CUDA graph
 CAPTURED_AT_START = (1, 2, 4, 8, 16, 32)
+
+
+def graph_sizes(sequences: int) -> tuple[int, ...]:
+    """Those of a plan of so many sequences: no step has more, and none is padded to more."""
+    return tuple(sorted({*(size for size in GRAPH_SIZES if size < sequences), min(sequences, GRAPH_SIZES[-1])}))
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def start(
         if plan.offload.taken.device == "cuda":  # on the CPU only the place of the experts is another
             ops, offload_counts, more = offloaded(plan.offload, ops, device)
             slow_ways += (*more, "no CUDA graphs: not all experts are on the GPU")
+    files = mapped(entry.path for entry in inventory.values()) if experts_on == "file" else None
     weights = load(plan, rank, inventory, device, count, ops.pack, experts_on)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
@@ -92,7 +99,9 @@ def start(
             ops = recorder.counted(ops)
     watched = options.check_ranks or options.record_routing is not None
     in_graphs = plan.kernels == "triton" and plan.offload == "none" and not watched
-    engine = Engine(plan, rank, weights, ops, comm, GRAPH_SIZES if in_graphs else (), offload_counts)
+    engine = Engine(
+        plan, rank, weights, ops, comm, graph_sizes(plan.sequences) if in_graphs else (), offload_counts, files
+    )
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]

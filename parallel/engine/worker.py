@@ -24,8 +24,10 @@ from .wire import Failed, Progress, Ready, encode
 if TYPE_CHECKING:
     from .engine import Engine
     from .grammars import Grammars
+    from .leader import Launched
     from .lockstep import Ring
     from .profile import Profiler
+    from .record import Record
     from .routes import Recorder
 
 PROGRESS_EVERY_S = 0.1
@@ -116,7 +118,7 @@ def lead(
             profiler.step(record.head)
         if ring is not None:
             ring.publish(record)
-        return engine.launch(record)
+        return launch_step(engine, record)
 
     times = ready.times
     leader = Leader(
@@ -139,6 +141,24 @@ def lead(
                 profiler.idle()
         if recorder is not None:
             recorder.write(at_once=leader.idle)
+
+
+def launch_step(engine: "Engine", record: "Record") -> "Launched":
+    """Raises StepError where the device has no memory left for the step, if this rank is alone: others would have taken
+    it, and wait for this one."""
+    import torch
+
+    from .leader import StepError
+
+    try:
+        return engine.launch(record)
+    except torch.OutOfMemoryError as error:
+        if engine.plan.ranks > 1:
+            raise
+        sentences = " ".join(str(error).split()).split(". ")
+    wanted = ". ".join(sentences[:2])  # that it is full, and how much was wanted; then come figures and advice
+    torch.cuda.empty_cache()  # outside of the handler, whose traceback keeps the step's tensors
+    raise StepError(f"no memory on the device for a step of {record.head.tokens} tokens: {wanted}")
 
 
 def follow(engine: "Engine", ring: "Ring", trace: Trace) -> None:

@@ -37,8 +37,8 @@ AllGather = Callable[[Tensor], Tensor]  # x -> [R, ...], in rank order
 class Draws:
     """How each of S rows is drawn, on the device; see engine.request.Sampling for what the words mean.
 
-    temperature, top_p, min_p, presence and frequency fp32, top_k int32, seed and position int64. position is where the
-    drawn token will stand. The last two before top_k are for `adjust`; nothing here reads them.
+    temperature, top_p, min_p, presence, frequency and repetition fp32, top_k int32, seed and position int64. position
+    is where the drawn token will stand. The last three before top_k are for `adjust`; nothing here reads them.
     """
 
     temperature_S: Tensor
@@ -46,6 +46,7 @@ class Draws:
     min_p_S: Tensor
     presence_S: Tensor
     frequency_S: Tensor
+    repetition_S: Tensor
     top_k_S: Tensor
     seed_S: Tensor
     position_S: Tensor

@@ -214,6 +214,7 @@ def _draws(random: _Random) -> tuple[Tensor, Draws]:
         min_p_S=nothing,
         presence_S=nothing,
         frequency_S=nothing,
+        repetition_S=ones,
         top_k_S=torch.where(even, 0, 50).to(torch.int32),
         seed_S=random.whole(0, 2**62, rows),
         position_S=torch.arange(rows, device=random.device),

@@ -53,7 +53,7 @@ KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # kept in fp32: few byte
 WIDE_BYTES = 4  # fp32
 INDEX_BYTES = 4  # int32, for one byte of packed weights while it is looked up
 TABLE_ENTRY_BYTES = 4  # int32 page numbers
-COUNT_BYTES = 2  # int16: how often a token stands in an answer
+COUNT_BYTES = 2  # int16: how often a token stands in an answer, and whether it does in the prompt
 CUBLAS_BYTES = 33 << 20  # its workspace, which torch allocates with the first product, seen on an H200
 
 

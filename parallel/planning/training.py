@@ -131,7 +131,8 @@ def training_memory(
     experts = (
         routed * spec.hidden * (EXPERT_ROW_COPIES * element + WIDE_BYTES)
         + routed * spec.intermediate * INNER_COPIES * element
-        + matrix * DEQUANTIZED_COPIES * element
+        # all experts of a product at once where training.grouped may serve, else one after the other
+        + matrix * (spec.experts if dtype == "bf16" and device == "cuda" else DEQUANTIZED_COPIES) * element
         + matrix // 2 * INDEX_BYTES
     )
     layer = rows * WIDE_ROW_COPIES * WIDE_BYTES + attention + experts

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.experts import route, swiglu
+from ..kernels.experts import route
 from ..kernels.norm import add_norm
 from ..kernels.precision import wide
 from ..kernels.rope import concentration, inverse_frequencies, rotate, rotation
@@ -21,7 +21,7 @@ from .attention import Attention
 from .batch import Pack
 from .loss import cross_entropy
 from .model import Layer, Model
-from .products import Products, one_by_one
+from .products import ONE_BY_ONE, ExpertOperations
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def forward(
     attention: Attention,
     precision: Precision,
     recompute: bool = True,
-    products: Products = one_by_one,
+    ops: ExpertOperations = ONE_BY_ONE,
 ) -> tuple[Tensor, Tensor]:
     """(normalised last hidden state [T, H] in the compute dtype, how many tokens each expert got [layers, E] int64).
 
@@ -56,7 +56,7 @@ def forward(
     for number, (kind, layer) in enumerate(zip(spec.layer_kinds, model.layers, strict=True)):
 
         def inside(x_TH: Tensor, layer: Layer = layer, mask: Any = masks[kind]) -> tuple[Tensor, Tensor]:
-            return _layer(spec, layer, x_TH, turn, attention, mask, products, precision)
+            return _layer(spec, layer, x_TH, turn, attention, mask, ops, precision)
 
         run = partial(model.within, f"layers.{number}", inside)
         # nothing in a layer draws random numbers, so there is no state to keep for the second time
@@ -80,10 +80,10 @@ def summed_loss(
     attention: Attention,
     precision: Precision,
     recompute: bool = True,
-    products: Products = one_by_one,
+    ops: ExpertOperations = ONE_BY_ONE,
 ) -> tuple[Tensor, Tensor]:
     """(sum of a pack's weighted losses, fp32; tokens of each expert as from `forward`)."""
-    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, products)
+    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, ops)
     loss: Tensor = model.within(
         "head", lambda x_TH: cross_entropy(x_TH, model.head_VH, pack.targets_T, pack.weights_T), x_TH
     )
@@ -97,7 +97,7 @@ def _layer(
     turn: tuple[Tensor, Tensor],
     attention: Attention,
     mask: Any,
-    products: Products,
+    ops: ExpertOperations,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     _, x_TH = add_norm(residual_TH, None, layer.attn_norm_H, spec.norm_eps, precision.compute)
@@ -105,12 +105,12 @@ def _layer(
     attended_TQ = attention.attend(rotate(q_TND, *turn), rotate(k_TKD, *turn), v_TKD, layer.sinks_N, mask)
     residual_TH, x_TH = add_norm(residual_TH, layer.o(attended_TQ), layer.mlp_norm_H, spec.norm_eps, precision.compute)
     weights_TX, experts_TX = route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
-    delta_TH, load_E = _experts(spec, layer, x_TH, weights_TX, experts_TX, products)
+    delta_TH, load_E = _experts(spec, layer, x_TH, weights_TX, experts_TX, ops)
     return residual_TH + delta_TH.to(residual_TH.dtype), load_E
 
 
 def _experts(
-    spec: Spec, layer: Layer, x_TH: Tensor, weights_TX: Tensor, experts_TX: Tensor, products: Products
+    spec: Spec, layer: Layer, x_TH: Tensor, weights_TX: Tensor, experts_TX: Tensor, ops: ExpertOperations
 ) -> tuple[Tensor, Tensor]:
     """(weighted sum over a token's experts [T, H], tokens of each expert [E]).
 
@@ -120,8 +120,8 @@ def _experts(
     order = experts_TX.flatten().argsort(stable=True)
     load_E = torch.bincount(experts_TX.flatten(), minlength=spec.experts)
     rows = x_TH.unsqueeze(1).expand(-1, spec.experts_per_token, -1).flatten(0, 1)[order]
-    inner = swiglu(products(layer.gate_up, rows, load_E), spec.swiglu_limit)
-    outputs = products(layer.down, inner, load_E)
+    inner = ops.swiglu(ops.products(layer.gate_up, rows, load_E), spec.swiglu_limit)
+    outputs = ops.products(layer.down, inner, load_E)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     y_TXH = outputs[back].unflatten(0, (-1, spec.experts_per_token))

@@ -14,11 +14,12 @@ from torch.nn.functional import grouped_mm
 
 from ..kernels.experts import Packed
 from ..kernels.quantize import quantize
-from .products import Dense, Experts, LowRank, Products, one_by_one
+from .products import ONE_BY_ONE, Dense, ExpertOperations, Experts, LowRank
 from .quantize import through_mxfp4
 
 Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 RANK_MULTIPLE = 8  # 16 bytes of bf16, which grouped_mm wants rows to begin at
+LIMIT = 7.0  # of SwiGLU, far from the values of the small case: near it rounding decides which gradients are zero
 ERROR_LIMIT = 2e-2  # of the largest value, in bf16
 
 
@@ -104,35 +105,37 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Choice:
-    """products: what will be used. why: a line for the log."""
+    """ops: what will be used. why: a line for the log."""
 
-    products: Products
+    ops: ExpertOperations
     why: str
 
 
 def choose(device: torch.device, dtype: torch.dtype, ranks: Sequence[int]) -> Choice:
     """All experts at once where that proves right on a small case, else one by one. ranks: of experts' adapters."""
     if device.type != "cuda" or dtype != torch.bfloat16:
-        return Choice(one_by_one, f"experts: one by one; all at once needs bf16 on a GPU, not {dtype} on {device.type}")
+        return Choice(ONE_BY_ONE, f"experts: one by one; all at once needs bf16 on a GPU, not {dtype} on {device.type}")
     if any(rank % RANK_MULTIPLE for rank in ranks):
-        return Choice(one_by_one, f"experts: one by one; all at once needs expert_rank in steps of {RANK_MULTIPLE}")
+        return Choice(ONE_BY_ONE, f"experts: one by one; all at once needs expert_rank in steps of {RANK_MULTIPLE}")
     try:
         from ..kernels.triton_dequantize import dequantize
+        from ..kernels.triton_swiglu import swiglu
 
-        candidate = Grouped(dequantize)
+        candidate = ExpertOperations(Grouped(dequantize), swiglu)
         error = largest_error(candidate, device, dtype)
     except Exception as error:  # whatever a compiler raises
         reason = " ".join(str(error).split())[:200]
-        return Choice(one_by_one, f"experts: one by one; all at once fails here: {type(error).__name__}: {reason}")
+        return Choice(ONE_BY_ONE, f"experts: one by one; all at once fails here: {type(error).__name__}: {reason}")
     if not error <= ERROR_LIMIT:
-        return Choice(one_by_one, f"experts: one by one; all at once is off by {error:.1e} (limit {ERROR_LIMIT:.0e})")
+        return Choice(ONE_BY_ONE, f"experts: one by one; all at once is off by {error:.1e} (limit {ERROR_LIMIT:.0e})")
     return Choice(candidate, f"experts: all at once; within {error:.1e} of one by one, gradients included")
 
 
-def largest_error(candidate: Products, device: torch.device, dtype: torch.dtype) -> float:
+def largest_error(candidate: ExpertOperations, device: torch.device, dtype: torch.dtype) -> float:
     """Of output and gradients, relative to the largest value of each, against one expert after the other in fp32.
 
-    Four experts, of which the second and the last have no rows; packed with adapters, and trained with biases.
+    A product of four experts, of which the second and the last have no rows, and SwiGLU of its result; packed with
+    adapters, and trained with biases.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -140,23 +143,23 @@ def largest_error(candidate: Products, device: torch.device, dtype: torch.dtype)
         return torch.randn(shape, generator=generator).to(device)
 
     rows, load_E = draw(100, 128), torch.tensor([60, 0, 40, 0], device=device)
-    weight, bias, grad = draw(4, 64, 128), draw(4, 64), draw(100, 64)
-    a, b = draw(4, 8, 128), draw(4, 64, 8)
+    weight, bias, grad = draw(4, 64, 128) / 11, draw(4, 64), draw(100, 32)
+    a, b = draw(4, 8, 128) / 11, draw(4, 64, 8) / 3
     packed = Packed(*quantize(weight), bias)
     worst = 0.0
 
-    def run(products: Products, wanted: torch.dtype, low_rank: bool) -> list[Tensor]:
+    def run(ops: ExpertOperations, wanted: torch.dtype, low_rank: bool) -> list[Tensor]:
         leaves = [x.to(dtype).to(wanted).requires_grad_() for x in (rows, *((a, b) if low_rank else (weight, bias)))]
         if low_rank:
             experts = Experts(packed, LowRank(leaves[1], leaves[2], 0.5))
         else:
             experts = Experts(Dense(leaves[1], leaves[2], False))
-        out = products(experts, leaves[0], load_E)
+        out = ops.swiglu(ops.products(experts, leaves[0], load_E), LIMIT)
         out.backward(grad.to(dtype).to(wanted))
         return [out.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
 
     for low_rank in (True, False):
-        pairs = zip(run(candidate, dtype, low_rank), run(one_by_one, torch.float32, low_rank), strict=True)
+        pairs = zip(run(candidate, dtype, low_rank), run(ONE_BY_ONE, torch.float32, low_rank), strict=True)
         for ours, exact in pairs:
             worst = max(worst, ((ours.float() - exact).abs().max() / exact.abs().max()).item())
     return worst

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import CheckError
 from ..model.dtypes import TORCH_DTYPE
+from ..planning.flops import peak_flops, training_flops
 from . import gate, grouped
 from .attention import Attention, choose
 from .batch import Pack, blank_pack, make_pack
@@ -26,7 +27,7 @@ from .checkpoints import write_save
 from .forward import Precision, summed_loss
 from .job import Job
 from .order import Mixture, pack, steps
-from .products import Products
+from .products import ExpertOperations
 from .samples import Sample
 from .saves import saves
 from .trainee import Trainee
@@ -37,7 +38,8 @@ from .world import World
 class Step:
     """What is known after one step. loss: mean over the step's loss weights, before the update. expert_load: tokens of
     the busiest expert over the mean, the worst layer's and the mean over layers. memory_bytes: the most that this
-    process has held, of the GPU where there is one, else of the host."""
+    process has held, of the GPU where there is one, else of the host. mfu: `planning.flops`; None where the device's
+    peak is not known."""
 
     step: int
     epoch: int
@@ -52,6 +54,7 @@ class Step:
     expert_load_mean: float
     memory_bytes: int
     eval_loss: float | None = None
+    mfu: float | None = None
 
 
 def train(
@@ -75,7 +78,7 @@ def train(
     choice = choose(job.spec, world.device, dtype, job.sequence_tokens)
     ranks = (job.expert_rank,) if job.mode == "lora" and job.expert_rank else ()
     experts = grouped.choose(world.device, dtype, ranks)
-    pass_ = Pass(job, world, trainee, choice.attention, experts.products, Precision(dtype, dtype))
+    pass_ = Pass(job, world, trainee, choice.attention, experts.ops, Precision(dtype, dtype))
     if world.first:
         if trainee.steps:
             say(f"going on after step {trainee.steps} of {job.steps}")
@@ -85,6 +88,7 @@ def train(
     stream = steps(mixture, job.seed, job.sequence_tokens, job.packs_per_step, trainee.steps)
     eval_packs = pack(range(len(eval_samples)), [len(one) for one in eval_samples], job.sequence_tokens)
 
+    peak = peak_flops(torch.cuda.get_device_name(world.device), job.dtype) if world.device.type == "cuda" else None
     for number in range(trainee.steps + 1, job.steps + 1):
         began_s = time.perf_counter()
         epoch, groups = next(stream)
@@ -100,7 +104,8 @@ def train(
                 CheckError(f"step {number}: loss {loss}, gradient norm {norm}", f"{hint}; lower learning_rate")
             )
         last = number == job.steps
-        tokens = sum(len(samples[index]) for group in groups for index in group)
+        lengths = [len(samples[index]) for group in groups for index in group]
+        tokens = sum(lengths)
         step_s = time.perf_counter() - began_s
         evaluate = bool(eval_packs) and (last or (job.eval_every > 0 and number % job.eval_every == 0))
         over_mean = load_LE.amax(1) / load_LE.mean(1)
@@ -117,6 +122,7 @@ def train(
             expert_load_worst=over_mean.max().item(),
             expert_load_mean=over_mean.mean().item(),
             memory_bytes=int(world.largest(held_bytes(world.device))),
+            mfu=training_flops(job.spec, lengths, job.mode) / (peak * world.size * step_s) if peak else None,
             eval_loss=pass_.mean_loss(eval_samples, eval_packs) if evaluate else None,
         )
         if world.first:
@@ -137,7 +143,7 @@ class Pass:
     world: World
     trainee: Trainee
     attention: Attention
-    products: Products
+    experts: ExpertOperations
     precision: Precision
 
     def add_up(
@@ -190,7 +196,7 @@ class Pass:
 
     def _loss(self, one: Pack, recompute: bool) -> tuple[Tensor, Tensor]:
         return summed_loss(
-            self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute, self.products
+            self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute, self.experts
         )
 
     def _mine(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Pack]:

@@ -21,7 +21,8 @@ def make_optimizer(job: Job, parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def adamw(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, **_arguments(recipe))
+    fused = all(parameter.is_cuda for parameter in parameters)  # one pass over all, and no copies of them
+    return torch.optim.AdamW(parameters, **_arguments(recipe), fused=fused)
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..kernels.experts import Packed
+from ..kernels.experts import Packed, swiglu
 from ..kernels.mxfp4 import dequantize
 from .quantize import through_mxfp4
 
@@ -96,6 +96,17 @@ def one_by_one(experts: Experts, rows_PI: Tensor, load_E: Tensor) -> Tensor:
     product = experts.in_dtype(rows_PI.dtype)
     parts = rows_PI.split(load_E.tolist())
     return torch.cat([product(expert, part) for expert, part in enumerate(parts) if len(part)])
+
+
+@dataclass(frozen=True)
+class ExpertOperations:
+    """How experts are computed. swiglu: as `kernels.experts.swiglu`, differentiable."""
+
+    products: Products
+    swiglu: Callable[[Tensor, float], Tensor]
+
+
+ONE_BY_ONE = ExpertOperations(one_by_one, swiglu)
 
 
 class _PackedLinear(torch.autograd.Function):

@@ -48,6 +48,7 @@ def draws_of(rows: int, temperature: float = 1.0, top_p: float = 1.0, min_p: flo
         min_p_S=column(min_p),
         presence_S=column(0.0),
         frequency_S=column(0.0),
+        repetition_S=column(1.0),
         top_k_S=torch.zeros(rows, dtype=torch.int32, device=DEVICE),
         seed_S=row_S * 7919,
         position_S=row_S + 1000,

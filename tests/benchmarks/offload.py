@@ -8,12 +8,14 @@ first tokens are those of the run without a cap. Engine and plan are those of `s
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # as for the ranks of `serve`
 PROMPT_TOKENS, NEW_TOKENS, WARM_TOKENS = 128, 64, 16
 
 
@@ -102,9 +104,8 @@ def main() -> None:
         for misses in asked.misses.split(",") if cap != "none" else ("none",):
             file = Path(f"/tmp/offload-{cap}-{misses}.json")
             file.unlink(missing_ok=True)
-            done = subprocess.run(
-                [sys.executable, __file__, asked.checkpoint, "--one", cap, misses, str(file)], check=False
-            )
+            command = [sys.executable, __file__, asked.checkpoint, "--one", cap, misses, str(file)]
+            done = subprocess.run(command, check=False, env=os.environ | ALLOCATOR)
             if not file.exists():
                 print(json.dumps({"bench": "offload", "cap": cap, "misses": misses, "failed": done.returncode}))
                 continue

@@ -4,10 +4,10 @@ lora       adapters of rank 32 on attention and experts
 attention  adapters of rank 16 on attention
 full       all weights of the first --layers layers, which fit one GPU without ZeRO
 
-Packs of 2,048 tokens, filled with documents whose lengths are spread as those of real conversations (log-normal, median
-400 tokens, the second half learnt). Tokens are random: speed and memory do not depend on them, but for how evenly
-experts are used. The loop is the one that `finetune` runs. Prints one JSON object a line; the first steps, which
-compile, are left out.
+Packs of --pack-tokens, filled with documents of at most 2,048 tokens, whose lengths are spread as those of real
+conversations (log-normal, median 400 tokens, the second half learnt). Tokens are random: speed and memory do not depend
+on them, but for how evenly experts are used. The loop is the one that `finetune` runs. Prints one JSON object a line;
+the first steps, which compile, are left out.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from gptoss_launch.parallel.training.samples import Sample, sample
 from gptoss_launch.parallel.training.trainee import load_trainee
 from gptoss_launch.parallel.training.world import World
 
-SEQUENCE_TOKENS = 2048
+DOCUMENT_TOKENS = 2048
 WARM_STEPS = 4
 CASES = {"lora": (32, 32), "attention": (16, 0), "full": (0, 0)}  # ranks of attention and experts
 RECIPE = Recipe(
@@ -56,7 +56,7 @@ def documents(spec: Spec, tokens: int, seed: int = 0) -> Iterator[Sample]:
     """Of so many tokens together."""
     r = random.Random(seed)
     while tokens > 0:
-        length = min(SEQUENCE_TOKENS, max(32, round(r.lognormvariate(math.log(400), 0.9))))
+        length = min(DOCUMENT_TOKENS, max(32, round(r.lognormvariate(math.log(400), 0.9))))
         ids = [r.randrange(spec.vocab) for _ in range(length)]
         yield sample(ids, [float(place >= length // 2) for place in range(length)])
         tokens -= length
@@ -69,7 +69,9 @@ def first_layers(folder: Path, layers: int, into: Path) -> tuple[Spec, Path]:
     return spec, into
 
 
-def measure(folder: Path, spec: Spec, case: str, packs: int, steps: int, run: Path, profile: bool) -> dict:
+def measure(
+    folder: Path, spec: Spec, case: str, pack_tokens: int, packs: int, steps: int, run: Path, profile: bool
+) -> dict:
     attention_rank, expert_rank = CASES[case]
     job = Job(
         model=folder.name,
@@ -82,7 +84,7 @@ def measure(folder: Path, spec: Spec, case: str, packs: int, steps: int, run: Pa
         expert_alpha=32.0,
         dtype="bf16",
         device="cuda",
-        sequence_tokens=SEQUENCE_TOKENS,
+        sequence_tokens=pack_tokens,
         packs_per_step=packs,
         steps=steps + 1,
         recipe=RECIPE,
@@ -97,7 +99,7 @@ def measure(folder: Path, spec: Spec, case: str, packs: int, steps: int, run: Pa
     torch.cuda.reset_peak_memory_stats()
     world = World(0, 1, torch.device("cuda", torch.cuda.current_device()))
     trainee = load_trainee(job, world, None, lambda done, total: None)
-    samples = list(documents(spec, packs * (steps + 1) * SEQUENCE_TOKENS))
+    samples = list(documents(spec, packs * (steps + 1) * pack_tokens))
     seen: list[Step] = []
     used_bytes = []
     schedule = torch.profiler.schedule(wait=steps - 3, warmup=1, active=1, repeat=1)
@@ -120,7 +122,7 @@ def measure(folder: Path, spec: Spec, case: str, packs: int, steps: int, run: Pa
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=70))
     warm = seen[WARM_STEPS:]
     if profile:
-        warm = warm[:-3]
+        warm = warm[:-2]
     tokens = sum(step.tokens for step in warm)
     return {
         "bench": f"train-{case}",
@@ -129,7 +131,8 @@ def measure(folder: Path, spec: Spec, case: str, packs: int, steps: int, run: Pa
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "sequence_tokens": SEQUENCE_TOKENS,
+        "document_tokens": DOCUMENT_TOKENS,
+        "pack_tokens": pack_tokens,
         "packs_per_step": packs,
         "steps": len(warm),
         "tok_s": tokens / sum(step.step_s for step in warm),
@@ -146,12 +149,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--case", choices=CASES, default="lora")
+    parser.add_argument("--pack-tokens", type=int, default=2048)
     parser.add_argument("--packs", default="1,8")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=6, help="of --case full")
     parser.add_argument("--profile", action="store_true", help="print what a step's time goes to")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    if asked.steps < WARM_STEPS + 4:
+        parser.error(f"--steps is at least {WARM_STEPS + 4}")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         folder, spec = asked.checkpoint, read_config(asked.checkpoint / "config.json")
         if asked.case == "full":
@@ -159,13 +165,13 @@ def main() -> None:
         for packs in map(int, asked.packs.split(",")):
             run = Path(name) / "run"
             run.mkdir()
-            row = measure(folder, spec, asked.case, packs, asked.steps, run, asked.profile)
+            row = measure(folder, spec, asked.case, asked.pack_tokens, packs, asked.steps, run, asked.profile)
             shutil.rmtree(run)
             torch.cuda.empty_cache()
             print(json.dumps(row), flush=True)
-            sizes = [format_size(row[key]) for key in ("reserved_bytes", "used_bytes")]
+            sizes = " reserved, ".join(format_size(row[key]) for key in ("reserved_bytes", "used_bytes"))
             print(
-                f"{row['bench']} x {packs}: {row['tok_s']:,.0f} tokens/s, {' reserved, '.join(sizes)} used", flush=True
+                f"{row['bench']} {packs} x {asked.pack_tokens}: {row['tok_s']:,.0f} tokens/s, {sizes} used", flush=True
             )
             if asked.out is not None:
                 with asked.out.open("a", encoding="utf-8") as file:

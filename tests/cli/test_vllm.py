@@ -56,7 +56,7 @@ def golden() -> str:
     for size, machine, asked, settings in PLANS:
         plan = make(size, machine, asked)
         lines += [f"# {size}, {machine}: dp {plan.dp}, {plan.ranks} ranks, ep {plan.ep}"]
-        lines += [f"# {note}" for note in vllm_notes(plan)]
+        lines += [f"# {note}" for note in vllm_notes(plan, ())]
         lines += [f"vllm serve {shlex.join(vllm_arguments(plan, settings, plan.model, 8000))}"]
     return "\n".join(lines) + "\n"
 
@@ -90,6 +90,8 @@ def test_a_key_is_passed_on_where_nobody_reads_it(tmp_path: Path) -> None:
     assert vllm_environment({"A": "1"}, read_keys(file, {}), file) == {"A": "1", "VLLM_API_KEY": "first"}
     given = {KEYS_VARIABLE: "# theirs\nsecond\n", "VLLM_API_KEY": "another"}
     assert vllm_environment(given, read_keys(None, given), None) == {"VLLM_API_KEY": "second"}
+    plan = make("20b", "h100", Asked())
+    assert not vllm_notes(plan, ()) and "/invocations" in vllm_notes(plan, read_keys(None, given))[0]
     for text in ("one\ntwo\n", "one per_minute=5\n"):
         file.write_text(text)
         with pytest.raises(UserError, match="API keys, or limits"):
@@ -147,7 +149,7 @@ def test_it_runs_until_a_signal_and_a_second_one_ends_it_at_once() -> None:
     assert told == ["k"] and took_s < 20
 
 
-@pytest.mark.parametrize("ends_after_s", [0.001, 2.0])  # before it answers, and later
+@pytest.mark.parametrize("ends_after_s", [0.001, 1.0])  # before it answers, and later
 def test_an_end_of_its_own_is_an_error(ends_after_s: float) -> None:
     with pytest.raises(RankDiedError, match="vLLM ended with code 3"):
         run(signals=0, ends_after_s=ends_after_s)

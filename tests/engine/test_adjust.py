@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from drawing import draws_of, on_ranks, random_logits
-from gptoss_launch.parallel.kernels.adjust import adjust, count_tokens
+from gptoss_launch.parallel.kernels.adjust import MARK, adjust, count_tokens, mark_tokens
 from gptoss_launch.parallel.kernels.logprobs import logprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +24,10 @@ def test_logits_are_adjusted_as_the_loops_say(data: st.DataObject) -> None:
     logits_SV = random_logits(rows, VOCAB).to(dtype)
     few = st.sampled_from([0.0, 0.5, -1.25, 2.0])  # exact in fp32, in any order
     presence, frequency = (data.draw(st.lists(few, min_size=rows, max_size=rows)) for _ in range(2))
+    repetition = data.draw(st.lists(st.sampled_from([1.0, 2.0, 0.5]), min_size=rows, max_size=rows))
+    repeats = any(value != 1 for value in repetition)
+    kind = data.draw(st.sampled_from([torch.int16, torch.int32]))
+    prompts = data.draw(st.lists(st.sets(st.integers(0, VOCAB - 1), max_size=30), min_size=5, max_size=5))
     answers = data.draw(st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=30), min_size=5, max_size=5))
     held = data.draw(st.permutations(range(5)))[:rows]
     ids = st.integers(0, VOCAB - 1)
@@ -38,6 +42,8 @@ def test_logits_are_adjusted_as_the_loops_say(data: st.DataObject) -> None:
         for token in range(VOCAB):
             count = answers[held[row]].count(token)
             value = expected_SV[row][token] + biases[row].get(token, 0.0)
+            if count or token in prompts[held[row]]:
+                value = value / repetition[row] if value > 0 else value * repetition[row]
             value -= (presence[row] if count else 0.0) + frequency[row] * count
             is_out = allowed is not None and token not in allowed[row]
             expected_SV[row][token] = -math.inf if is_out else value
@@ -52,15 +58,18 @@ def test_logits_are_adjusted_as_the_loops_say(data: st.DataObject) -> None:
     if allowed is not None:
         bits = [[sum(1 << (t % 32) for t in row if t // 32 == word) for word in range(3)] for row in allowed]
         words = torch.tensor(bits, dtype=torch.int64).to(torch.int32)
-    draws = draws_of(rows, {"presence": presence, "frequency": frequency})
+    draws = draws_of(rows, {"presence": presence, "frequency": frequency, "repetition": repetition})
 
     def one(part: slice, first: int, _: object) -> Tensor:
-        counts_RV = torch.zeros((5, part.stop - part.start), dtype=torch.int32)
+        counts_RV = torch.zeros((6, part.stop - part.start), dtype=kind)
+        fed = [(row, token) for row, prompt in enumerate(prompts) for token in prompt]
+        rows_T, tokens_T = (torch.tensor([pair[i] for pair in fed], dtype=torch.int64) for i in (0, 1))
+        mark_tokens(counts_RV, first, rows_T, tokens_T, torch.ones(len(fed), dtype=torch.bool))
         fed = [(row, token) for row, answer in enumerate(answers) for token in answer]
         rows_T, tokens_T = (torch.tensor([pair[i] for pair in fed], dtype=torch.int64) for i in (0, 1))
         count_tokens(counts_RV, first, rows_T, tokens_T, torch.ones(len(fed), dtype=torch.bool))
         before_SV = logits_SV[:, part].clone()
-        out_SV = adjust(logits_SV[:, part], first, draws, counts_RV, torch.tensor(held), bias, words)
+        out_SV = adjust(logits_SV[:, part], first, draws, counts_RV, torch.tensor(held), bias, words, repeats)
         assert torch.equal(logits_SV[:, part], before_SV)  # what logprobs reads later
         return out_SV
 
@@ -74,9 +83,10 @@ def test_logits_are_adjusted_as_the_loops_say(data: st.DataObject) -> None:
 def test_tiles_of_any_height_adjust_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_SV = random_logits(7, VOCAB)
     counts_RV = (random_logits(7, VOCAB, seed=1) > 2).int() * 3
-    values = {"presence": [0.5, 0.0, 1.0, 0.0, 2.0, 0.0, 0.0], "frequency": 0.1}
+    values = {"presence": [0.5, 0.0, 1.0, 0.0, 2.0, 0.0, 0.0], "frequency": 0.1, "repetition": 1.25}
+    counts_RV += (random_logits(7, VOCAB, seed=2) > 2).int() * MARK
     words_SW = torch.arange(1, 22, dtype=torch.int32).view(7, 3) * 987654321
-    given = logits_SV, 0, draws_of(7, values), counts_RV, None, None, words_SW
+    given = logits_SV, 0, draws_of(7, values), counts_RV, None, None, words_SW, True
     expected = adjust(*given)
     assert (expected != logits_SV).any()
     monkeypatch.setattr("gptoss_launch.parallel.kernels.sample.DRAW_LIMIT_BYTES", 1)
@@ -95,6 +105,14 @@ def test_counts_add_up_over_steps_and_within_one(dtype: torch.dtype) -> None:
             expected[row, token] += counted
     assert counts_RV.tolist() == [[expected[row, token] for token in range(12, 22)] for row in range(3)]
     assert counts_RV.max() > 1
+
+
+def test_only_what_is_marked_is_marked() -> None:
+    counts_RV = torch.zeros((4, 10), dtype=torch.int16)
+    rows_T, tokens_T = torch.tensor([0, 1, 1, 2, 0, 2]), torch.tensor([12, 21, 11, 22, 15, 16])
+    mark_tokens(counts_RV, 12, rows_T, tokens_T, torch.tensor([True, True, True, True, False, True]))
+    assert counts_RV[:3].nonzero().tolist() == [[0, 0], [1, 9], [2, 4]]  # 11 and 22 are held elsewhere
+    assert {count for count in counts_RV[:3].flatten().tolist() if count} == {MARK}
 
 
 def found(logits_SV: Tensor, tokens: list[int], most: int, cuts: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,13 +2,24 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
 from forced import answers
-from gptoss_launch.parallel.engine.engine import Engine
+from gptoss_launch.parallel.engine.engine import Engine, scheduler_for
+from gptoss_launch.parallel.engine.grammars import grammars_of
+from gptoss_launch.parallel.engine.leader import Device, Leader
+from gptoss_launch.parallel.engine.measure import decode_step
+from gptoss_launch.parallel.engine.record import Record
 from gptoss_launch.parallel.engine.request import Request, Sampling
+from gptoss_launch.parallel.engine.start import GRAPH_SIZES, graph_sizes
+from gptoss_launch.parallel.engine.wire import Generate, Refused, Tokens
+from gptoss_launch.parallel.engine.worker import launch_step
+from gptoss_launch.parallel.kernels.batch import Batch
 from small_models import SPECS, TINY, checkpoint, plain_engine, plain_plan, prompt
 from thread_ranks import run_ranks, with_ranks
+from torch import Tensor
 
 SAMPLINGS = (
     Sampling(temperature=0.0),
@@ -18,6 +29,8 @@ SAMPLINGS = (
     Sampling(min_p=0.2, seed=10),
     Sampling(temperature=0.0, presence=1.5, frequency=0.5),
     Sampling(temperature=0.0, logit_bias=((5, 100.0),)),
+    Sampling(temperature=0.0, repetition=1.5),
+    Sampling(seed=12, repetition=0.8, frequency=0.5),
     Sampling(temperature=8.0, top_p=0.999, seed=11),  # deeper than the first candidates
 )
 
@@ -84,3 +97,55 @@ def test_logprobs_are_those_of_the_model(alone) -> None:
             assert len(token.top) == 5 and [p for _, p in token.top] == sorted((p for _, p in token.top), reverse=True)
             if SAMPLINGS[int(name)] == Sampling(temperature=0.0):
                 assert token.id == token.top[0][0] and token.logprob == pytest.approx(token.top[0][1])
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_no_memory_for_a_step_ends_its_requests_and_not_the_engine(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the prompt's step, or after two tokens; the same prompt is then computed anew."""
+    engine, sent = plain_engine(plain_plan(TINY)), []
+    request = Request("a", tuple(prompt(SPECS["tiny"], 40)), 6, Sampling(temperature=0.0))
+    wanted = answers(plain_engine(plain_plan(TINY)), [request])["a"]
+    device = Device(lambda record: launch_step(engine, record), engine.graphs.size_for, engine.sizes, ahead=False)
+    matchers = grammars_of(str(TINY), SPECS["tiny"].vocab)
+    leader = Leader(
+        scheduler_for(engine.plan), device, lambda _, message: sent.append(message), lambda _: None, matchers
+    )
+    forward, calls = engine.forward, []
+
+    def short(batch: Batch) -> Tensor:
+        calls.append(batch)
+        if len(calls) == after + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
+        return forward(batch)
+
+    monkeypatch.setattr(engine, "forward", short)
+    for one in (request, dataclasses.replace(request, id="b")):
+        leader.take("test", Generate(one))
+        while not leader.idle:
+            leader.turn()
+    tokens = [token for message in sent if isinstance(message, Tokens) for token in message.tokens]
+    (refused,) = (message for message in sent if isinstance(message, Refused))
+    why = "CUDA out of memory. Tried to allocate 2.00 GiB"
+    steps = 40 if after == 0 else 1
+    assert refused == Refused("a", f"no memory on the device for a step of {steps} tokens: {why}")
+    assert [token.id for token in tokens if token.request_id == "a"] == [token.id for token in wanted[:after]]
+    assert [dataclasses.replace(token, request_id="a") for token in tokens if token.request_id == "b"] == wanted
+
+
+def test_others_would_wait_where_one_rank_of_several_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = plain_engine(plain_plan(TINY))
+    engine.plan = dataclasses.replace(engine.plan, ranks=2)
+
+    def short(record: Record) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(engine, "launch", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        launch_step(engine, decode_step(engine, 1))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "sizes"), [(1, (1,)), (4, (1, 2, 4)), (6, (1, 2, 4, 6)), (256, GRAPH_SIZES), (300, GRAPH_SIZES)]
+)
+def test_no_graph_is_larger_than_the_plan(sequences: int, sizes: tuple[int, ...]) -> None:
+    assert graph_sizes(sequences) == sizes

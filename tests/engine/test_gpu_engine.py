@@ -48,6 +48,7 @@ WAYS = {
     "top_p": Sampling(temperature=0.2, top_p=0.9),
     "min_p": Sampling(min_p=0.05, top_k=50),
     "penalties": Sampling(presence=0.5, frequency=0.5),
+    "repetition": Sampling(temperature=0.0, repetition=1.5),
 }
 
 

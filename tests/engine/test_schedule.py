@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import pytest
 from fake_device import EveryThird, FakeDevice, alone, matcher_of
-from gptoss_launch.parallel.engine.leader import Device, Leader
+from gptoss_launch.parallel.engine.leader import Device, Launched, Leader, StepError
 from gptoss_launch.parallel.engine.pages import DROPPED, Cache, Pool
-from gptoss_launch.parallel.engine.record import Sizes
+from gptoss_launch.parallel.engine.record import Record, Sizes
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.schedule import Limits, Matcher, Scheduler
 from gptoss_launch.parallel.engine.wire import Cancel, Done, Generate, Message, Refused, Stats, Tokens
@@ -39,6 +39,7 @@ class World:
     ahead: bool
     void_share: float
     busy: float  # arrivals a step
+    failing_share: float = 0.0  # of steps for which the device has no memory
 
     @property
     def spec(self) -> Spec:
@@ -64,6 +65,7 @@ worlds = st.builds(
     step_tokens=st.sampled_from([8, 16, 48]),
     ahead=st.booleans(),
     void_share=st.sampled_from([0.0, 0.02, 0.2]),
+    failing_share=st.sampled_from([0.0, 0.0, 0.05]),
     busy=st.sampled_from([0.05, 0.2, 1.0]),
 )
 
@@ -128,9 +130,7 @@ class Simulation:
         graphs = (1, 2, 4) if world.ahead else ()
         self.leader = Leader(
             self.scheduler,
-            Device(
-                self.device.launch, lambda decodes: next((g for g in graphs if g >= decodes), 0), sizes, world.ahead
-            ),
+            Device(self._launch, lambda decodes: next((g for g in graphs if g >= decodes), 0), sizes, world.ahead),
             self._send,
             self._refusal,
             self,
@@ -139,11 +139,16 @@ class Simulation:
         self.stories: dict[str, Story] = {}
         self.families = [self._tokens(world.context_tokens) for _ in range(3)]
         self.stats: Stats | None = None
-        self.waits = 0
+        self.waits = self.failures = 0
 
     def matcher_of(self, request: Request) -> Matcher | None:
         matcher = matcher_of(request, VOCAB)
         return None if matcher is None else Slow(matcher, self.luck.random)
+
+    def _launch(self, record: Record) -> Launched:
+        if self.world.failing_share and self.luck.random() < self.world.failing_share:
+            raise StepError("no memory")
+        return self.device.launch(record)
 
     def wait(self, limit_s: float) -> None:
         self.waits += 1
@@ -171,7 +176,8 @@ class Simulation:
                 assert message.tokens == len(story.given) and min(message.queue_s, message.prefill_s) >= 0
                 story.done = message
             case Refused(request_id, reason):
-                assert reason == "a dead end"
+                assert reason in ("a dead end", "no memory")
+                self.failures += reason == "no memory"
                 assert self.stories[request_id].finish_reason is None and not self.stories[request_id].cancelled
                 self.stories[request_id].finish_reason = "refused"
             case Stats():
@@ -188,6 +194,7 @@ class Simulation:
         sampling = Sampling(
             presence=r.choice([0.0, 0.0, 0.0, 1.0]),
             frequency=r.choice([0.0, 0.0, 0.0, 0.5]),
+            repetition=r.choice([1.0, 1.0, 1.0, 1.5]),
             logit_bias=tuple((r.randrange(VOCAB), float(r.randrange(5))) for _ in range(r.choice([0, 0, 0, 3]))),
             seed=r.randrange(2**63),
         )
@@ -275,6 +282,14 @@ def test_every_request_yields_what_it_yields_alone(world: World) -> None:
 @given(worlds)
 def test_twenty_thousand_steps(world: World) -> None:
     run(world, 20_000)
+
+
+def test_a_step_that_fails_ends_its_own_requests_alone() -> None:
+    """The others yield what they yield alone, on pages that the failed step was to write, too."""
+    simulation = run(World(2, 5, 4, 8, 64, 20, 16, True, 0.05, 0.4, failing_share=0.05), 600)
+    ended = Counter(story.finish_reason for story in simulation.stories.values())
+    assert simulation.failures > 10 and ended["length"] > 10
+    assert simulation.scheduler.counts.prefix_hit_tokens > 50
 
 
 def test_the_simulation_meets_what_it_is_for() -> None:

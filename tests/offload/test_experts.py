@@ -14,6 +14,7 @@ from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.start import Options, start
 from gptoss_launch.parallel.engine.trace import Trace
+from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.kernels import PLAIN, Operations
 from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
 from gptoss_launch.parallel.model.checkpoint import load
@@ -161,3 +162,21 @@ def test_a_cpu_reads_experts_from_the_mapped_file(tmp_path: Path) -> None:
         if int(line.split("-")[0], 16) <= blocks.data_ptr() < int(line.split()[0].split("-")[1], 16)
     )
     assert line.endswith("model.safetensors")
+
+
+def test_a_mapped_file_that_is_cut_is_named_before_it_is_read(tmp_path: Path) -> None:
+    """Reading on would end the process by SIGBUS."""
+    folder = checkpoint("three_blocks", tmp_path)
+    mapped = dataclasses.replace(way(0, "computed", "file"), device="cpu")
+    plan = dataclasses.replace(plain_plan(folder), offload=Offload(mapped, ()), kernels="cpu")
+    engine, _, _ = start(plan, 0, Options(), Trace(tmp_path / "trace"), lambda done, total: None)
+    request = Request("a", tuple(prompt(SPEC, 9)), 2, Sampling(temperature=0.0))
+    assert len(answers(engine, [request])["a"]) == 2
+    file = folder / "model.safetensors"
+    whole = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.truncate(whole + 4096)
+        assert len(answers(engine, [request])["a"]) == 2
+        opened.truncate(whole // 2)
+    with pytest.raises(UserError, match=f"model.safetensors has shrunk from {whole} to {whole // 2} bytes"):
+        answers(engine, [request])

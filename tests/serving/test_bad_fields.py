@@ -34,7 +34,7 @@ WRONG = {
     "min_p": [*NO_NUMBER, *ODD, -0.1, 1.1],
     "presence_penalty": [*NO_NUMBER, *ODD, -2.1, 2.1],
     "frequency_penalty": [*NO_NUMBER, *ODD, -2.1, 2.1],
-    "repetition_penalty": [*NO_NUMBER, *ODD, 0.9, 1.1],
+    "repetition_penalty": [*NO_NUMBER, *ODD, 0, -1, 0.09, 10.1],
     "logit_bias": [
         *(1, "x", [], [[1, 1]], {"a": 1}, {"-1": 1}, {"1.0": 1}, {"01": 1}, {"": 1}, {"2000": 1}, {"99999999999": 1}),
         *({"1": "1"}, {"1": None}, {"1": 101}, {"1": -101}, {"1": float("nan")}, {str(i): 1 for i in range(301)}),

@@ -40,12 +40,12 @@ def plain(answer):
 def test_every_sampling_field_reaches_the_engine(tokenizer, markup):
     engine = ScriptedEngine(markup(FINAL + "Hi<|return|>"))
     fields = {"temperature": 0.5, "top_p": 0.25, "presence_penalty": -1, "frequency_penalty": 1.5, "seed": 7}
-    extra = {"top_k": 9, "min_p": 0.125, "stop_token_ids": [5, 6], "repetition_penalty": 1.0, "deadline_s": 60}
+    extra = {"top_k": 9, "min_p": 0.125, "stop_token_ids": [5, 6], "repetition_penalty": 1.25, "deadline_s": 60}
     labels = {"user": "me", "metadata": {"run": "7"}, "store": False, "service_tier": "auto", "safety_identifier": "x"}
     bias = {"3": -100, "40": 2.5}
     Call(served(tokenizer, engine)).chat(**fields, **labels, logit_bias=bias, n=1, extra_body=extra)
     [asked] = engine.asked
-    assert asked.sampling == Sampling(0.5, 0.25, 9, 0.125, -1, 1.5, ((3, -100.0), (40, 2.5)), 7)
+    assert asked.sampling == Sampling(0.5, 0.25, 9, 0.125, -1, 1.5, ((3, -100.0), (40, 2.5)), 7, 1.25)
     assert {5, 6, tokenizer.special["<|return|>"]} <= set(asked.stop_tokens) and asked.logprobs is None
 
 

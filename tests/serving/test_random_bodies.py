@@ -29,7 +29,7 @@ SAMPLING = {
     "min_p": [0, 0.1, 1],
     "presence_penalty": [-2, 0, 2.0],
     "frequency_penalty": [-2, 0, 2.0],
-    "repetition_penalty": [1, 1.0, None],
+    "repetition_penalty": [0.1, 1, 1.5, 10],
     "logit_bias": [{}, {"1": 100}, {"1": -100, "2": 0.5}],
     "deadline_s": [1e-300, 5, 1e300],
     "user": ["", "x" * 512],
