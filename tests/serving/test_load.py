@@ -46,7 +46,7 @@ def test_two_hundred_streams_as_one_by_one(start) -> None:
     together, alone = asyncio.run(ask())
     assert together == alone
     assert {reason for _, _, reason in together} <= {"stop", "length"}
-    assert len({said for said in together}) > STREAMS / 2
+    assert len({said for said in together}) > STREAMS / 3
     served.process.terminate()
     served.gone_within()
     assert served.process.wait() == 0
