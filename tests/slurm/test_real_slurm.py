@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_a_finetune_that_is_requeued_loses_nothing(
         pytest.skip("who gets the signal is shown above; cgroup is what clusters have")
     model, steps = checkpoint("three_blocks", tmp_path), 10
     words = {"model": str(model), "steps": str(steps), "packs_per_step": "2", "sequence_tokens": "256"}
-    words |= {"skip_bad_records": "true", "save_every": "0", "eval_fraction": "0.1"}
+    words |= {"skip_bad_records": "true", "save_every": "0", "first_loss": "ignore"}
 
     def losses(run: Path) -> list[float]:
         path = run / "metrics.jsonl"
@@ -203,23 +204,39 @@ def test_two_nodes_serve_together(cli: CommandLine, submit: Callable[..., int], 
     url = place["url"]
     assert ask(url, "/ready") == (200, {"ready_replicas": 2, "replicas": 2})
     hello = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+    enough = Event()
+
+    def keep_asking() -> list[int]:
+        codes = []
+        while not enough.is_set():
+            codes.append(ask(url, "/v1/chat/completions", hello | {"max_tokens": 200})[0])
+        return codes
+
     with ThreadPoolExecutor() as pool:
-        answers = [pool.submit(ask, url, "/v1/chat/completions", hello | {"max_tokens": 1200}) for _ in range(4)]
-        time.sleep(1)
-        if killed:
-            for pid in cluster.processes(SECOND, "gptoss_launch.launch", "gptoss_launch.parallel"):
-                os.kill(pid, signal.SIGKILL)
-        else:
-            cluster.plug(SECOND, out=True)
-        wait_until(lambda: ask(url, "/health") == (503, {"ok": False, "dead_replicas": 1, "replicas": 2}))
-        assert ask(url, "/v1/chat/completions", hello | {"max_tokens": 4})[1]["usage"]["completion_tokens"] == 4
-        codes = sorted(answer.result()[0] for answer in answers)
-    assert codes == [200, 200, 503, 503], codes
-    cluster.plug(SECOND, out=False)
+        asking = [pool.submit(keep_asking) for _ in range(4)]
+        try:
+            time.sleep(2)
+            if killed:
+                for pid in cluster.processes(SECOND, "gptoss_launch.launch", "gptoss_launch.parallel"):
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                cluster.plug(SECOND, out=True)
+            wait_until(lambda: ask(url, "/health") == (503, {"ok": False, "dead_replicas": 1, "replicas": 2}))
+            assert ask(url, "/v1/chat/completions", hello | {"max_tokens": 4})[0] == 200
+        finally:
+            enough.set()
+            cluster.plug(SECOND, out=False)
+    codes = [code for one in asking for code in one.result()]
+    assert set(codes) <= {200, 503} and codes.count(503) <= 4 < codes.count(200), codes  # what had begun there is lost
     wait_until(lambda: ask(url, "/ready")[0] == 200 and ask(url, "/health")[0] == 200)
     assert ask(url, "/v1/chat/completions", hello | {"max_tokens": 4})[0] == 200
+    # A replica's connection may be back before its node's own.
+    joined = f"node 1 ({SECOND}) has joined: replica 1"
+    wait_until(lambda: cli("jobs", "logs", job).stdout.count(joined) == 2)
     log = cli("jobs", "logs", job).stdout
-    assert f"node 1 ({SECOND}) is lost" in log and log.count(f"node 1 ({SECOND}) has joined: replica 1") == 2
+    assert f"node 1 ({SECOND}) is lost" in log
+    if not killed:
+        wait_until(lambda: "is there again" in cli("jobs", "logs", "--errors", "--node", "1", job).stdout)
     errors = cli("jobs", "logs", "--errors", "--node", "1", job).stdout
     assert ("node 1 ended with 137, and joins again in 1 s" if killed else "is there again") in errors
     status = cli.status(job)
