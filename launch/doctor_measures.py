@@ -15,10 +15,8 @@ from .node_reports import Check
 if TYPE_CHECKING:
     from ..parallel.model.kernel_check import Agreement
 
-TRITON_FROM = (
-    8,
-    0,
-)  # compute capability; below, and on a CPU but for its experts, plans take the references themselves
+# Compute capability; below, and on a CPU but for its experts, plans take the references themselves.
+TRITON_FROM = (8, 0)
 NOT_TRIED = "the words are torch's, Triton's or the driver's; other lines of doctor may say why"
 
 

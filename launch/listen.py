@@ -10,8 +10,9 @@ from ..parallel.errors import UserError
 STALLED_S = 60.0  # a client may leave what it is sent unread for so long
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket, to be inherited by the HTTP process. Raises UserError if the address cannot be had."""
+def bind(host: str, port: int, hint: str = "choose another --port or --host") -> socket.socket:
+    """A listening TCP socket, to be inherited by the HTTP process. Raises UserError, with `hint`, if the address cannot
+    be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -30,7 +31,7 @@ def bind(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot listen on {host} port {port}: {reason}", "choose another --port or --host") from None
+        raise UserError(f"cannot listen on {host} port {port}: {reason}", hint) from None
     return listener
 
 

@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from ..parallel.errors import UserError
 from .handshake import HandshakeError, admit, introduce
 from .listen import bind
-from .nodes import Nodes
+from .nodes import HEAD_HINT, Nodes
 
 AGAIN_S = 1.0  # between attempts to reach the head
 REPORT_LIMIT_S = 120.0  # for the slowest node, after the first one is done
@@ -99,10 +98,7 @@ class Collection:
 
     async def open(self) -> None:
         """Raises UserError if the head's address is not one of this node."""
-        try:
-            listener = bind(self._nodes.host, self._nodes.port)
-        except UserError as error:
-            raise UserError(error.message, "--head is an address of this node, node 0, with a free port") from None
+        listener = bind(self._nodes.host, self._nodes.port, HEAD_HINT)
         self._server = await asyncio.start_server(self._take, sock=listener)
 
     async def close(self, own: Report, limit_s: float = REPORT_LIMIT_S) -> list[Check]:

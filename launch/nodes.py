@@ -14,6 +14,7 @@ from .settings import ServeSettings
 
 PORT = 29500  # torchrun's own for its first node
 KEY_BYTES = 16  # at least
+HEAD_HINT = "--head is an address of this node, node 0, with a free port"  # where it cannot be listened on
 MAKE_KEY = "umask 077; head -c 32 /dev/urandom | base64 > FILE, and the same file on every node"
 
 

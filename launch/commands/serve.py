@@ -14,7 +14,7 @@ import click
 
 from ...parallel.errors import UserError
 from ...parallel.planning.plan import Plan
-from ..nodes import Nodes, read_nodes, refuse_loopback
+from ..nodes import HEAD_HINT, Nodes, read_nodes, refuse_loopback
 from ..restarts import RESTARTS, Restarts
 from ..settings import ServeSettings, load_settings, settings_options
 
@@ -167,10 +167,10 @@ def open_door(model: str, settings: ServeSettings, nodes: Nodes | None = None) -
         return Door(listener, url, settings.drain_s, tuple(arguments))
     arguments += ["--node-key-file", str(settings.node_key_file)]
     try:
-        others = bind(nodes.host, nodes.port)
-    except UserError as error:
+        others = bind(nodes.host, nodes.port, HEAD_HINT)
+    except UserError:
         listener.close()
-        raise UserError(error.message, "--head is an address of this node, node 0, with a free port") from None
+        raise
     return Door(listener, url, settings.drain_s, tuple(arguments), others)
 
 

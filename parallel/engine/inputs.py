@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.batch import Batch, Chunk, PageView
+from ..kernels.begin import known_tokens
 from ..kernels.sample import Draws
 from ..planning.spec import LayerKind, Spec
 from .record import KINDS, Head, Record, Sizes, places
@@ -131,8 +132,8 @@ def draws(head: Head, words_W: Tensor) -> Draws:
 def fed(head: Head, words_W: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Row, id, and as part of what it counts (`record.ANSWER`, `PROMPT`, 0), of each token of the step."""
     at = places(head)
-    rows_T, tokens_T = words_W[at["row"]].long(), words_W[at["token"]].long()
-    return rows_T, torch.where(tokens_T < 0, rows.last_R[rows_T], tokens_T), words_W[at["counted"]]
+    rows_T = words_W[at["row"]].long()
+    return rows_T, known_tokens(rows_T, words_W[at["token"]], rows.last_R), words_W[at["counted"]]
 
 
 def biases(head: Head, words_W: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

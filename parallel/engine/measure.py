@@ -90,8 +90,8 @@ def warm_up(engine: Engine) -> None:
         engine.launch(scratch_step(engine, 1, 1)).results(1)
         return
     engine.launch(scratch_step(engine, plan.step_tokens, 1)).results(1)
+    most = min(plan.sequences, plan.step_tokens)
     for exact in (False, True):
-        most = min(plan.sequences, plan.step_tokens)
         engine.launch(scratch_step(engine, 1, most, EVERYTHING, exact=exact)).results(1)
 
 

@@ -9,13 +9,17 @@ from torch import Tensor
 from .rope import rotation
 
 
+def known_tokens(rows_T: Tensor, token_T: Tensor, last_R: Tensor) -> Tensor:
+    """int64 ids: a token below 0 stands for the one that its row has drawn last."""
+    return torch.where(token_T < 0, last_R[rows_T], token_T.long())
+
+
 def locate(
     row_T: Tensor, token_T: Tensor, position_T: Tensor, last_R: Tensor, tables_KRP: Tensor, page_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(rows_T, tokens_T, positions_T, slots_KT), int64, from int32: a token below 0 stands for the one that its row has
-    drawn last; a slot is page * page_tokens + offset."""
+    """(rows_T, known_tokens, positions_T, slots_KT), int64, from int32; a slot is page * page_tokens + offset."""
     rows_T, positions_T = row_T.long(), position_T.long()
-    tokens_T = torch.where(token_T < 0, last_R[rows_T], token_T.long())
+    tokens_T = known_tokens(rows_T, token_T, last_R)
     pages_KT = tables_KRP[:, rows_T, positions_T // page_tokens].long()
     return rows_T, tokens_T, positions_T, pages_KT * page_tokens + positions_T % page_tokens
 

@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .experts import SWIGLU_ALPHA
 from .triton_launch import constants, early
-from .triton_mxfp4 import HALVES, MAX_SLOTS, SCALES, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
+from .triton_mxfp4 import HALVES, MAX_SLOTS, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
 MAX_PAIRS = 256
 COLUMNS = 8  # rows of x in one product
@@ -31,7 +31,7 @@ FINISH_ROWS = 512  # of a program that sums up
 _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as weights come times 2**-126
 _BACK = tl.constexpr(2.0**26)
 _UP_ASM = tl.constexpr("{ .reg .b32 f, z; mov.b32 f, 0x71807180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }")
-_CODES, _HALVES, _SCALES = tl.constexpr(TILE_COLUMNS), tl.constexpr(HALVES), tl.constexpr(SCALES)
+_CODES, _HALVES = tl.constexpr(TILE_COLUMNS), tl.constexpr(HALVES)
 
 
 @triton.jit

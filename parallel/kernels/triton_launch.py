@@ -6,6 +6,7 @@ last has written, since each of these kernels waits before it lets the next one 
 has waited.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from torch import Tensor
 
 def early(x: Tensor) -> bool:
     """Whether kernels on the device of x may start before the last one has ended."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return x.is_cuda and _capability(x.device) >= (9, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Kept, as every launch asks."""
+    return torch.cuda.get_device_capability(device)
 
 
 def constants(**values: Any) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def test_without_a_tool_server_they_are_refused_by_name(tokenizer, markup, tools
             lambda client: client.responses.create(
                 model="tiny", input="x", tools=[{"type": "function", "name": "f"}, *PYTHON]
             )
-        ),  # type: ignore
+        ),
     ):
         with pytest.raises(
             openai.BadRequestError, match="code_interpreter takes a tool server that offers python"
