@@ -17,7 +17,9 @@ import math
 import random
 import shutil
 import statistics
+import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
@@ -32,9 +34,11 @@ from gptoss_launch.parallel.training.loop import Step, train
 from gptoss_launch.parallel.training.samples import Sample, sample
 from gptoss_launch.parallel.training.trainee import load_trainee
 from gptoss_launch.parallel.training.world import World
+from torch._C._autograd import DeviceType
 
 DOCUMENT_TOKENS = 2048
 WARM_STEPS = 4
+PROFILED_STEPS = 3  # at the end: one while the profiler begins, one that is recorded, one while it ends
 CASES = {"lora": (32, 32), "attention": (16, 0), "full": (0, 0)}  # ranks of attention and experts
 RECIPE = Recipe(
     learning_rate=1e-4,
@@ -102,8 +106,8 @@ def measure(
     samples = list(documents(spec, packs * (steps + 1) * pack_tokens))
     seen: list[Step] = []
     used_bytes = []
-    schedule = torch.profiler.schedule(wait=steps - 3, warmup=1, active=1, repeat=1)
-    profiler = torch.profiler.profile(schedule=schedule) if profile else nullcontext()
+    schedule = torch.profiler.schedule(wait=steps - PROFILED_STEPS, warmup=1, active=1, repeat=1)
+    profiler = torch.profiler.profile(schedule=schedule, record_shapes=True) if profile else nullcontext()
 
     def report(step: Step) -> None:
         seen.append(step)
@@ -117,12 +121,10 @@ def measure(
     said: list[str] = []
     with profiler, suppress(Enough):
         train(job, run, world, trainee, samples, [], lambda: False, report, said.append)
-    if isinstance(profiler, torch.profiler.profile):
-        print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=70))
-        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=70))
     warm = seen[WARM_STEPS:]
-    if profile:
-        warm = warm[:-2]
+    if isinstance(profiler, torch.profiler.profile):
+        warm = warm[:-PROFILED_STEPS]
+        print_profile(profiler, statistics.median(step.step_s for step in warm))
     tokens = sum(step.tokens for step in warm)
     return {
         "bench": f"train-{case}",
@@ -143,6 +145,48 @@ def measure(
         "losses": [step.loss for step in seen],
         "said": said,
     }
+
+
+def print_profile(profiler: torch.profiler.profile, step_s: float) -> None:
+    """What one step's time goes to. step_s: of a step that no profiler slows."""
+    work, calls = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    spans: list[tuple[float, float]] = []
+    for event in profiler.events() or ():
+        if getattr(event, "is_user_annotation", False) or event.name.startswith("ProfilerStep"):
+            continue
+        if event.device_type == DeviceType.CUDA:
+            work[event.name].append(event.time_range.elapsed_us())
+            spans.append((event.time_range.start, event.time_range.end))
+        else:
+            calls[event.name].append(event.self_cpu_time_total)
+    busy_us = end = 0.0
+    gaps = []
+    for begin, until in sorted(spans):
+        if end:
+            gaps.append(max(0.0, begin - end))
+        busy_us += max(0.0, until - max(begin, end))
+        end = max(end, until)
+    step_us = step_s * 1e6
+    print(f"step {step_us / 1e3:.2f} ms without profiler: {busy_us / 1e3:.2f} ms of kernels and copies, the rest gaps")
+    if spans:
+        over = [gap for gap in gaps if gap > 20]
+        whole_ms, over_ms = (end - min(spans)[0]) / 1e3, sum(over) / 1e3
+        print(f"profiled: {whole_ms:.2f} ms of {len(spans)} kernels, {len(over)} gaps over 20 us take {over_ms:.2f} ms")
+    for title, table, rows in (("on the GPU", work, 60), ("on the host (itself)", calls, 40)):
+        print(
+            f"{title}: {sum(map(sum, table.values())) / 1e3:.2f} ms\n{'ms':>9} {'share':>6} {'count':>6} {'us each':>9}"
+        )
+        for name, times in sorted(table.items(), key=lambda item: -sum(item[1]))[:rows]:
+            total = sum(times)
+            print(f"{total / 1e3:9.3f} {total / step_us:6.1%} {len(times):6} {total / len(times):9.1f}  {name[:120]}")
+    print("on the GPU by operation and shapes:")
+    for one in sorted(profiler.key_averages(group_by_input_shape=True), key=lambda one: -one.self_device_time_total)[
+        :40
+    ]:
+        if one.self_device_time_total:
+            total_ms = one.self_device_time_total / 1e3
+            print(f"{total_ms:9.3f} {one.count:6}  {one.key[:60]} {str(one.input_shapes)[:140]}")
+    sys.stdout.flush()
 
 
 def main() -> None:
