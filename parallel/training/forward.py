@@ -4,6 +4,7 @@ functions that serving calls; a test holds the two passes equal.
 T tokens, H hidden, N query heads, K KV heads, D head_dim, X experts a token, E experts.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,14 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.experts import route
 from ..kernels.norm import add_norm
-from ..kernels.precision import wide
 from ..kernels.rope import concentration, inverse_frequencies, rotate, rotation
 from ..planning.spec import Spec
 from .attention import Attention
 from .batch import Pack
 from .loss import cross_entropy
 from .model import Layer, Model
-from .products import ONE_BY_ONE, ExpertOperations
+from .products import Mix, one_by_one
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def forward(
     attention: Attention,
     precision: Precision,
     recompute: bool = True,
-    ops: ExpertOperations = ONE_BY_ONE,
+    mix: Mix = one_by_one,
 ) -> tuple[Tensor, Tensor]:
     """(normalised last hidden state [T, H] in the compute dtype, how many tokens each expert got [layers, E] int64).
 
@@ -53,15 +53,22 @@ def forward(
         "embed", lambda: torch.nn.functional.embedding(pack.tokens_T, model.embed_VH).to(precision.residual)
     )
     loads: list[Tensor] = []
+    again = _Again()
     for number, (kind, layer) in enumerate(zip(spec.layer_kinds, model.layers, strict=True)):
 
         def inside(x_TH: Tensor, layer: Layer = layer, mask: Any = masks[kind]) -> tuple[Tensor, Tensor]:
-            return _layer(spec, layer, x_TH, turn, attention, mask, ops, precision)
+            return _layer(spec, layer, x_TH, turn, attention, mask, mix, precision, wanted=not again.now)
 
         run = partial(model.within, f"layers.{number}", inside)
         # nothing in a layer draws random numbers, so there is no state to keep for the second time
         result: Any = (
-            checkpoint(run, residual_TH, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                run,
+                residual_TH,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), again),
+            )
             if recompute
             else run(residual_TH)
         )
@@ -80,10 +87,10 @@ def summed_loss(
     attention: Attention,
     precision: Precision,
     recompute: bool = True,
-    ops: ExpertOperations = ONE_BY_ONE,
+    mix: Mix = one_by_one,
 ) -> tuple[Tensor, Tensor]:
     """(sum of a pack's weighted losses, fp32; tokens of each expert as from `forward`)."""
-    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, ops)
+    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, mix)
     loss: Tensor = model.within(
         "head", lambda x_TH: cross_entropy(x_TH, model.head_VH, pack.targets_T, pack.weights_T), x_TH
     )
@@ -97,33 +104,28 @@ def _layer(
     turn: tuple[Tensor, Tensor],
     attention: Attention,
     mask: Any,
-    ops: ExpertOperations,
+    mix: Mix,
     precision: Precision,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor]:
+    """wanted: whether anybody reads the result."""
     _, x_TH = add_norm(residual_TH, None, layer.attn_norm_H, spec.norm_eps, precision.compute)
     q_TND, k_TKD, v_TKD = (part(x_TH).unflatten(-1, (-1, spec.head_dim)) for part in (layer.q, layer.k, layer.v))
     attended_TQ = attention.attend(rotate(q_TND, *turn), rotate(k_TKD, *turn), v_TKD, layer.sinks_N, mask)
     residual_TH, x_TH = add_norm(residual_TH, layer.o(attended_TQ), layer.mlp_norm_H, spec.norm_eps, precision.compute)
     weights_TX, experts_TX = route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
-    delta_TH, load_E = _experts(spec, layer, x_TH, weights_TX, experts_TX, ops)
+    delta_TH, load_E = mix(layer.gate_up, layer.down, x_TH, weights_TX, experts_TX, spec.swiglu_limit, wanted)
     return residual_TH + delta_TH.to(residual_TH.dtype), load_E
 
 
-def _experts(
-    spec: Spec, layer: Layer, x_TH: Tensor, weights_TX: Tensor, experts_TX: Tensor, ops: ExpertOperations
-) -> tuple[Tensor, Tensor]:
-    """(weighted sum over a token's experts [T, H], tokens of each expert [E]).
+class _Again:
+    """Entered while a layer is computed a second time, for its gradients."""
 
-    Rows are brought into the order of their experts and back by permutations, and a token's rows are added in one sum:
-    no step adds in an order that changes from run to run, on a GPU either.
-    """
-    order = experts_TX.flatten().argsort(stable=True)
-    load_E = torch.bincount(experts_TX.flatten(), minlength=spec.experts)
-    rows = x_TH.unsqueeze(1).expand(-1, spec.experts_per_token, -1).flatten(0, 1)[order]
-    inner = ops.swiglu(ops.products(layer.gate_up, rows, load_E), spec.swiglu_limit)
-    outputs = ops.products(layer.down, inner, load_E)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    y_TXH = outputs[back].unflatten(0, (-1, spec.experts_per_token))
-    y_TH = (y_TXH.to(wide(x_TH.dtype)) * weights_TX[..., None]).sum(1)
-    return y_TH.to(x_TH.dtype), load_E
+    def __init__(self) -> None:
+        self.now = False
+
+    def __enter__(self) -> None:
+        self.now = True
+
+    def __exit__(self, *_: object) -> None:
+        self.now = False

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from ..kernels.experts import Packed, swiglu
 from ..kernels.mxfp4 import dequantize
+from ..kernels.precision import wide
 from .quantize import through_mxfp4
 
 
@@ -86,27 +87,40 @@ class Experts:
         return lambda expert, x_TI: product(expert, x_TI) + low_rank(x_TI, a[expert], b[expert], added.scale)
 
 
-Products = Callable[[Experts, Tensor, Tensor], Tensor]
-"""(experts, rows [P, I] in the order of their experts, how many each expert has [E] int64) -> [P, O]: one product of
-all experts, differentiable in the rows and in what is trained."""
+Mix = Callable[[Experts, Experts, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+"""(gate_up, down, x [T, H], weights [T, X], experts [T, X], limit of SwiGLU, wanted) -> (weighted sum over a token's
+experts [T, H], tokens of each expert [E]), differentiable in x, weights and what is trained. wanted: False where
+nobody reads the sum, since all is computed again for its gradients alone: it may then be anything."""
 
 
-def one_by_one(experts: Experts, rows_PI: Tensor, load_E: Tensor) -> Tensor:
-    """One expert after the other: in any dtype, on any device."""
-    product = experts.in_dtype(rows_PI.dtype)
-    parts = rows_PI.split(load_E.tolist())
-    return torch.cat([product(expert, part) for expert, part in enumerate(parts) if len(part)])
+def one_by_one(
+    gate_up: Experts,
+    down: Experts,
+    x_TH: Tensor,
+    weights_TX: Tensor,
+    experts_TX: Tensor,
+    limit: float,
+    wanted: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """One expert after the other: in any dtype, on any device.
 
-
-@dataclass(frozen=True)
-class ExpertOperations:
-    """How experts are computed. swiglu: as `kernels.experts.swiglu`, differentiable."""
-
-    products: Products
-    swiglu: Callable[[Tensor, float], Tensor]
-
-
-ONE_BY_ONE = ExpertOperations(one_by_one, swiglu)
+    Rows are brought into the order of their experts and back by permutations, and a token's rows are added in one sum:
+    no step adds in an order that changes from run to run, on a GPU either.
+    """
+    tokens, per_token = experts_TX.shape
+    order = experts_TX.flatten().argsort(stable=True)
+    load_E = torch.bincount(experts_TX.flatten(), minlength=len(gate_up.base.bias))
+    rows = x_TH.unsqueeze(1).expand(-1, per_token, -1).flatten(0, 1)[order]
+    products = gate_up.in_dtype(x_TH.dtype), down.in_dtype(x_TH.dtype)
+    outputs = []
+    for expert, part in enumerate(rows.split(load_E.tolist())):
+        if len(part):
+            outputs.append(products[1](expert, swiglu(products[0](expert, part), limit)))
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    y_TXH = torch.cat(outputs)[back].view(tokens, per_token, -1)
+    y_TH = (y_TXH.to(wide(x_TH.dtype)) * weights_TX[..., None]).sum(1)
+    return y_TH.to(x_TH.dtype), load_E
 
 
 class _PackedLinear(torch.autograd.Function):

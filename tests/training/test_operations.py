@@ -1,22 +1,14 @@
 """The operations that gradients go through, each against plain autograd in fp64."""
 
-import dataclasses
 import warnings
 
 import pytest
 import torch
-from gptoss_launch.parallel.kernels.experts import Packed, swiglu
+from gptoss_launch.parallel.kernels.experts import Packed
 from gptoss_launch.parallel.kernels.mxfp4 import FP4_VALUES, dequantize
 from gptoss_launch.parallel.kernels.quantize import quantize
-from gptoss_launch.parallel.training import attention, grouped, loss
-from gptoss_launch.parallel.training.products import (
-    ONE_BY_ONE,
-    ExpertOperations,
-    Experts,
-    Linear,
-    LowRank,
-    Products,
-)
+from gptoss_launch.parallel.training import attention, experts, loss
+from gptoss_launch.parallel.training.products import Experts, Linear, LowRank, one_by_one
 from gptoss_launch.parallel.training.quantize import through_mxfp4
 from small_models import GPU, SPECS
 from torch import Tensor
@@ -89,29 +81,9 @@ def test_flex_attention_proves_right(device: str) -> None:
     assert choice.attention.name == "flex", choice.why
 
 
-def test_all_experts_at_once_are_right_and_the_check_catches_what_is_not() -> None:
-    right = grouped.Grouped(dequantize)
-
-    def ops(products: Products) -> ExpertOperations:
-        return ExpertOperations(products, swiglu)
-
-    assert grouped.largest_error(ops(right), CPU, torch.float32) < 1e-5
-    assert grouped.largest_error(ops(right), CPU, torch.bfloat16) < grouped.ERROR_LIMIT
-    wrong = {
-        "no adapter": lambda experts, rows, load: right(dataclasses.replace(experts, added=None), rows, load),
-        "another expert": lambda experts, rows, load: right(experts, rows, load.roll(1)),
-        "no gradient": lambda experts, rows, load: right(experts, rows.detach(), load) + 0 * rows.sum(),
-    }
-    for name, products in wrong.items():
-        assert grouped.largest_error(ops(products), CPU, torch.bfloat16) > grouped.ERROR_LIMIT, name
+def test_experts_go_one_by_one_where_all_at_once_cannot() -> None:
     for device, dtype, ranks in ((CPU, torch.bfloat16, ()), (torch.device("cuda"), torch.bfloat16, (4,))):
-        assert grouped.choose(device, dtype, ranks).ops is ONE_BY_ONE
-
-
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-def test_all_experts_at_once_prove_right(device: str) -> None:
-    choice = grouped.choose(torch.device(device), torch.bfloat16, (32,))
-    assert isinstance(choice.ops.products, grouped.Grouped), choice.why
+        assert experts.choose(device, dtype, ranks).mix is one_by_one
 
 
 @pytest.mark.parametrize("rows_at_once", [1000, 3])
