@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.experts import route
-from ..kernels.norm import add_norm
-from ..kernels.rope import concentration, inverse_frequencies, rotate, rotation
+from ..kernels.rope import concentration, inverse_frequencies, rotation
 from ..planning.spec import Spec
 from .attention import Attention
 from .batch import Pack
 from .loss import cross_entropy
 from .model import Layer, Model
-from .products import Mix, one_by_one
+from .operations import PLAIN, Operations
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def forward(
     attention: Attention,
     precision: Precision,
     recompute: bool = True,
-    mix: Mix = one_by_one,
+    ops: Operations = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """(normalised last hidden state [T, H] in the compute dtype, how many tokens each expert got [layers, E] int64).
 
@@ -57,7 +55,7 @@ def forward(
     for number, (kind, layer) in enumerate(zip(spec.layer_kinds, model.layers, strict=True)):
 
         def inside(x_TH: Tensor, layer: Layer = layer, mask: Any = masks[kind]) -> tuple[Tensor, Tensor]:
-            return _layer(spec, layer, x_TH, turn, attention, mask, mix, precision, wanted=not again.now)
+            return _layer(spec, layer, x_TH, turn, attention, mask, ops, precision, wanted=not again.now)
 
         run = partial(model.within, f"layers.{number}", inside)
         # nothing in a layer draws random numbers, so there is no state to keep for the second time
@@ -75,7 +73,7 @@ def forward(
         residual_TH, load_E = result
         loads.append(load_E)
     x_TH: Tensor = model.within(
-        "norm", lambda x_TH: add_norm(x_TH, None, model.norm_H, spec.norm_eps, precision.compute)[1], residual_TH
+        "norm", lambda x_TH: ops.add_norm(x_TH, None, model.norm_H, spec.norm_eps, precision.compute)[1], residual_TH
     )
     return x_TH, torch.stack(loads)
 
@@ -87,10 +85,10 @@ def summed_loss(
     attention: Attention,
     precision: Precision,
     recompute: bool = True,
-    mix: Mix = one_by_one,
+    ops: Operations = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """(sum of a pack's weighted losses, fp32; tokens of each expert as from `forward`)."""
-    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, mix)
+    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, ops)
     loss: Tensor = model.within(
         "head", lambda x_TH: cross_entropy(x_TH, model.head_VH, pack.targets_T, pack.weights_T), x_TH
     )
@@ -104,17 +102,18 @@ def _layer(
     turn: tuple[Tensor, Tensor],
     attention: Attention,
     mask: Any,
-    mix: Mix,
+    ops: Operations,
     precision: Precision,
     wanted: bool,
 ) -> tuple[Tensor, Tensor]:
     """wanted: whether anybody reads the result."""
-    _, x_TH = add_norm(residual_TH, None, layer.attn_norm_H, spec.norm_eps, precision.compute)
-    q_TND, k_TKD, v_TKD = (part(x_TH).unflatten(-1, (-1, spec.head_dim)) for part in (layer.q, layer.k, layer.v))
-    attended_TQ = attention.attend(rotate(q_TND, *turn), rotate(k_TKD, *turn), v_TKD, layer.sinks_N, mask)
-    residual_TH, x_TH = add_norm(residual_TH, layer.o(attended_TQ), layer.mlp_norm_H, spec.norm_eps, precision.compute)
-    weights_TX, experts_TX = route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
-    delta_TH, load_E = mix(layer.gate_up, layer.down, x_TH, weights_TX, experts_TX, spec.swiglu_limit, wanted)
+    _, x_TH = ops.add_norm(residual_TH, None, layer.attn_norm_H, spec.norm_eps, precision.compute)
+    parts = [part(x_TH) for part in layer.qkv]
+    qkv_TQ = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    delta_TH = layer.o(attention.attend(qkv_TQ, turn, layer.sinks_N, mask))
+    residual_TH, x_TH = ops.add_norm(residual_TH, delta_TH, layer.mlp_norm_H, spec.norm_eps, precision.compute)
+    weights_TX, experts_TX = ops.route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
+    delta_TH, load_E = ops.mix(layer.gate_up, layer.down, x_TH, weights_TX, experts_TX, spec.swiglu_limit, wanted)
     return residual_TH + delta_TH.to(residual_TH.dtype), load_E
 
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from ..errors import CheckError
 from ..model.dtypes import TORCH_DTYPE
 from ..planning.flops import peak_flops, training_flops
-from . import experts, gate
+from . import gate, operations
 from .attention import Attention, choose
 from .batch import Pack, blank_pack, make_pack
 from .checkpoints import write_save
 from .forward import Precision, summed_loss
 from .job import Job
+from .operations import Operations
 from .order import Mixture, pack, steps
-from .products import Mix
 from .samples import Sample
 from .saves import saves
 from .trainee import Trainee
@@ -77,13 +77,13 @@ def train(
     dtype = TORCH_DTYPE[job.dtype]
     choice = choose(job.spec, world.device, dtype, job.sequence_tokens)
     ranks = (job.expert_rank,) if job.mode == "lora" and job.expert_rank else ()
-    mixture_of = experts.choose(world.device, dtype, ranks)
-    pass_ = Pass(job, world, trainee, choice.attention, mixture_of.mix, Precision(dtype, dtype))
+    layers = operations.choose(world.device, dtype, ranks)
+    pass_ = Pass(job, world, trainee, choice.attention, layers.ops, Precision(dtype, dtype))
     if world.first:
         if trainee.steps:
             say(f"going on after step {trainee.steps} of {job.steps}")
         say(choice.why)
-        say(mixture_of.why)
+        say(layers.why)
     mixture = Mixture(tuple(map(len, samples)), tuple(one.source for one in samples), job.weights)
     stream = steps(mixture, job.seed, job.sequence_tokens, job.packs_per_step, trainee.steps)
     eval_packs = pack(range(len(eval_samples)), [len(one) for one in eval_samples], job.sequence_tokens)
@@ -143,7 +143,7 @@ class Pass:
     world: World
     trainee: Trainee
     attention: Attention
-    mix: Mix
+    ops: Operations
     precision: Precision
 
     def add_up(
@@ -195,7 +195,7 @@ class Pass:
             self.world.refuse(error)
 
     def _loss(self, one: Pack, recompute: bool) -> tuple[Tensor, Tensor]:
-        return summed_loss(self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute, self.mix)
+        return summed_loss(self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute, self.ops)
 
     def _mine(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Pack]:
         rounds = zip_longest(*(groups[rank :: self.world.size] for rank in range(self.world.size)))

@@ -6,7 +6,7 @@ input, and never kept. W + B A is never formed: an addition costs two thin produ
 T tokens (in any order), I columns in, O rows out, E experts, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +31,64 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Linear:
-    """weight [O, I] and bias [O], in any dtype: products are computed in that of the input."""
+    """weight [O, I] and bias [O], in any dtype: products are computed in that of the input. added: to rows of the
+    weight, one after the other: to all of them or to none; the weight is then frozen."""
 
     weight: Tensor
     bias: Tensor
-    added: LowRank | None = None
+    added: tuple[LowRank, ...] = ()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        y_TO = linear(x_TI, self.weight.to(x_TI.dtype), self.bias.to(x_TI.dtype))
-        if self.added is None:
-            return y_TO
-        return y_TO + low_rank(x_TI, self.added.a.to(x_TI.dtype), self.added.b.to(x_TI.dtype), self.added.scale)
+        weight, bias = self.weight.to(x_TI.dtype), self.bias.to(x_TI.dtype)
+        if not self.added:
+            return linear(x_TI, weight, bias)
+        trained = [tensor for one in self.added for tensor in (one.a, one.b)]
+        out: Any = _Adapted.apply(x_TI, weight, bias, tuple(one.scale for one in self.added), *trained)
+        return out
+
+
+class _Adapted(torch.autograd.Function):
+    """x W^T + bias, and A x times B for its rows, in few products: the A of all rows are one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, weight: Tensor, bias: Tensor, scales: tuple[float, ...], *trained: Tensor
+    ) -> Tensor:
+        y_TO = linear(x_TI, weight, bias)
+        low_TR = linear(x_TI, _stacked(trained[::2], x_TI.dtype))
+        for rows, ranks, b, scale in _places(trained, scales):
+            y_TO[:, rows].addmm_(low_TR[:, ranks], b.to(x_TI.dtype).T, alpha=scale)
+        ctx.save_for_backward(x_TI, low_TR, weight)
+        ctx.trained, ctx.scales = trained, scales
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, low_TR, weight = ctx.saved_tensors
+        grad_TO, dlow_TR = grads[0], torch.empty_like(low_TR)
+        dbs = []
+        for rows, ranks, b, scale in _places(ctx.trained, ctx.scales):
+            part = dlow_TR[:, ranks]
+            torch.addmm(part, grad_TO[:, rows], b.to(x_TI.dtype), beta=0, alpha=scale, out=part)
+            db = (grad_TO[:, rows].T @ low_TR[:, ranks]).to(b.dtype)
+            dbs.append(db if scale == 1 else db.mul_(scale))
+        all_a = ctx.trained[::2]
+        dx_TI = (grad_TO @ weight).addmm_(dlow_TR, _stacked(all_a, x_TI.dtype)) if ctx.needs_input_grad[0] else None
+        das = (dlow_TR.T @ x_TI).to(all_a[0].dtype).split([len(a) for a in all_a])
+        return dx_TI, None, None, None, *(tensor for pair in zip(das, dbs, strict=True) for tensor in pair)
+
+
+def _stacked(all_a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (all_a[0] if len(all_a) == 1 else torch.cat(list(all_a))).to(dtype)
+
+
+def _places(trained: Sequence[Tensor], scales: Sequence[float]) -> Iterator[tuple[slice, slice, Tensor, float]]:
+    """(rows of the product, ranks among all, B, scale) of each addition."""
+    row = place = 0
+    for b, scale in zip(trained[1::2], scales, strict=True):
+        rows, rank = b.shape
+        yield slice(row, row + rows), slice(place, place + rank), b, scale
+        row, place = row + rows, place + rank
 
 
 def low_rank(x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:

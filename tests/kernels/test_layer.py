@@ -1,17 +1,17 @@
-"""All experts at once, against one after the other: the products with their adapters, biases and gradients."""
+"""A layer's fused operations for training, against the plain ones: results and gradients."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from gptoss_launch.parallel.kernels.triton_mixture import sort
 from gptoss_launch.parallel.planning.spec import Spec
-from gptoss_launch.parallel.training import attention, experts
+from gptoss_launch.parallel.training import attention, operations
 from gptoss_launch.parallel.training.batch import make_pack
 from gptoss_launch.parallel.training.forward import Precision, summed_loss
-from gptoss_launch.parallel.training.grouped import at_once
 from gptoss_launch.parallel.training.model import full_model
-from gptoss_launch.parallel.training.products import Mix, one_by_one
+from gptoss_launch.parallel.training.products import one_by_one
 from gptoss_launch.parallel.training.samples import sample
 from gptoss_launch.parallel.training.start import parameter_shapes
 from small_models import GPU, SPECS
@@ -19,21 +19,28 @@ from small_models import GPU, SPECS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_all_at_once_is_right_and_the_check_catches_what_is_not() -> None:
+def test_the_check_passes_what_is_right_and_catches_what_is_not() -> None:
+    fused, plain = operations.fused(), operations.PLAIN
     if DEVICE.type == "cpu":
-        assert experts.largest_error(at_once, DEVICE, torch.float32) < 1e-5
-    assert experts.largest_error(at_once, DEVICE, torch.bfloat16) < experts.ERROR_LIMIT
-    without = lambda one: dataclasses.replace(one, added=None)  # noqa: E731
-    wrong: dict[str, Mix] = {
-        "no adapter": lambda a, b, x, w, e, *rest: one_by_one(without(a), b, x, w, e, *rest),
-        "another expert": lambda a, b, x, w, e, *rest: one_by_one(a, b, x, w, e.flip(1), *rest),
-        "no gradient": lambda a, b, x, w, e, *rest: _plus(one_by_one(a, b, x.detach(), w, e, *rest), 0 * x),
-        "no gradient of weights": lambda a, b, x, w, e, *rest: _plus(
-            one_by_one(a, b, x, w.detach(), e, *rest), 0 * w.sum()
-        ),
+        assert operations.largest_error(fused, DEVICE, torch.float32) < 1e-5
+    assert operations.largest_error(fused, DEVICE, torch.bfloat16) < operations.ERROR_LIMIT
+    wrong: dict[str, dict[str, Any]] = {
+        "no adapter": {"mix": lambda a, *rest: one_by_one(dataclasses.replace(a, added=None), *rest)},
+        "another expert": {"mix": lambda a, b, x, w, e, *rest: one_by_one(a, b, x, w, e.flip(1), *rest)},
+        "no gradient": {"mix": lambda a, b, x, *rest: _plus(one_by_one(a, b, x.detach(), *rest), 0 * x)},
+        "no gradient of weights": {
+            "mix": lambda a, b, x, w, *rest: _plus(one_by_one(a, b, x, w.detach(), *rest), 0 * w.sum())
+        },
+        "another norm": {"add_norm": lambda x, d, w, eps, dtype: plain.add_norm(x, d, w, eps + 0.1, dtype)},
+        "no residual": {"add_norm": lambda x, *rest: plain.add_norm(x.detach() + 0 * x, *rest)},
+        "no bias": {"route": lambda x, weight, bias, most: plain.route(x, weight, 0 * bias, most)},
+        "no gradient of the router's input": {
+            "route": lambda x, *rest: _plus(plain.route(x.detach(), *rest), 0 * x.sum())
+        },
     }
-    for name, mix in wrong.items():
-        assert experts.largest_error(mix, DEVICE, torch.bfloat16) > experts.ERROR_LIMIT, name
+    for name, changes in wrong.items():
+        candidate = dataclasses.replace(plain, **changes)
+        assert operations.largest_error(candidate, DEVICE, torch.bfloat16) > operations.ERROR_LIMIT, name
 
 
 def _plus(result: tuple[torch.Tensor, torch.Tensor], nothing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,9 +48,9 @@ def _plus(result: tuple[torch.Tensor, torch.Tensor], nothing: torch.Tensor) -> t
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-def test_all_at_once_is_chosen_on_a_gpu(device: str) -> None:
-    choice = experts.choose(torch.device(device), torch.bfloat16, (32,))
-    assert choice.mix is at_once, choice.why
+def test_fused_is_chosen_on_a_gpu(device: str) -> None:
+    choice = operations.choose(torch.device(device), torch.bfloat16, (32,))
+    assert choice.ops == operations.fused(), choice.why
 
 
 def test_rows_are_sorted_by_expert_then_by_pair() -> None:
@@ -66,16 +73,18 @@ def test_a_layer_computed_again_has_the_same_gradients() -> None:
     }
     pack = make_pack([sample(range(3, 11), [0.0, *[1.0] * 7]), sample([5, 2], [0.0, 1.0])], DEVICE)
 
-    def gradients(mix: Mix, recompute: bool) -> dict[str, torch.Tensor]:
+    def gradients(ops: operations.Operations, recompute: bool) -> dict[str, torch.Tensor]:
         leaves = {name: value.to(DEVICE).requires_grad_() for name, value in values.items()}
         loss, load_LE = summed_loss(
-            spec, full_model(spec, leaves), pack, attention.PLAIN, Precision(dtype, dtype), recompute, mix
+            spec, full_model(spec, leaves), pack, attention.PLAIN, Precision(dtype, dtype), recompute, ops
         )
         assert (load_LE.sum(1) == 10 * spec.experts_per_token).all()
         loss.backward()
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
-    again, once, plain = gradients(at_once, True), gradients(at_once, False), gradients(one_by_one, True)
+    again, once, plain = (
+        gradients(*way) for way in ((operations.fused(), True), (operations.fused(), False), (operations.PLAIN, True))
+    )
     assert again.keys() == once.keys() == plain.keys() == values.keys()
     for name, exact in plain.items():
         assert torch.equal(again[name], once[name]), name
