@@ -172,22 +172,28 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
 
 
 @triton.jit
-def _turn(qkv, out, cos, sin, tokens, size, TURNED: tl.constexpr, ALL: tl.constexpr, HALF: tl.constexpr,
+def _turn(qkv, q, k, v, cos, sin, tokens, size, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
           HEADS: tl.constexpr):  # fmt: skip
-    """qkv [T, ALL, D] -> out [ALL, S, D], zeros from T on; the first TURNED heads are rotated."""
+    """[T, N + 2 K, D] -> [N, S, D], [K, S, D], [K, S, D], zeros from T on."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, HALF)[None, :]
-    there = head < ALL
-    live = there & (token < tokens)
-    at = (token * ALL + head) * 2 * HALF + column
+    is_q, is_k, is_v = head < N, (head >= N) & (head < N + K), (head >= N + K) & (head < N + 2 * K)
+    live = (head < N + 2 * K) & (token < tokens)
+    at = (token * (N + 2 * K) + head) * 2 * HALF + column
     left = tl.load(qkv + at, mask=live, other=0.0).to(tl.float32)
     right = tl.load(qkv + at + HALF, mask=live, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * HALF + column, mask=live & (head < TURNED), other=1.0)
-    s = tl.load(sin + token * HALF + column, mask=live & (head < TURNED), other=0.0)
-    to = (head * size + token) * 2 * HALF + column
-    tl.store(out + to, (left * c - right * s).to(out.dtype.element_ty), mask=there)
-    tl.store(out + to + HALF, (right * c + left * s).to(out.dtype.element_ty), mask=there)
+    c = tl.load(cos + token * HALF + column, mask=live & (head < N + K), other=1.0)
+    s = tl.load(sin + token * HALF + column, mask=live & (head < N + K), other=0.0)
+    left, right = (left * c - right * s).to(q.dtype.element_ty), (right * c + left * s).to(q.dtype.element_ty)
+    to_q = (head * size + token) * 2 * HALF + column
+    to_k, to_v = to_q - N * size * 2 * HALF, to_q - (N + K) * size * 2 * HALF
+    tl.store(q + to_q, left, mask=is_q)
+    tl.store(q + to_q + HALF, right, mask=is_q)
+    tl.store(k + to_k, left, mask=is_k)
+    tl.store(k + to_k + HALF, right, mask=is_k)
+    tl.store(v + to_v, left, mask=is_v)
+    tl.store(v + to_v + HALF, right, mask=is_v)
 
 
 @triton.jit
@@ -222,13 +228,12 @@ class _Turned(torch.autograd.Function):
         qkv_TQ = qkv_TQ.contiguous()
         tokens, count = len(qkv_TQ), heads + 2 * kv_heads
         half = cos.shape[1]
-        out = qkv_TQ.new_empty((count, size, 2 * half))
+        q, k, v = (qkv_TQ.new_empty((part, size, 2 * half)) for part in (heads, kv_heads, kv_heads))
         _turn[size, triton.cdiv(count, HEADS)](
-            qkv_TQ, out, cos, sin, tokens, size, TURNED=heads + kv_heads, ALL=count, HALF=half, HEADS=HEADS
+            qkv_TQ, q, k, v, cos, sin, tokens, size, N=heads, K=kv_heads, HALF=half, HEADS=HEADS
         )
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads, kv_heads
-        q, k, v = out.split((heads, kv_heads, kv_heads))
         return q, k, v
 
     @staticmethod

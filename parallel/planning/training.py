@@ -18,6 +18,7 @@ SAVED_BYTES = 4 + 4 + 4  # a value and its moments
 GATHERED_PARTS = 2  # of stage 3: the part that is computed with, and the one that is on its way
 LOGITS_BYTES = 3 * (256 << 20)  # of a chunk: in the compute dtype, in fp32, and their gradient
 WIDE_ROW_COPIES = 4  # fp32, of a token's hidden state in a layer's norms and their gradients
+KEPT_LIMIT_BYTES = 2 << 30  # of a layer's first product: what is larger is dequantized again for its gradient
 EXPERT_ROW_COPIES = 4  # a token's rows for its experts: repeated, in order, back in order, and their gradients
 INNER_COPIES = 6  # gate_up's product, gate and up clamped, sigmoid, result, and a gradient
 

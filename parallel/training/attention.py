@@ -145,25 +145,53 @@ PLAIN = Attention("plain", lambda bounds, window_tokens, device: (bounds, window
 # --- flex_attention (https://arxiv.org/abs/2412.05496)
 
 
+BLOCK = 128  # tokens of which flex_attention leaves out what nobody sees
+
+
+def blocks(document_T: Tensor, window_tokens: int | None) -> tuple[Tensor, Tensor]:
+    """[blocks of queries, blocks of keys] bool: those in which some query may see some key, and those in which every
+    query sees every key. document_T: of each token, ascending; on the host, as all of this is."""
+    of_block = document_T.view(-1, BLOCK)
+    first, last = of_block[:, 0], of_block[:, -1]
+    place = torch.arange(len(first))
+    behind = place[:, None] - place  # blocks of keys before that of queries
+    some = (behind >= 0) & (last >= first[:, None])
+    every = (behind > 0) & (first == last[:, None])
+    if window_tokens is not None:
+        some &= (behind - 1) * BLOCK + 1 < window_tokens
+        every &= (behind + 1) * BLOCK - 1 < window_tokens
+    return some, every
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which: those first that it has."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
 def flex(capacity_tokens: int) -> Attention:
     """Compiled once for packs of up to `capacity_tokens`, which are filled up to that."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
     from ..kernels.triton_layer import sunk, turned
 
     compiled: Any = torch.compile(flex_attention, dynamic=False)
-    size = -(-capacity_tokens // 128) * 128  # whole blocks
+    size = -(-capacity_tokens // BLOCK) * BLOCK
 
     def prepare(bounds: Bounds, window_tokens: int | None, device: torch.device) -> Any:
         lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
         lengths.append(size - bounds[-1])  # what fills up is a document of its own
-        document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+        host = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        document = host.to(device)
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             near = (key <= query) & (document[query] == document[key])
             return near if window_tokens is None else near & (key > query - window_tokens)
 
-        return create_block_mask(sees, None, None, size, size, device=str(device))
+        some, every = blocks(host, window_tokens)
+        ordered = (part[None, None] for blocks in (some & ~every, every) for part in _ordered(blocks))
+        mask = BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(size, size))
+        return mask.to(str(device))
 
     def attend(qkv_TQ: Tensor, turn: Turn, sinks_N: Tensor, mask: Any) -> Tensor:
         heads = len(sinks_N)

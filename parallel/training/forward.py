@@ -90,7 +90,7 @@ def summed_loss(
     """(sum of a pack's weighted losses, fp32; tokens of each expert as from `forward`)."""
     x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, ops)
     loss: Tensor = model.within(
-        "head", lambda x_TH: cross_entropy(x_TH, model.head_VH, pack.targets_T, pack.weights_T), x_TH
+        "head", lambda x_RH: cross_entropy(x_RH, model.head_VH, pack.targets_R, pack.weights_R), x_TH[pack.learnt_R]
     )
     return loss, load_LE
 

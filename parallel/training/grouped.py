@@ -2,7 +2,7 @@
 
 A product of an expert is one matrix, laid out in kernels.triton_mixture: its weights, which are dequantized or cast
 together for all experts of a layer, what is added to them, and its bias. One product then computes all three, and its
-gradient the gradients of all three. The matrix lives from a layer's product to its gradient, and is not kept.
+gradient the gradients of all three. Where it is not large, the matrix of the first product lives until its gradient.
 
 T tokens, X experts a token, P = T X rows in the order of their experts, E experts, I columns in, O rows out, R rank,
 W columns of a product.
@@ -29,6 +29,7 @@ from ..kernels.triton_mixture import (
     swiglu_backward,
     weigh,
 )
+from ..planning.training import KEPT_LIMIT_BYTES
 from .products import Experts
 from .quantize import through_mxfp4
 
@@ -117,19 +118,20 @@ class _AtOnce(torch.autograd.Function):
         h_PO = grouped_mm(rows_PW, matrix.transpose(1, 2), offs=order.ends_E)
         inner_PW = swiglu(h_PO, second.rank, limit)
         second.lower(inner_PW)
-        ctx.save_for_backward(weights_TX, order.pairs_P, order.rows_P, order.starts_E, rows_PW, matrix, h_PO, inner_PW)
+        kept = matrix if matrix.nbytes <= KEPT_LIMIT_BYTES else None
+        ctx.save_for_backward(weights_TX, order.pairs_P, order.rows_P, order.starts_E, rows_PW, kept, h_PO, inner_PW)
         ctx.experts, ctx.limit = (gate_up, down), limit
         load_E = order.starts_E.diff()
         ctx.mark_non_differentiable(load_E)
         if not wanted:
             return torch.empty_like(x_TH), load_E
-        del matrix
+        del matrix, kept
         y_PH = grouped_mm(inner_PW, second.matrix(x_TH.dtype).transpose(1, 2), offs=order.ends_E)
         return gather_back(y_PH, y_PH.shape[1], order, len(x_TH), weights_TX), load_E
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weights_TX, pairs_P, rows_P, starts_E, rows_PW, matrix, h_PO, inner_PW = ctx.saved_tensors
+        weights_TX, pairs_P, rows_P, starts_E, rows_PW, kept, h_PO, inner_PW = ctx.saved_tensors
         order, limit = Order(pairs_P, rows_P, starts_E), ctx.limit
         first, second = (_Product(experts, order) for experts in ctx.experts)
         grad_TH, ends_E = grads[0].contiguous(), order.ends_E
@@ -144,7 +146,9 @@ class _AtOnce(torch.autograd.Function):
         of_second = second.gradients(grad_PH, inner_PW[:, :width], dlow_PR, low_PR, weighed_PW)
         dh_PO = swiglu_backward(h_PO, dinner_PW, second.raise_gradient(dlow_PR), weights_TX, order, limit)
         del dinner_PW
+        matrix = first.matrix(dh_PO.dtype) if kept is None else kept
         drows_PW = grouped_mm(dh_PO, matrix, offs=ends_E)
+        del matrix
         width = grad_TH.shape[1]
         low = slice(width, width + first.rank)
         trained = not isinstance(first.experts.base, Packed)

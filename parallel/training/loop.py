@@ -104,7 +104,8 @@ def train(
                 CheckError(f"step {number}: loss {loss}, gradient norm {norm}", f"{hint}; lower learning_rate")
             )
         last = number == job.steps
-        lengths = [len(samples[index]) for group in groups for index in group]
+        indexes = [index for group in groups for index in group]
+        lengths = [len(samples[index]) for index in indexes]
         tokens = sum(lengths)
         step_s = time.perf_counter() - began_s
         evaluate = bool(eval_packs) and (last or (job.eval_every > 0 and number % job.eval_every == 0))
@@ -116,7 +117,7 @@ def train(
             learning_rate=rate,
             grad_norm=norm,
             tokens=tokens,
-            trained_tokens=sum(weight > 0 for group in groups for index in group for weight in samples[index].weights),
+            trained_tokens=sum(len(samples[index]) - samples[index].weights.count(0.0) for index in indexes),
             step_s=step_s,
             tokens_per_s=tokens / step_s,
             expert_load_worst=over_mean.max().item(),
@@ -154,7 +155,7 @@ class Pass:
 
         Every trained token of the step counts by its own weight, in whichever pack and on whichever rank it is.
         """
-        weight = math.fsum(weight for group in groups for index in group for weight in samples[index].weights)
+        weight = math.fsum(math.fsum(samples[index].weights) for group in groups for index in group)
         losses, loads = [], []
         packs = self._mine(samples, groups)
         for place, one in enumerate(packs):
@@ -186,7 +187,7 @@ class Pass:
     @torch.no_grad()
     def check_first_loss(self, samples: Sequence[Sample]) -> None:
         """Every rank looks at the same document."""
-        document = gate.first_document(make_pack(samples, self.world.device))
+        document = gate.first_document(samples, self.world.device)
         summed, _ = self.trainee.updates.look(lambda: self._loss(document, recompute=False))
         serving = self.trainee.serving(document) if self.trainee.serving else None
         try:

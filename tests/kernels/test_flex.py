@@ -69,3 +69,19 @@ def test_flex_attention_masks_documents_and_adds_sinks(window: int | None, monke
             for way in (candidate, attention.PLAIN)
         )
     assert torch.allclose(ours, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
+def test_blocks_leave_out_nothing_that_is_seen(window: int | None) -> None:
+    lengths = torch.tensor([130, 1, 125, 384, 127, 1])
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    place = torch.arange(len(document))
+    seen = (place <= place[:, None]) & (document == document[:, None])
+    if window is not None:
+        seen &= place > place[:, None] - window
+    tiles = seen.view(6, 128, 6, 128).transpose(1, 2)
+    some, every = attention.blocks(document, window)
+    assert torch.equal(every, tiles.all(3).all(2)) and (some | ~tiles.any(3).any(2)).all()
+    assert torch.equal(some & ~every, some ^ every)  # what is seen wholly is seen
+    if window is None:
+        assert torch.equal(some, tiles.any(3).any(2))
