@@ -49,7 +49,10 @@ class _Product:
         """[E, O, W]"""
         base, added = self.experts.base, self.experts.added
         if isinstance(base, Packed):
-            matrix = dequantize(base.blocks, base.scales, dtype, self.rank + SPARE)
+            # experts may wait in host memory
+            device = self.order.starts_E.device
+            blocks, scales = (part.to(device, non_blocking=True) for part in (base.blocks, base.scales))
+            matrix = dequantize(blocks, scales, dtype, self.rank + SPARE)
         else:
             weight = through_mxfp4(base.weight) if base.as_mxfp4 else base.weight
             matrix = weight.new_empty((*weight.shape[:2], weight.shape[2] + self.rank + SPARE), dtype=dtype)

@@ -118,7 +118,9 @@ class Experts:
         if isinstance(base, Packed):
 
             def product(expert: int, x_TI: Tensor) -> Tensor:
-                out: Any = _PackedLinear.apply(x_TI, base.blocks[expert], base.scales[expert])
+                # experts may wait in host memory
+                blocks, scales = (part[expert].to(x_TI.device) for part in (base.blocks, base.scales))
+                out: Any = _PackedLinear.apply(x_TI, blocks, scales)
                 return out + base.bias[expert].to(dtype)
         else:
             weight = through_mxfp4(base.weight) if base.as_mxfp4 else base.weight
