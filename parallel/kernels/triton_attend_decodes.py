@@ -90,14 +90,11 @@ def attend_decodes(
 
 
 @triton.jit
-def _load(kv, other, table, position, seen, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS):
-    """Keys and values [BLOCK, D] of these positions, as they are stored; where not seen, those of `other`."""
+def _places(table, position, seen, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS):
+    """Where the keys of these positions lie, [BLOCK, D]."""
     page = tl.load(table + position // PAGE_TOKENS, mask=seen, other=0)
     at = entry(page, position % PAGE_TOKENS, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
-    at = at[:, None] + tl.arange(0, HEAD_DIM)[None, :]
-    key = tl.load(kv + at, mask=seen[:, None], other=other[0])
-    value = tl.load(kv + at + PAGE_TOKENS * KV_HEADS * HEAD_DIM, mask=seen[:, None], other=other[1])
-    return key, value
+    return at[:, None] + tl.arange(0, HEAD_DIM)[None, :]
 
 
 @triton.jit
@@ -169,6 +166,7 @@ def _decode(
     TOGETHER: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    VALUES: tl.constexpr = PAGE_TOKENS * KV_HEADS * HEAD_DIM  # from a key to its value
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
     length = tl.load(positions + token).to(tl.int32) + 1
@@ -181,59 +179,51 @@ def _decode(
         return
     last = tl.minimum(first + share, length)
     table += tl.load(rows + token) * width
-    # all keys but the newest are older than the kernel before, which has written that one
-    position = first + tl.arange(0, BLOCK)
-    newest = length - 1
-    key, value = _load(
-        kv, (0.0, 0.0), table, position, position < tl.minimum(last, newest), kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS
-    )
-    if EARLY:
-        tl.debug_barrier()  # ptxas would read the keys after the wait
-        gdc_wait()
-        gdc_launch_dependents()
-
     dim = tl.arange(0, HEAD_DIM)
     row = tl.arange(0, ROWS)
     head = kv_head * GROUP + row
     is_head = row < GROUP
+    sink = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32)
+    position = first + tl.arange(0, BLOCK)
+    place = _places(table, position, position < last, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+    # all keys but the newest are older than the kernel before, which has written that one
+    old = (position < tl.minimum(last, length - 1))[:, None]
+    key = tl.load(kv + place, mask=old, other=0)
+    value = tl.load(kv + place + VALUES, mask=old, other=0)
+    if EARLY:
+        tl.debug_barrier()  # ptxas would read the keys after the wait
+        gdc_wait()
+        gdc_launch_dependents()
     at = token * (KV_HEADS * GROUP) + head
     query = tl.load(q + at[:, None] * HEAD_DIM + dim[None, :], mask=is_head[:, None], other=0.0)
     query = as_operand(query, kv.dtype.element_ty)
-    key, value = _load(
-        kv,
-        (key, value),
-        table,
-        position,
-        (position == newest) & (position < last),
-        kv_head,
-        KV_HEADS,
-        HEAD_DIM,
-        PAGE_TOKENS,
-    )
+    new = ((position == length - 1) & (position < last))[:, None]
+    key = tl.load(kv + place, mask=new, other=key)
+    value = tl.load(kv + place + VALUES, mask=new, other=value)
 
     # scores and their maximum are in units of log 2; the sink is a key that the first split has seen
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     if split == 0:
-        top = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+        top = sink * 1.4426950408889634
         total += 1.0
     top, total, acc = _attended(query, key, value, position < last, scale, top, total, acc)
     if WINDOW == 0 or WINDOW > BLOCK:
         for start in range(first + BLOCK, last, BLOCK):
             position = start + tl.arange(0, BLOCK)
             seen = position < last
-            key, value = _load(kv, (0.0, 0.0), table, position, seen, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+            place = _places(table, position, seen, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+            key = tl.load(kv + place, mask=seen[:, None], other=0)
+            value = tl.load(kv + place + VALUES, mask=seen[:, None], other=0)
             top, total, acc = _attended(query, key, value, seen, scale, top, total, acc)
     if SPLIT:
         store_part(mixed, stats, at, split, splits, top, total, acc, is_head, HEAD_DIM)
         live = tl.cdiv(length - begin, share)
         if arrive(counters + token * KV_HEADS + kv_head, live):
             one = tl.arange(0, HEADS)
-            one_at = token * (KV_HEADS * GROUP) + kv_head * GROUP + one
-            all_total, all_acc = _joined(
-                mixed, stats, tl.where(one < GROUP, one_at, 0), splits, live, HEADS, HEAD_DIM, TOGETHER
-            )
+            one_at = token * (KV_HEADS * GROUP) + kv_head * GROUP + tl.minimum(one, GROUP - 1)
+            all_total, all_acc = _joined(mixed, stats, one_at, splits, live, HEADS, HEAD_DIM, TOGETHER)
             result = (all_acc * (factor / all_total)[:, None]).to(out.dtype.element_ty)
             tl.store(out + one_at[:, None] * HEAD_DIM + dim[None, :], result, mask=(one < GROUP)[:, None])
     else:

@@ -111,6 +111,7 @@ def _product(
         tl.debug_barrier()
         if WAIT:
             gdc_wait()
+            gdc_launch_dependents()
         for i in tl.static_range(UNROLL):
             if EVEN:
                 x_0, x_1 = tl.load(row + i * _CODES), tl.load(row + i * _CODES + 32)

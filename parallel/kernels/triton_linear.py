@@ -21,11 +21,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants, early, processors
+from .triton_launch import constants, early, prefetch, processors
 
 FEW_TOKENS = 16  # from here on torch's
 TILE_ROWS = 16
 STEP_COLUMNS = 32  # of a warp: 8 for each of the four lanes that share a row
+PREFETCHED_BYTES = 32 << 20
 MOST_WAYS = 8
 MOST_STEPS = 15  # whose loads a warp has in flight
 
@@ -62,7 +63,7 @@ def one(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None, how: Stay) -> Te
         weight_OI if bias_O is None else bias_O,
         out_1O,
         rows,
-        **constants(**stay_shape(x_1I, columns, how), BIAS=bias_O is not None),
+        **constants(**stay_shape(x_1I, weight_OI, how), BIAS=bias_O is not None),
     )
     return out_1O
 
@@ -73,14 +74,20 @@ def stay_programs(x: Tensor, units: int, how: Stay) -> int:
     return -(-units // rounds)
 
 
-def stay_shape(x: Tensor, columns: int, how: Stay) -> dict[str, Any]:
+def stay_shape(x: Tensor, weight: Tensor, how: Stay) -> dict[str, Any]:
     return {
-        "COLUMNS": columns,
+        "COLUMNS": weight.shape[1],
         "BLOCK": how.warps * 256,  # 16 bytes a lane
         "AHEAD": how.ahead,
+        "PREFETCH": prefetches(weight),
         "EARLY": early(x),
         "num_warps": how.warps,
     }
+
+
+def prefetches(weight: Tensor) -> bool:
+    """Whether all of a weight is asked for before x is waited for: it has to fit the L2 cache, beside what is in use."""
+    return early(weight) and weight.element_size() == 2 and weight.nbytes <= PREFETCHED_BYTES
 
 
 def few_cut(x_TI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:
@@ -105,14 +112,15 @@ def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, ways: int, unrol
         out_TO,
         tokens,
         rows,
-        **constants(**few_shape(x_TI, ways, unroll), BIAS=bias_O is not None),
+        **constants(**few_shape(x_TI, weight_OI, ways, unroll), BIAS=bias_O is not None),
     )
     return out_TO
 
 
-def few_shape(x_TI: Tensor, ways: int, unroll: int) -> dict[str, Any]:
+def few_shape(x_TI: Tensor, weight_OI: Tensor, ways: int, unroll: int) -> dict[str, Any]:
     return {
         "COLUMNS": x_TI.shape[1],
+        "PREFETCH": prefetches(weight_OI),
         "TOKENS": 8 if len(x_TI) <= 8 else 16,
         "WAYS": ways,
         "UNROLL": unroll,
@@ -134,6 +142,15 @@ def load_row(weight, row, there, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def prefetch_rows(weight, rows, COLUMNS: tl.constexpr):
+    """Ask for rows [R] of a weight of 16 bits; see `prefetch`."""
+    LINE: tl.constexpr = 64  # elements of 128 bytes
+    LINES: tl.constexpr = (COLUMNS + LINE - 1) // LINE
+    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+    prefetch(weight + rows.to(tl.int64)[:, None] * COLUMNS + line[None, :] * LINE)
+
+
+@triton.jit
 def dot_row(w, x):
     """The sum over the products of two rows in parts, the second in fp32."""
     total = w[0].to(tl.float32) * x[0]
@@ -152,6 +169,7 @@ def _one(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -160,6 +178,9 @@ def _one(
     for i in tl.static_range(AHEAD):
         row = program + i * programs
         ahead += (load_row(weight, row, row < rows, COLUMNS, BLOCK),)
+    if PREFETCH:
+        for row in range(program + AHEAD * programs, rows, programs):
+            prefetch_rows(weight, row + tl.arange(0, 1), COLUMNS)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
@@ -260,11 +281,14 @@ def _few(
     TOKENS: tl.constexpr,
     WAYS: tl.constexpr,
     UNROLL: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     first = tl.program_id(0) * 16
+    if PREFETCH:
+        prefetch_rows(weight, tl.minimum(first + tl.arange(0, 16), rows - 1), COLUMNS)
     left_L = tl.minimum(first + group_rows(WAYS), rows - 1)
     right_L = tl.minimum(first + 8 + group_rows(WAYS), rows - 1)
     y = few_product(x, weight, left_L, right_L, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)

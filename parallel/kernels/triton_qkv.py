@@ -23,6 +23,7 @@ from .triton_linear import (
     few_shape,
     group_rows,
     load_row,
+    prefetch_rows,
     stay_programs,
     stay_shape,
 )
@@ -69,14 +70,14 @@ def norm_qkv_write(
             *after,
             eps,
             pairs,
-            **constants(**shape, **stay_shape(residual_TH, hidden, how), ADD=delta_TH is not None),
+            **constants(**shape, **stay_shape(residual_TH, weight_QH, how), ADD=delta_TH is not None),
         )
         return sum_TH, q_TND
     residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
     cut = few_cut(x_TH, weight_QH)
     if cut is not None and head_dim % (2 * TOGETHER) == 0:
         _qkv_few[(len(weight_QH) // (2 * TOGETHER),)](
-            x_TH, weight_QH, bias_Q, *after, tokens, **constants(**shape, **few_shape(x_TH, *cut))
+            x_TH, weight_QH, bias_Q, *after, tokens, **constants(**shape, **few_shape(x_TH, weight_QH, *cut))
         )
         return residual_TH, q_TND
     qkv_TQ = torch.nn.functional.linear(x_TH, weight_QH, bias_Q)
@@ -156,6 +157,7 @@ def _norm_qkv_one(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
     ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -166,6 +168,10 @@ def _norm_qkv_one(
     ahead = ()
     for i in tl.static_range(AHEAD):
         ahead += (_pair(weight, program + i * programs, pairs, HALF, COLUMNS, BLOCK),)
+    if PREFETCH:
+        for pair in range(program + AHEAD * programs, pairs, programs):
+            row = pair // HALF * HEAD_DIM + pair % HALF
+            prefetch_rows(weight, row + tl.arange(0, 2) * HALF, COLUMNS)
     slot = tl.load(slots)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
@@ -219,6 +225,7 @@ def _qkv_few(
     TOKENS: tl.constexpr,
     WAYS: tl.constexpr,
     UNROLL: tl.constexpr,
+    PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
@@ -226,6 +233,9 @@ def _qkv_few(
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0) // (HALF // 8)
     first = tl.program_id(0) % (HALF // 8) * 8
+    if PREFETCH:
+        row = head * HEAD_DIM + first + tl.arange(0, 16) % 8 + tl.arange(0, 16) // 8 * HALF
+        prefetch_rows(weight, row, COLUMNS)
     row_L = head * HEAD_DIM + first + group_rows(WAYS)
     y = few_product(x, weight, row_L, row_L + HALF, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)
     left, right = y.reshape(2, 8, TOKENS).permute(1, 2, 0).split()
