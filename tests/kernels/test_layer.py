@@ -34,6 +34,7 @@ def test_the_check_passes_what_is_right_and_catches_what_is_not() -> None:
         "another norm": {"add_norm": lambda x, d, w, eps, dtype: plain.add_norm(x, d, w, eps + 0.1, dtype)},
         "no residual": {"add_norm": lambda x, *rest: plain.add_norm(x.detach() + 0 * x, *rest)},
         "no bias": {"route": lambda x, weight, bias, most: plain.route(x, weight, 0 * bias, most)},
+        "another target": {"slopes": lambda x, t, w: plain.slopes(x, t + 1, w)},
         "no gradient of the router's input": {
             "route": lambda x, *rest: _plus(plain.route(x.detach(), *rest), 0 * x.sum())
         },
