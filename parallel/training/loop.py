@@ -160,8 +160,8 @@ class Pass:
         """How packs of the job may be run, once this is known to be right."""
         job = self.job
         blank = make_pack([sample([0] * job.sequence_tokens, [0] * job.sequence_tokens)], self.world.device)
-        # neither DeepSpeed's weights nor those that wait in host memory are where they were
-        allowed = self.world.device.type == "cuda" and job.deepspeed is None and not job.host_layers
+        # DeepSpeed's weights are not where they were
+        allowed = self.world.device.type == "cuda" and job.deepspeed is None
         inputs = inputs_of(job.spec, blank, self.attention)
         return captured.choose(self.through, inputs, self.attention.tensors, self.trainee.leaves.values(), allowed)
 

@@ -22,10 +22,14 @@ def pack_of(*lengths: int) -> Pack:
     return make_pack(samples, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("host_layers", [0, 1])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-def test_losses_loads_and_gradients_are_those_of_single_launches(device: str, tmp_path: Path) -> None:
+def test_losses_loads_and_gradients_are_those_of_single_launches(device: str, host_layers: int, tmp_path: Path) -> None:
+    """With experts on the device, and in host memory."""
     where, bf16 = torch.device(device), torch.bfloat16
-    frozen = load_frozen(SPEC, checkpoint("true_width", tmp_path), "bf16", where, lambda done, total: None)
+    folder = checkpoint("true_width", tmp_path)
+    frozen = load_frozen(SPEC, folder, "bf16", where, lambda done, total: None, host_layers)
+    assert frozen.layers[0].gate_up.blocks.is_cuda == (host_layers == 0)
     ranks: Ranks = {"attention": Rank(8, 8), "experts": Rank(8, 8)}
     leaves = new_adapter(SPEC, ranks, 0, where)
     with torch.no_grad():
