@@ -1,4 +1,4 @@
-"""Packs through CUDA graphs: the losses and gradients of kernels that are launched one by one, for packs of any length."""
+"""Packs through CUDA graphs: losses and gradients are those of kernels launched one by one, for packs of any length."""
 
 from pathlib import Path
 
