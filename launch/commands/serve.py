@@ -101,12 +101,21 @@ def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
     """The plan through vLLM, until a signal. The URL comes on stdout once it answers, as with our own engine."""
     import os
     import shlex
+    import tempfile
 
     from ..keys import read_keys
     from ..resolve import make_plan
     from ..stop import StopSignals
     from ..tables import print_plan
-    from ..vllm import run_vllm, vllm_arguments, vllm_environment, vllm_notes, vllm_program
+    from ..vllm import (
+        VOCABULARY_VARIABLE,
+        run_vllm,
+        vllm_arguments,
+        vllm_environment,
+        vllm_notes,
+        vllm_program,
+        write_vocabulary,
+    )
 
     program = vllm_program()
     door = open_door(model, settings)
@@ -117,8 +126,6 @@ def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
         keys = read_keys(settings.api_key_file)
         environment = vllm_environment(os.environ, keys, settings.api_key_file)
     print_plan(plan, to_stderr=True)
-    for line in (*vllm_notes(plan, keys), shlex.join(command)):
-        click.echo(line, err=True)
 
     def ready() -> None:
         click.echo(json_text.dumps({"url": door.url, "plan": plan.to_json()}) if json else door.url)
@@ -127,7 +134,13 @@ def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
         with StopSignals().caught() as stop:
             await run_vllm(command, environment, door.url, settings.drain_s, stop, ready)
 
-    asyncio.run(run())
+    with tempfile.TemporaryDirectory(prefix="gptoss-") as folder:
+        assert plan.checkpoint is not None
+        if VOCABULARY_VARIABLE not in environment and write_vocabulary(Path(plan.checkpoint), Path(folder)):
+            environment[VOCABULARY_VARIABLE] = folder
+        for line in (*vllm_notes(plan, keys, VOCABULARY_VARIABLE in environment), shlex.join(command)):
+            click.echo(line, err=True)
+        asyncio.run(run())
 
 
 def open_door(model: str, settings: ServeSettings, nodes: Nodes | None = None) -> Door:
