@@ -120,7 +120,7 @@ def plan_here(assigned: Assigned, nodes: Nodes, model: str) -> tuple[Plan, range
     if spec != plan.spec:
         raise UserError(f"{model} here is another model than {plan.model} of the head", "the same on every node")
     own = plan.replicas_of(nodes.rank)
-    check_gpus(plan, len(own), "nodes must be alike; --dp N or --ranks R on the head asks for less")
+    check_gpus(plan, nodes.rank, "nodes must be alike; --dp N or --ranks R on the head asks for less")
     return replace(plan, checkpoint=str(folder)), own
 
 
