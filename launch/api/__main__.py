@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--engine", type=Path, action="append", help="a leader's socket, one a replica of this node")
     parser.add_argument("--nodes-fd", type=int, help="where other nodes come in, inherited")
     parser.add_argument("--node-key-file", type=Path)
+    parser.add_argument("--meeting-port", type=int, default=0, help="where ranks of several nodes meet")
     parser.add_argument("--served-name", required=True)
     parser.add_argument("--api-key-file", type=Path)
     parser.add_argument("--tls-cert", type=Path)
@@ -84,7 +85,13 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
     dials = [local(path) for path in arguments.engine]
     door = None
     if arguments.nodes_fd is not None:
-        door = NodeDoor(plan, read_node_key(arguments.node_key_file), partial(print, file=sys.stderr, flush=True))
+        door = NodeDoor(
+            plan,
+            read_node_key(arguments.node_key_file),
+            partial(print, file=sys.stderr, flush=True),
+            lambda failed: lifeline.sendall(encode(failed)),
+            arguments.meeting_port,
+        )
         dials += [door.dial(replica) for replica in range(len(dials), plan.dp)]
     dispatch = Dispatch(len(dials))
     metrics = Metrics(CollectorRegistry(), arguments.served_name, len(dials))
