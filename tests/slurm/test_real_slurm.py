@@ -260,7 +260,7 @@ def test_a_replica_lies_on_two_nodes(cli: CommandLine, submit: Callable[..., int
     assert place["health"] == "ready", cli("jobs", "logs", job).stdout
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
     assert ask(place["url"], "/v1/chat/completions", body)[1]["usage"]["completion_tokens"] == 4
-    (rank,) = cluster.processes(SECOND, "gptoss_launch.parallel.engine.worker")
+    torchrun, rank = sorted(cluster.processes(SECOND, "gptoss_launch.parallel.engine.worker"))
     os.kill(rank, signal.SIGKILL)
     status = cli.until(job, lambda status: status["ended"])
     assert (status["state"], status["code"], status["failure"]["code"]) == ("FAILED", 7, 7)
