@@ -6,7 +6,6 @@ running answers finish for --drain-s seconds; those that remain end with an erro
 
 import argparse
 import asyncio
-import gc
 import resource
 import signal
 import socket
@@ -39,6 +38,7 @@ from .protocol import connection
 from .record import AccessLog, make_tracer
 from .replicas import REQUEST_LIMIT, Replicas
 from .served import Served
+from .tidy import keep_tidy, settle
 from .tool_server import find_tools
 
 
@@ -141,12 +141,11 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
         lifeline.sendall(encode(Ready(-1, plan.digest, {}, {}, 0.0)))
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
-    # What is there now stays: looking through it again and again would hold up every stream.
-    gc.collect()
-    gc.freeze()
+    settle()
     if door is not None:
         await door.open(socket.socket(fileno=arguments.nodes_fd), engines)
-    works = announce(), watch_lag(metrics.lag), *(one.keep_connected() for one in engines)
+    works = [announce(), watch_lag(metrics.lag), keep_tidy(lambda: sum(one.running for one in engines))]
+    works += [one.keep_connected() for one in engines]
     background = [asyncio.create_task(work) for work in works]
     with socket.socket(fileno=arguments.fd) as listener:
         await server.serve(sockets=[listener])
