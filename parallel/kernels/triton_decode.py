@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .experts import SWIGLU_ALPHA
-from .triton_launch import constants, early
+from .triton_launch import arrive, constants, early
 from .triton_mxfp4 import HALVES, MAX_SLOTS, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
 MAX_PAIRS = 256
@@ -175,16 +175,6 @@ def _members(
 
 
 @triton.jit
-def arrive(arrivals, expected):
-    """True for the last of the expected programs: what the others stored is visible to it. Leaves the counter at 0."""
-    tl.debug_barrier()  # stores of all lanes come before the release below
-    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == expected - 1
-    if last:
-        tl.store(arrivals, 0)
-    return last
-
-
-@triton.jit
 def _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA: tl.constexpr, COLUMNS: tl.constexpr):
     """y [2 rh, 8 g, columns] -> SwiGLU of its even and odd rows, times _UP, in the rows pair_N of inner."""
     gate, up = y.permute(1, 2, 0).split()
@@ -234,7 +224,7 @@ def _gate_up(
     """
     if EARLY:
         gdc_wait()  # the routes are of the kernel before
-        gdc_launch_dependents()  # not earlier: what comes next reads the routes without waiting
+        gdc_launch_dependents()  # not earlier, as elsewhere: `_down` reads the routes before it waits
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
@@ -335,6 +325,8 @@ def _down(
 ):
     """partial: fp32 [SPLIT, P, tiles * 16]; rows of pairs that are not here stay as they were. SINGLE: the last program
     of a tile sums up, which is faster where there is a chain of few; else `_finish` does."""
+    if EARLY:
+        gdc_launch_dependents()
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
@@ -363,8 +355,7 @@ def _down(
         at = (part * pairs + pair_N)[None, None, :] * (tiles * 16) + row[:, :, None]
         tl.store(partial + at, y, mask=live_N[None, None, :])
     if EARLY:
-        gdc_wait()  # programs without work too: what is launched next may rely on all before this being over
-        gdc_launch_dependents()
+        gdc_wait()  # programs without work too: that this kernel is over has to mean that those before it are
     if SINGLE:
         if arrive(arrivals + tile, EXPERTS_PER_TOKEN * SPLIT):
             row = tile * 16 + tl.arange(0, 16)
@@ -405,8 +396,8 @@ def _finish(
 ):
     """out [T, rows] from partial, as `_down` left it."""
     if EARLY:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     _sum_up(
         bias, experts, weights, out, partial, first, held, pairs, rows, token, row, tile_rows, EXPERTS_PER_TOKEN, SPLIT

@@ -9,23 +9,19 @@ weights for longer than all the experts take. T tokens, H hidden, E experts, X e
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_decode import arrive
-from .triton_launch import constants, early
+from .triton_launch import ARRIVALS, arrivals, arrive, constants, early
 from .triton_norm import add_norm, added, normalised
 
 GROUP_TOKENS = 16  # tokens of a program: the least that a tensor core's product has
 STEP_COLUMNS = 64
 MAX_PARTS = 16
 _LOWEST = tl.constexpr(-3.4e38)
-MAX_GROUPS = 4096  # of tokens, in one call
 FULL_GROUPS = 64  # from so many groups on the parts are few: there are programs enough
 
 
@@ -52,6 +48,8 @@ def _route(
 ):
     """partial: fp32 [parts, T, EXPERTS_2]. Equal logits go to the lower number. NaN is never chosen before a number,
     but what is chosen is always a valid expert."""
+    if EARLY:
+        gdc_launch_dependents()
     group, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = group * TOKENS + tl.arange(0, TOKENS)
     expert = block * EXPERT_BLOCK + tl.arange(0, EXPERT_BLOCK)
@@ -62,7 +60,6 @@ def _route(
     acc = tl.zeros((TOKENS, EXPERT_BLOCK), tl.float32)
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
     for begin in range(part * share, tl.minimum((part + 1) * share, width), STEP):
         at = begin + column[None, :]
         value = tl.load(x_TK + at, mask=(token < tokens)[:, None] & (at < width), other=0.0)
@@ -104,6 +101,8 @@ def _norm_route(
     EARLY: tl.constexpr,
 ):
     """One token, a program for each expert: all of them work out the norm, which is less than to wait for it."""
+    if EARLY:
+        gdc_launch_dependents()
     expert = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     here = column < HIDDEN
@@ -112,7 +111,6 @@ def _norm_route(
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-        gdc_launch_dependents()
     x = added(tl.load(residual + column, mask=here, other=0.0), tl.load(delta + column, mask=here, other=0.0))
     value = normalised(x, factor, eps, HIDDEN).to(normed.dtype.element_ty)
     if expert == 0:
@@ -191,7 +189,7 @@ def norm_route(
         torch.empty(count, dtype=torch.float32, device=device),
         weights_TX,
         experts_TX,
-        _arrivals(device),
+        arrivals(device, 1),
         eps,
         **constants(
             HIDDEN=hidden,
@@ -212,7 +210,7 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
     count = len(weight_EH)
     device = x_TH.device
     groups = triton.cdiv(tokens, GROUP_TOKENS)
-    if experts_per_token > min(8, count) or groups > MAX_GROUPS:
+    if experts_per_token > min(8, count) or groups > ARRIVALS:
         raise ValueError(f"{experts_per_token} of {count} experts a token, {tokens} tokens")
     parts = min(MAX_PARTS, triton.cdiv(width, STEP_COLUMNS)) if groups < FULL_GROUPS else 1
     block = 16 if groups < FULL_GROUPS else 32
@@ -227,7 +225,7 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
         partial,
         weights_TX,
         experts_TX,
-        _arrivals(device),
+        arrivals(device, groups),
         tokens,
         width,
         **constants(
@@ -244,9 +242,3 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
         ),
     )
     return weights_TX, experts_TX
-
-
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters that each call leaves at zero. One stream a device: calls may not overlap."""
-    return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)

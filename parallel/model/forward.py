@@ -41,8 +41,18 @@ def forward(
     for kind, layer in zip(spec.layer_kinds, weights.layers, strict=True):
         kv_PCSKD, pages = kv_LPCSKD[seen[kind]], batch.pages[kind]
         seen[kind] += 1
-        residual_TH, x_TH = ops.add_norm(residual_TH, delta_TH, layer.attn_norm_H, spec.norm_eps, dtype)
-        q_TND = ops.qkv_write(x_TH, layer.qkv_QH, layer.qkv_bias_Q, turn, kv_PCSKD, pages.slots_T)
+        residual_TH, q_TND = ops.norm_qkv_write(
+            residual_TH,
+            delta_TH,
+            layer.attn_norm_H,
+            spec.norm_eps,
+            dtype,
+            layer.qkv_QH,
+            layer.qkv_bias_Q,
+            turn,
+            kv_PCSKD,
+            pages.slots_T,
+        )
         attended_TQ = ops.attend(q_TND, kv_PCSKD, layer.sinks_N, batch, pages)
         delta_TH = comm.all_reduce(ops.linear(attended_TQ, layer.out_HQ, layer.out_bias_H))
         residual_TH, x_TH, *routes = ops.norm_route(
@@ -59,4 +69,4 @@ def forward(
             ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit)
         )
     _, x_TH = ops.add_norm(residual_TH, delta_TH, weights.norm_H, spec.norm_eps, dtype)
-    return ops.linear(x_TH[batch.wanted_S], weights.head_VH)
+    return ops.linear(x_TH if batch.wanted_S is None else x_TH[batch.wanted_S], weights.head_VH)

@@ -1,5 +1,6 @@
 """The training forward: equal to serving's, its gradients equal to those of transformers and PEFT, packs to samples."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from gptoss_launch.parallel.training.adapters import (
     to_peft,
 )
 from gptoss_launch.parallel.training.batch import Pack, make_pack
-from gptoss_launch.parallel.training.forward import Precision, forward
+from gptoss_launch.parallel.training.forward import Precision, forward, inputs_of, loads
 from gptoss_launch.parallel.training.gate import serving_logits
 from gptoss_launch.parallel.training.loss import cross_entropy
 from gptoss_launch.parallel.training.model import full_model, lora_model
@@ -70,8 +71,8 @@ def adapter(name: str) -> dict[str, Tensor]:
 def loss_of(name: str, folder: Path, tensors: dict[str, Tensor], pack: Pack, recompute: bool = True) -> Tensor:
     spec = SPECS[name]
     model = lora_model(spec, load_frozen(spec, folder, "fp32", CPU, quiet), pairs(tensors, RANKS))
-    hidden, _ = forward(spec, model, pack, attention.PLAIN, FP32, recompute)
-    return cross_entropy(hidden, model.head_VH, pack.targets_T, pack.weights_T)
+    hidden, _ = forward(spec, model, inputs_of(spec, pack, attention.PLAIN), attention.PLAIN, FP32, recompute)
+    return cross_entropy(hidden[pack.learnt_R], model.head_VH, pack.targets_R, pack.weights_R)
 
 
 def all_parameters(name: str, folder: Path) -> dict[str, Tensor]:
@@ -93,13 +94,14 @@ def test_hidden_states_give_the_logits_of_serving(name: str, checkpoints: Path) 
     }
     for way, model in models.items():
         with torch.no_grad():
-            hidden, loads = forward(spec, model, pack, attention.PLAIN, FP32)
+            hidden, chosen = forward(spec, model, inputs_of(spec, pack, attention.PLAIN), attention.PLAIN, FP32)
             logits = hidden @ model.head_VH.T
         error = ((logits - serving).abs().max() / serving.abs().max()).item()
         print(f"{name}, {way}: largest error {error:.1e} of the largest logit")
         assert error <= 1e-5 and torch.equal(logits.argmax(-1), serving.argmax(-1))
-        assert loads.shape == (spec.layers, spec.experts)
-        assert (loads.sum(1) == len(tokens) * spec.experts_per_token).all()
+        load = loads(spec, chosen)
+        assert load.shape == (spec.layers, spec.experts)
+        assert all(load[layer, expert] == (chosen[layer] == expert).sum() for layer in (0, -1) for expert in (0, 5))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,10 +155,9 @@ def test_a_pack_loses_what_its_samples_lose_one_by_one(name: str, checkpoints: P
     with torch.no_grad():
         for number, one in enumerate(samples):
             alone = loss_of(name, folder, tensors, make_pack([one], CPU))
-            weights = torch.zeros_like(packed.weights_T)
-            rows = slice(*packed.bounds[number : number + 2])
-            weights[rows] = packed.weights_T[rows]
-            pack = Pack(packed.tokens_T, packed.positions_T, packed.targets_T, weights, packed.bounds)
+            begin, end = packed.bounds[number : number + 2]
+            here = (packed.learnt_R >= begin) & (packed.learnt_R < end)
+            pack = dataclasses.replace(packed, weights_R=packed.weights_R * here)
             assert loss_of(name, folder, tensors, pack).item() == pytest.approx(alone.item(), rel=1e-5, abs=1e-5)
 
 
@@ -178,8 +179,8 @@ def test_full_gradients_are_those_of_transformers(checkpoints: Path) -> None:
     (one,) = documents("three_blocks", (70,))
     pack = make_pack([one], CPU)
     model = full_model(spec, parameters)
-    hidden, _ = forward(spec, model, pack, attention.PLAIN, FP32)
-    cross_entropy(hidden, model.head_VH, pack.targets_T, pack.weights_T).backward()
+    hidden, _ = forward(spec, model, inputs_of(spec, pack, attention.PLAIN), attention.PLAIN, FP32)
+    cross_entropy(hidden[pack.learnt_R], model.head_VH, pack.targets_R, pack.weights_R).backward()
     theirs = oracles.load_transformers(folder)
     logits = theirs(torch.tensor([list(one.tokens)]), use_cache=False).logits[0, :-1]
     nll = torch.nn.functional.cross_entropy(logits, torch.tensor(one.tokens[1:]).long(), reduction="none")
