@@ -53,15 +53,18 @@ class Membership:
         """Returns once nothing is asked of this node any more. Raises RankDiedError when the head stays lost, or what
         was told it."""
         try:
-            while self._connection is not None and not isinstance(await next_message(self._connection[0]), Stop):
+            while self._connection is not None:
+                word = await next_message(self._connection[0])
                 if self._failure is not None:
                     raise self._failure
+                if isinstance(word, Stop):
+                    return
+                if isinstance(word, Failed):
+                    raise RankDiedError(word.message, word.hint)
                 if self._part:
                     message = f"head {self._nodes.head} is lost, and with it the other ranks of the replica"
                     raise RankDiedError(message, "start all nodes again")
                 await self._rejoin()
-            if self._failure is not None:
-                raise self._failure
         finally:
             self._hang_up()
 

@@ -151,9 +151,10 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
         await server.serve(sockets=[listener])
     for task in background:
         task.cancel()
+    died = any(engine.dead for engine in engines)  # before it is us who closes them
     close_all()
     if door is not None:
-        await door.close()
+        await door.close(died)
 
 
 if __name__ == "__main__":

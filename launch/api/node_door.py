@@ -47,7 +47,7 @@ class NodeDoor:
         self._nodes: dict[int, asyncio.StreamWriter] = {}
         self._open: set[asyncio.StreamWriter] = set()  # of those that are not an engine's client yet
         self._server: asyncio.Server | None = None
-        self._closing = False
+        self._closing = self._failed = False
         self._told_s = float("-inf")
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop alone would forget them
 
@@ -68,13 +68,17 @@ class NodeDoor:
         self._engines = engines
         self._server = await asyncio.start_server(self._serve, sock=listener)
 
-    async def close(self) -> None:
-        """Tells every node to stop."""
+    async def close(self, died: bool = False) -> None:
+        """Tells every node to stop. died: a leader has, so that a replica on several nodes is over."""
         self._closing = True
+        word = Stop()
+        if self._plan.span > 1 and (died or self._failed):
+            message = "ranks of the replica have ended on another node"
+            word = Failed(-1, message, "the head says which, and why", RankDiedError.exit_code)
         if self._server is not None:
             self._server.close()
         for writer in self._nodes.values():
-            writer.write(encode(Stop()))
+            writer.write(encode(word))
         for writer in self._open:
             writer.close()
         deadline_s = time.monotonic() + CLOSE_S
@@ -122,7 +126,7 @@ class NodeDoor:
             while data := await reader.read(READ_BYTES):
                 for message in decoder.feed(data):
                     if isinstance(message, Failed):
-                        self._fail(message)
+                        self._give_up(message)
                     elif isinstance(message, Leave) and not left:
                         left = True
                         self._say(f"{name} leaves: it gets no further requests")
@@ -139,9 +143,13 @@ class NodeDoor:
         what = "has left" if left else "is lost"
         if self._plan.span > 1:
             message = f"{name} {what}, and with it {work_names(self._plan, rank)}"
-            self._fail(Failed(-1, message, "start all nodes again", RankDiedError.exit_code))
+            self._give_up(Failed(-1, message, "start all nodes again", RankDiedError.exit_code))
         else:
             self._say(f"{name} {what}: the other nodes answer, until it joins again")
+
+    def _give_up(self, failed: Failed) -> None:
+        self._failed = True
+        self._fail(failed)
 
     async def _let_go(self, rank: int, writer: asyncio.StreamWriter) -> None:
         """Stop, once what its replicas are at has ended."""

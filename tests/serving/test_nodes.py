@@ -224,7 +224,17 @@ def test_a_part_of_a_replica_ends_with_the_others(monkeypatch):
             with pytest.raises(RankDiedError, match="is lost, and with it the other ranks"):
                 await asyncio.wait_for(keeping, 5)
 
+    async def the_head_ends(failed):
+        async with head(plan, []) as (door, _, nodes):
+            membership = Membership(nodes, *await join_head(nodes, 1, failures.append), failures.append, part=True)
+            keeping = asyncio.create_task(membership.keep())
+            await door.close(failed)
+            await asyncio.wait_for(keeping, 5)
+
     asyncio.run(story())
+    asyncio.run(the_head_ends(False))
+    with pytest.raises(RankDiedError, match="ranks of the replica have ended on another node"):
+        asyncio.run(the_head_ends(True))
 
 
 # --- the handshake
