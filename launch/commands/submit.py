@@ -194,6 +194,9 @@ def with_plan(job: Job) -> tuple[Job, dict[str, Any] | None]:
     nodes = str(job.option("nodes"))
     settings = ServeSettings(**given, nnodes=int(nodes) if nodes.isdigit() else 1)
     plan = make_plan(job.command[1], settings, need_weights=False)
+    if plan.nodes < settings.nnodes:
+        message = f"the plan for {plan.machine} gives work to {plan.nodes} of {settings.nnodes} nodes"
+        raise UserError(message, f"--nodes={plan.nodes}, or more replicas: --set run.dp=...")
     needed = plan.gpus_of(0)
     if needed:
         asked = str(job.option("gpus-per-node") or "")
