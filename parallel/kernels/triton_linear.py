@@ -1,9 +1,8 @@
 """Matrix products for a few tokens in Triton, where what counts is to read the weight once and fast; torch's for more.
 
-For one token a few programs stay for the whole product: each takes row after row, with the loads of the next ones in
-flight. For two to FEW_TOKENS a program owns 16 rows, whose columns its warps share; what a lane loads is its own share
-of the operands of mma.m16n8k16, so that no weight changes lanes or passes through shared memory. Both ask for weights
-before they wait for x.
+For one token a warp owns a row. For two to FEW_TOKENS a program owns 16 rows, whose columns its warps share; what a
+lane loads is its own share of the operands of mma.m16n8k16, so that no weight changes lanes or passes through shared
+memory. Both ask for weights before they wait for x: for as many as registers hold, which can be all.
 
 T tokens, I columns in, O rows out. Sums are in fp32 and always in the same order.
 """
@@ -21,26 +20,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants, early, prefetch, processors
+from .triton_launch import constants, early
 
 FEW_TOKENS = 16  # from here on torch's
 TILE_ROWS = 16
 STEP_COLUMNS = 32  # of a warp: 8 for each of the four lanes that share a row
-PREFETCHED_BYTES = 32 << 20
+PART_COLUMNS = 256  # of a warp: 16 bytes a lane
 MOST_WAYS = 8
 MOST_STEPS = 15  # whose loads a warp has in flight
+_PART = tl.constexpr(PART_COLUMNS)
 
 
 @dataclass(frozen=True)
-class Stay:
+class Rows:
     """How the product for one token is cut: constants from a benchmark (tests/benchmarks/kernels_attention.py)."""
 
-    warps: int  # of a program
-    programs: int  # of a multiprocessor, which all run at once
-    ahead: int  # rows, or pairs of rows, that are asked for before they are needed
+    warps: int  # of a program, each with a row or a pair of rows of its own
+    ahead: int  # parts of PART_COLUMNS whose loads are in flight before the first is used
+    registers: int | None = None  # the most of a lane: fewer, and more programs are there at a time
 
 
-ONE = Stay(warps=4, programs=5, ahead=2)
+ONE = Rows(warps=1, ahead=16, registers=96)
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -53,41 +53,30 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
 
 
-def one(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None, how: Stay) -> Tensor:
+def one(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None, how: Rows) -> Tensor:
     """linear for one token: multiply and add, no tensor core."""
-    rows, columns = weight_OI.shape
+    rows = len(weight_OI)
     out_1O = torch.empty((1, rows), dtype=x_1I.dtype, device=x_1I.device)
-    _one[(stay_programs(x_1I, rows, how),)](
+    _one[(-(-rows // how.warps),)](
         x_1I,
         weight_OI,
         weight_OI if bias_O is None else bias_O,
         out_1O,
         rows,
-        **constants(**stay_shape(x_1I, weight_OI, how), BIAS=bias_O is not None),
+        **constants(**rows_shape(x_1I, weight_OI, how), BIAS=bias_O is not None),
     )
     return out_1O
 
 
-def stay_programs(x: Tensor, units: int, how: Stay) -> int:
-    """As many as run at once, or fewer if that needs no more rounds."""
-    rounds = -(-units // (processors(x.device) * how.programs))
-    return -(-units // rounds)
-
-
-def stay_shape(x: Tensor, weight: Tensor, how: Stay) -> dict[str, Any]:
+def rows_shape(x: Tensor, weight: Tensor, how: Rows) -> dict[str, Any]:
     return {
         "COLUMNS": weight.shape[1],
-        "BLOCK": how.warps * 256,  # 16 bytes a lane
+        "ROWS": how.warps,
         "AHEAD": how.ahead,
-        "PREFETCH": prefetches(weight),
         "EARLY": early(x),
         "num_warps": how.warps,
+        **({} if how.registers is None or not x.is_cuda else {"maxnreg": how.registers}),
     }
-
-
-def prefetches(weight: Tensor) -> bool:
-    """Whether all of a weight is asked for before x is waited for: it has to fit the L2 cache, beside what is in use."""
-    return early(weight) and weight.element_size() == 2 and weight.nbytes <= PREFETCHED_BYTES
 
 
 def few_cut(x_TI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:
@@ -120,7 +109,6 @@ def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, ways: int, unrol
 def few_shape(x_TI: Tensor, weight_OI: Tensor, ways: int, unroll: int) -> dict[str, Any]:
     return {
         "COLUMNS": x_TI.shape[1],
-        "PREFETCH": prefetches(weight_OI),
         "TOKENS": 8 if len(x_TI) <= 8 else 16,
         "WAYS": ways,
         "UNROLL": unroll,
@@ -131,32 +119,27 @@ def few_shape(x_TI: Tensor, weight_OI: Tensor, ways: int, unroll: int) -> dict[s
 
 
 @triton.jit
-def load_row(weight, row, there, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """A row in parts of BLOCK columns; zeros if it is not there."""
-    parts = ()
-    for begin in tl.static_range(0, COLUMNS, BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        at = tl.cast(row, tl.int64) * COLUMNS + column
-        parts += (tl.load(weight + at, mask=there & (column < COLUMNS), other=0.0),)
-    return parts
+def part_of(weight, row, there, part: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, PART_COLUMNS] of a weight, a row for each warp; zeros past the columns and in rows that are not there."""
+    column = part * _PART + tl.arange(0, _PART)
+    here = there[:, None] & (column < COLUMNS)[None, :]
+    return tl.load(weight + row.to(tl.int64)[:, None] * COLUMNS + column[None, :], mask=here, other=0.0)
 
 
 @triton.jit
-def prefetch_rows(weight, rows, COLUMNS: tl.constexpr):
-    """Ask for rows [R] of a weight of 16 bits; see `prefetch`."""
-    LINE: tl.constexpr = 64  # elements of 128 bytes
-    LINES: tl.constexpr = (COLUMNS + LINE - 1) // LINE
-    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
-    prefetch(weight + rows.to(tl.int64)[:, None] * COLUMNS + line[None, :] * LINE)
+def part_of_x(x, row, part: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, PART_COLUMNS] fp32: the same for each row, as each warp needs it whole and another layout would cost a way
+    through shared memory."""
+    column = part * _PART + tl.arange(0, _PART)
+    at = row[:, None] * 0 + column[None, :]
+    return tl.load(x + at, mask=at < COLUMNS, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def dot_row(w, x):
-    """The sum over the products of two rows in parts, the second in fp32."""
-    total = w[0].to(tl.float32) * x[0]
-    for i in tl.static_range(1, len(w)):
-        total += w[i].to(tl.float32) * x[i]
-    return tl.sum(total, 0)
+def hold_x(part: tl.constexpr):
+    """Parts of x are read four at a time: ptxas would read all at once, into registers that weights need."""
+    if part % 4 == 0:
+        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -167,36 +150,33 @@ def _one(
     out,
     rows,
     COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    ahead = ()
-    for i in tl.static_range(AHEAD):
-        row = program + i * programs
-        ahead += (load_row(weight, row, row < rows, COLUMNS, BLOCK),)
-    if PREFETCH:
-        for row in range(program + AHEAD * programs, rows, programs):
-            prefetch_rows(weight, row + tl.arange(0, 1), COLUMNS)
+    if EARLY:
+        gdc_launch_dependents()
+    PARTS: tl.constexpr = (COLUMNS + _PART - 1) // _PART
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    w = ()
+    for i in tl.static_range(min(AHEAD, PARTS)):
+        w += (part_of(weight, row, there, i, COLUMNS),)
+    y = tl.zeros([ROWS], tl.float32)
+    if BIAS:
+        y = tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-        gdc_launch_dependents()
-    x_parts = load_row(x, 0, True, COLUMNS, BLOCK)
-    value = ()
-    for i in tl.static_range(len(x_parts)):
-        value += (x_parts[i].to(tl.float32),)
-    for row in range(program, rows, programs):
-        later = row + AHEAD * programs
-        w = ahead[0]
-        ahead = ahead[1:] + (load_row(weight, later, later < rows, COLUMNS, BLOCK),)
-        y = dot_row(w, value)
-        if BIAS:
-            y += tl.load(bias + row).to(tl.float32)
-        tl.store(out + row, y.to(out.dtype.element_ty))
+    acc = tl.zeros([ROWS, _PART], tl.float32)
+    for i in tl.static_range(PARTS):
+        hold_x(i)
+        if i + AHEAD < PARTS:
+            w += (part_of(weight, row, there, i + AHEAD, COLUMNS),)
+        acc += w[i].to(tl.float32) * part_of_x(x, row, i, COLUMNS)
+    y += tl.sum(acc, 1)
+    tl.store(out + row, y.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -241,6 +221,8 @@ def few_product(
     A step of a warp is 32 columns = (t q kh h): t < 4 lanes of a row, the rest in a lane. Neither load has a mask: with
     one Triton moves what was loaded between lanes.
     """
+    if EARLY:
+        gdc_launch_dependents()
     lane = tl.arange(0, WAYS * 32)
     column = (lane // 32 * 32 + lane % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
     left = weight + left_L.to(tl.int64)[:, None] * COLUMNS + column
@@ -259,7 +241,6 @@ def few_product(
         tl.debug_barrier()  # ptxas sinks loads to their use, but not across this
         if EARLY:
             gdc_wait()
-            gdc_launch_dependents()
         for i in tl.static_range(UNROLL):
             x_0, x_1 = _operands(tl.load(x + begin + i * (WAYS * 32)), WAYS, TOKENS)
             w_0, w_1 = _weights(lefts[i], rights[i], WAYS)
@@ -281,14 +262,11 @@ def _few(
     TOKENS: tl.constexpr,
     WAYS: tl.constexpr,
     UNROLL: tl.constexpr,
-    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     first = tl.program_id(0) * 16
-    if PREFETCH:
-        prefetch_rows(weight, tl.minimum(first + tl.arange(0, 16), rows - 1), COLUMNS)
     left_L = tl.minimum(first + group_rows(WAYS), rows - 1)
     right_L = tl.minimum(first + 8 + group_rows(WAYS), rows - 1)
     y = few_product(x, weight, left_L, right_L, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)

@@ -1,5 +1,5 @@
-"""q, k, v with RoPE and the write into pages: for one token one Triton kernel, the norm before it included; for a few
-two, norm and product; for more the norm, torch's product, and one kernel for all that follows it.
+"""Norm, then q, k, v with RoPE and the write into pages: for up to 16 tokens a Triton kernel for the norm and one for
+the rest; for more torch's product between the norm and a kernel for what follows it.
 
 Signature and meaning are those of attention.norm_qkv_write. fp8 pages hold the largest number of e4m3 (448) where the
 plain version, by torch's conversion, would hold NaN.
@@ -16,24 +16,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_launch import constants, early
 from .triton_linear import (
-    Stay,
-    dot_row,
+    PART_COLUMNS,
+    Rows,
     few_cut,
     few_product,
     few_shape,
     group_rows,
-    load_row,
-    prefetch_rows,
-    stay_programs,
-    stay_shape,
+    hold_x,
+    part_of,
+    part_of_x,
+    rows_shape,
 )
-from .triton_norm import add_norm, added
+from .triton_norm import add_norm
 from .triton_pages import as_stored, entry, to_stored
 
 HEADS_TOGETHER = 8  # of a program that rotates and writes
 WARPS = 2
-TOGETHER = 8  # pairs of columns of a program for a few tokens
-ONE = Stay(warps=4, programs=5, ahead=1)
+PAIRS = 8  # of columns, of a program for a few tokens
+ONE = Rows(warps=1, ahead=12)
+PART = tl.constexpr(PART_COLUMNS)
 
 
 def norm_qkv_write(
@@ -47,7 +48,7 @@ def norm_qkv_write(
     rotation: tuple[Tensor, Tensor],
     kv_PCSKD: Tensor,
     slots_T: Tensor,
-    how: Stay = ONE,
+    how: Rows = ONE,
 ) -> tuple[Tensor, Tensor]:
     """(residual + delta, q_TND): add and norm, project, rotate q and k, write k and v to their slots."""
     kv_PCSKD = as_stored(kv_PCSKD)
@@ -57,26 +58,15 @@ def norm_qkv_write(
     q_TND = torch.empty((tokens, heads, head_dim), dtype=dtype, device=residual_TH.device)
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PAGE_TOKENS": page_tokens}
     after = (*rotation, slots_T, q_TND, kv_PCSKD)
-    if tokens == 1:
-        pairs = len(weight_QH) // 2
-        sum_TH = residual_TH if delta_TH is None else torch.empty_like(residual_TH)
-        _norm_qkv_one[(stay_programs(residual_TH, pairs, how),)](
-            residual_TH,
-            residual_TH if delta_TH is None else delta_TH,
-            norm_H,
-            sum_TH,
-            weight_QH,
-            bias_Q,
-            *after,
-            eps,
-            pairs,
-            **constants(**shape, **stay_shape(residual_TH, weight_QH, how), ADD=delta_TH is not None),
-        )
-        return sum_TH, q_TND
     residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
+    if tokens == 1:
+        _qkv_one[(-(-len(weight_QH) // (2 * how.warps)),)](
+            x_TH, weight_QH, bias_Q, *after, **constants(**shape, **rows_shape(x_TH, weight_QH, how))
+        )
+        return residual_TH, q_TND
     cut = few_cut(x_TH, weight_QH)
-    if cut is not None and head_dim % (2 * TOGETHER) == 0:
-        _qkv_few[(len(weight_QH) // (2 * TOGETHER),)](
+    if cut is not None and head_dim % (2 * PAIRS) == 0:
+        _qkv_few[(len(weight_QH) // (2 * PAIRS),)](
             x_TH, weight_QH, bias_Q, *after, tokens, **constants(**shape, **few_shape(x_TH, weight_QH, *cut))
         )
         return residual_TH, q_TND
@@ -127,20 +117,9 @@ def _store(
         tl.store(kv_at + half, to_stored(right.to(tl.float32), kv.dtype.element_ty), mask=there)
 
 
-@triton.jit
-def _pair(weight, pair, pairs, HALF: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """The two rows of a pair of columns that turn together."""
-    row = pair // HALF * (2 * HALF) + pair % HALF
-    left = load_row(weight, row, pair < pairs, COLUMNS, BLOCK)
-    return left, load_row(weight, row + HALF, pair < pairs, COLUMNS, BLOCK)
-
-
-@triton.jit(do_not_specialize=["eps", "pairs"], do_not_specialize_on_alignment=["slots"])
-def _norm_qkv_one(
-    residual,
-    delta,
-    norm,
-    summed,
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def _qkv_one(
+    x,
     weight,
     bias,
     cos,
@@ -148,62 +127,47 @@ def _norm_qkv_one(
     slots,
     q,
     kv,
-    eps,
-    pairs,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One token. All programs work out the norm, which is less than to wait for a kernel that does."""
+    """One token, a warp for each pair of columns that turn together."""
+    if EARLY:
+        gdc_launch_dependents()
     HALF: tl.constexpr = HEAD_DIM // 2
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    factor = load_row(norm, 0, True, COLUMNS, BLOCK)
-    ahead = ()
-    for i in tl.static_range(AHEAD):
-        ahead += (_pair(weight, program + i * programs, pairs, HALF, COLUMNS, BLOCK),)
-    if PREFETCH:
-        for pair in range(program + AHEAD * programs, pairs, programs):
-            row = pair // HALF * HEAD_DIM + pair % HALF
-            prefetch_rows(weight, row + tl.arange(0, 2) * HALF, COLUMNS)
-    slot = tl.load(slots)
+    PARTS: tl.constexpr = (COLUMNS + PART - 1) // PART
+    head = tl.program_id(0) // (HALF // ROWS)
+    dim = tl.program_id(0) % (HALF // ROWS) * ROWS + tl.arange(0, ROWS)
+    row = head * HEAD_DIM + dim
+    there = dim < HALF
+    left_w = ()
+    right_w = ()
+    for i in tl.static_range(min(AHEAD, PARTS)):
+        left_w += (part_of(weight, row, there, i, COLUMNS),)
+        right_w += (part_of(weight, row + HALF, there, i, COLUMNS),)
+    left, right = tl.load(bias + row).to(tl.float32), tl.load(bias + row + HALF).to(tl.float32)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-        gdc_launch_dependents()
-    x = load_row(residual, 0, True, COLUMNS, BLOCK)
-    if ADD:
-        more = load_row(delta, 0, True, COLUMNS, BLOCK)
-        sums = ()
-        for i in tl.static_range(len(x)):
-            sums += (added(x[i], more[i]),)
-            column = i * BLOCK + tl.arange(0, BLOCK)
-            tl.store(summed + column, sums[i], mask=(program == 0) & (column < COLUMNS))
-        x = sums
-    squares = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(len(x)):
-        wide = x[i].to(tl.float32)
-        squares += wide * wide
-    scale = tl.rsqrt(tl.sum(squares, 0) / COLUMNS + eps)
-    value = ()
-    for i in tl.static_range(len(x)):
-        normed = x[i].to(tl.float32) * scale * factor[i].to(tl.float32)
-        value += (normed.to(q.dtype.element_ty).to(tl.float32),)
-    for pair in range(program, pairs, programs):
-        w = ahead[0]
-        ahead = ahead[1:] + (_pair(weight, pair + AHEAD * programs, pairs, HALF, COLUMNS, BLOCK),)
-        head, dim = pair // HALF, pair % HALF
-        row = head * HEAD_DIM + dim
-        left = dot_row(w[0], value) + tl.load(bias + row).to(tl.float32)
-        right = dot_row(w[1], value) + tl.load(bias + row + HALF).to(tl.float32)
-        c, s = tl.load(cos + dim), tl.load(sin + dim)
-        _store(left, right, c, s, head, dim, 0, slot, True, q, kv, HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+    left_acc = tl.zeros([ROWS, PART], tl.float32)
+    right_acc = tl.zeros([ROWS, PART], tl.float32)
+    for i in tl.static_range(PARTS):
+        hold_x(i)
+        if i + AHEAD < PARTS:
+            left_w += (part_of(weight, row, there, i + AHEAD, COLUMNS),)
+            right_w += (part_of(weight, row + HALF, there, i + AHEAD, COLUMNS),)
+        value = part_of_x(x, row, i, COLUMNS)
+        left_acc += left_w[i].to(tl.float32) * value
+        right_acc += right_w[i].to(tl.float32) * value
+    left += tl.sum(left_acc, 1)
+    right += tl.sum(right_acc, 1)
+    c, s, slot = tl.load(cos + dim), tl.load(sin + dim), tl.load(slots)
+    _store(left, right, c, s, head, dim, 0, slot, there, q, kv, HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["slots"])
@@ -225,7 +189,6 @@ def _qkv_few(
     TOKENS: tl.constexpr,
     WAYS: tl.constexpr,
     UNROLL: tl.constexpr,
-    PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
@@ -233,9 +196,6 @@ def _qkv_few(
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0) // (HALF // 8)
     first = tl.program_id(0) % (HALF // 8) * 8
-    if PREFETCH:
-        row = head * HEAD_DIM + first + tl.arange(0, 16) % 8 + tl.arange(0, 16) // 8 * HALF
-        prefetch_rows(weight, row, COLUMNS)
     row_L = head * HEAD_DIM + first + group_rows(WAYS)
     y = few_product(x, weight, row_L, row_L + HALF, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)
     left, right = y.reshape(2, 8, TOKENS).permute(1, 2, 0).split()
@@ -267,6 +227,8 @@ def _rotate_and_write(
     EARLY: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
+    if EARLY:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER))[:, None]  # of q, then k, then v
     dim = tl.arange(0, HALF)[None, :]
@@ -276,7 +238,6 @@ def _rotate_and_write(
     slot = tl.load(slots + token)
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
     left = tl.load(qkv + at, mask=here, other=0.0)
     right = tl.load(qkv + at + HALF, mask=here, other=0.0)
     turns = head < HEADS + KV_HEADS

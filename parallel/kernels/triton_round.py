@@ -1,5 +1,5 @@
-"""Values -> the nearest that MXFP4 has, all of a tensor at once: `quantize.quantize`, then `mxfp4.dequantize`, in one pass
-over memory.
+"""Values -> the nearest that MXFP4 has, all of a tensor at once: `quantize.quantize`, then `mxfp4.dequantize`, in one
+pass over memory.
 
 Sources: see quantize.py. A block in which both scales are as good but for rounding may get the other one.
 """
