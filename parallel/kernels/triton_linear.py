@@ -35,12 +35,12 @@ _PART = tl.constexpr(PART_COLUMNS)
 class Rows:
     """How the product for one token is cut: constants from a benchmark (tests/benchmarks/kernels_attention.py)."""
 
-    warps: int  # of a program, each with a row or a pair of rows of its own
+    warps: int  # of a program, each with a row of its own
     ahead: int  # parts of PART_COLUMNS whose loads are in flight before the first is used
     registers: int | None = None  # the most of a lane: fewer, and more programs are there at a time
 
 
-ONE = Rows(warps=1, ahead=16, registers=96)
+ONE = Rows(warps=4, ahead=16, registers=96)
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

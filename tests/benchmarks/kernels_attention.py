@@ -214,7 +214,7 @@ def qkv_case(pages: Pages, tokens: int) -> Case:
     slots_T = torch.arange(tokens, device="cuda")
     work: dict[str, Callable[..., Any]] = {"triton": triton_qkv.norm_qkv_write, "plain": attention.norm_qkv_write}
     if tokens == 1:
-        work |= {label(how): partial(triton_qkv.norm_qkv_write, how=how) for how in ONES}
+        work |= {label(how): partial(triton_qkv.norm_qkv_write, how=how) for how in STAYS}
     return Case(
         {"op": "norm_qkv_write", "tokens": tokens},
         {
