@@ -17,6 +17,7 @@ from ..offload.experts import offloaded
 from ..offload.mapped import mapped
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
+from . import rest
 from .engine import Engine
 from .measure import Meter, capture, step_times, warm_up
 from .routes import Recorder, checked
@@ -78,7 +79,7 @@ def start(
             ops, offload_counts, more = offloaded(plan.offload, ops, device)
             slow_ways += (*more, "no CUDA graphs: not all experts are on the GPU")
     files = mapped(entry.path for entry in inventory.values()) if experts_on == "file" else None
-    weights = load(plan, rank, inventory, device, count, ops.pack, experts_on)
+    weights = load(plan, rank, inventory, device, count, ops.pack, experts_on, plan.rest)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
@@ -104,9 +105,14 @@ def start(
     )
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
+    notes = () if plan.rest == "bf16" else (rest.checked(engine, rank, inventory),)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
     times = step_times(engine)
     if recorder is not None:
         recorder.reset()
-    return engine, recorder, Ready(rank, plan.digest, memory, times, time.monotonic() - began_s, tuple(slow_paths))
+    return (
+        engine,
+        recorder,
+        Ready(rank, plan.digest, memory, times, time.monotonic() - began_s, tuple(slow_paths), notes),
+    )

@@ -122,7 +122,8 @@ class Ready:
     """Any process -> supervisor: it can work.
 
     memory: bytes by part as measured, for the comparison with the plan, and read_bytes, of the files.
-    times: seconds of a step and of its parts. slow_paths: slower ways that are taken, with the reason.
+    times: seconds of a step and of its parts. slow_paths: slower ways that are taken, with the reason. notes: what
+    else was found out at the start.
     """
 
     rank: int
@@ -131,6 +132,7 @@ class Ready:
     times: dict[str, float]
     load_s: float
     slow_paths: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _decode(value: Any) -> Message:
                 )
             )
         if name in ("Stats", "Ready"):
-            body |= {"slow_paths": tuple(body["slow_paths"])}
+            body |= {name: tuple(body[name]) for name in ("slow_paths", "notes") if name in body}
         return _TYPES[name](**body)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"not a message: {error!r}") from None

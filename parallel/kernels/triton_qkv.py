@@ -12,7 +12,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_launch import constants, early
-from .triton_pages import as_stored, entry, to_stored
+from .triton_linear import linear, stored
+from .triton_pages import as_stored, entry, operand, to_stored
+from .weight_only import Quantized, Weight
 
 HEADS_TOGETHER = 8  # of a program
 WARPS = 2
@@ -21,7 +23,7 @@ ONE_WARPS = 4  # of a program for one token
 
 def qkv_write(
     x_TH: Tensor,
-    weight_QH: Tensor,
+    weight_QH: Weight,
     bias_Q: Tensor,
     rotation: tuple[Tensor, Tensor],
     kv_PCSKD: Tensor,
@@ -36,22 +38,28 @@ def qkv_write(
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PAGE_TOKENS": page_tokens}
     after = (*rotation, slots_T, q_TND, kv_PCSKD)
     if tokens == 1:
+        values, scales, factor = stored(weight_QH)
         _qkv_one[((heads + 2 * kv_heads) * head_dim // 2,)](
             x_TH,
-            weight_QH,
+            values,
+            scales,
             bias_Q,
             *after,
             **constants(
                 **shape,
                 COLUMNS=hidden,
                 BLOCK=triton.next_power_of_2(hidden),
+                FACTOR=factor,
                 EARLY=early(x_TH),
                 num_warps=ONE_WARPS,
             ),
         )
         return q_TND
     # at this shape cuBLAS is the faster from two tokens on: 10.6 against 11.8 us on an H200
-    qkv_TQ = torch.nn.functional.linear(x_TH, weight_QH, bias_Q)
+    if isinstance(weight_QH, Quantized):
+        qkv_TQ = linear(x_TH, weight_QH, bias_Q)
+    else:
+        qkv_TQ = torch.nn.functional.linear(x_TH, weight_QH, bias_Q)
     _rotate_and_write[(tokens, -(-(heads + 2 * kv_heads) // HEADS_TOGETHER))](
         qkv_TQ,
         *after,
@@ -64,6 +72,7 @@ def qkv_write(
 def _qkv_one(
     x,
     weight,
+    scale,
     bias,
     cos,
     sin,
@@ -76,6 +85,7 @@ def _qkv_one(
     PAGE_TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One token, a program for each pair of columns that turn together."""
@@ -84,18 +94,30 @@ def _qkv_one(
     left_row = head * HEAD_DIM + dim
     column = tl.arange(0, BLOCK)
     here = column < COLUMNS
-    left_w = tl.load(weight + left_row * COLUMNS + column, mask=here, other=0.0)
-    right_w = tl.load(weight + (left_row + HALF) * COLUMNS + column, mask=here, other=0.0)
+    left_w = tl.load(weight + left_row * COLUMNS + column, mask=here, other=0)
+    right_w = tl.load(weight + (left_row + HALF) * COLUMNS + column, mask=here, other=0)
     slot = tl.load(slots)
     c, s = tl.load(cos + dim), tl.load(sin + dim)
     left, right = tl.load(bias + left_row).to(tl.float32), tl.load(bias + left_row + HALF).to(tl.float32)
+    if FACTOR > 0:
+        left_scale, right_scale = (
+            tl.load(scale + left_row).to(tl.float32),
+            tl.load(scale + left_row + HALF).to(tl.float32),
+        )
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
         gdc_launch_dependents()
     value = tl.load(x + column, mask=here, other=0.0).to(tl.float32)
-    left += tl.sum(left_w.to(tl.float32) * value, 0)
-    right += tl.sum(right_w.to(tl.float32) * value, 0)
+    left_sum, right_sum = (
+        tl.sum(operand(left_w, tl.float32) * value, 0),
+        tl.sum(operand(right_w, tl.float32) * value, 0),
+    )
+    if FACTOR > 0:
+        left_sum *= left_scale * FACTOR
+        right_sum *= right_scale * FACTOR
+    left += left_sum
+    right += right_sum
     left, right = left.to(q.dtype.element_ty).to(tl.float32), right.to(q.dtype.element_ty).to(tl.float32)
     if head < HEADS + KV_HEADS:
         left, right = left * c - right * s, right * c + left * s

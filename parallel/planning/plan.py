@@ -26,6 +26,10 @@ Kernels = Literal["triton", "plain", "cpu", "cpu-int8"]
 
 
 Misses = Literal["copied", "computed"]
+# What attention's matrices, the embedding and the head are kept in. bf16: as the checkpoint has them, in the compute
+# dtype. fp8 (e4m3), int8: with a scale for each output row.
+Rest = Literal["bf16", "fp8", "int8"]
+REST_KL = 0.05  # nats: the most by which answers may differ for it, unless asked otherwise
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ class Plan:
     nodes: int = 1  # that replicas are spread over
     # For each layer, the experts in the order that the ep cut slices; () where that is the published order.
     expert_order: tuple[tuple[int, ...], ...] = ()
+    rest: Rest = "bf16"
+    rest_kl: float = REST_KL  # refused at the start where the mean KL divergence from bf16, in nats, is more
 
     @property
     def mesh(self) -> Mesh:

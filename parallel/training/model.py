@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels.weight_only import Weight
 from ..model.weights import Weights
 from ..planning.spec import Spec
 from .products import Dense, Experts, Linear, LowRank
@@ -68,7 +69,7 @@ def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Mo
     layers = []
     for number, layer in enumerate(weights.layers):
         pairs = {name: added.get(f"layers.{number}.{name}") for name in (*ATTENTION, *EXPERTS)}
-        rows, biases = layer.qkv_QH.split(widths), layer.qkv_bias_Q.split(widths)
+        rows, biases = _whole(layer.qkv_QH).split(widths), layer.qkv_bias_Q.split(widths)
         q, k, v = (Linear(rows[place], biases[place], pairs[name]) for place, name in enumerate("qkv"))
         layers.append(
             Layer(
@@ -76,7 +77,7 @@ def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Mo
                 q=q,
                 k=k,
                 v=v,
-                o=Linear(layer.out_HQ, layer.out_bias_H, pairs["o"]),
+                o=Linear(_whole(layer.out_HQ), layer.out_bias_H, pairs["o"]),
                 sinks_N=layer.sinks_N,
                 mlp_norm_H=layer.mlp_norm_H,
                 router_EH=layer.router_EH,
@@ -85,7 +86,13 @@ def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Mo
                 down=Experts(layer.down, pairs["down"]),
             )
         )
-    return Model(weights.embed_VH, tuple(layers), weights.norm_H, weights.head_VH)
+    return Model(_whole(weights.embed_VH), tuple(layers), weights.norm_H, _whole(weights.head_VH))
+
+
+def _whole(weight: Weight) -> Tensor:
+    """Training reads checkpoints as they are."""
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def full_model(spec: Spec, parameters: Mapping[str, Tensor]) -> Model:
