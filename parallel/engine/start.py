@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..errors import UserError, lacks_host_memory
 from ..kernels.choose import operations
 from ..model.calibrate import connect
 from ..model.checkpoint import load
@@ -72,21 +73,29 @@ def start(
         progress(done_bytes, total_bytes)
 
     (ops, slow_ways), recorder = operations(plan), None
-    experts_on, offload_counts = "device", None
+    experts_on, offload_counts, slow_offload = "device", None, list[str]()
     if plan.offload != "none":
         experts_on = plan.offload.taken.kept
         if plan.offload.taken.device == "cuda":  # on the CPU only the place of the experts is another
-            ops, offload_counts, more = offloaded(plan.offload, ops, device)
-            slow_ways += (*more, "no CUDA graphs: not all experts are on the GPU")
+            ops, offload_counts, slow_offload = offloaded(plan.offload, ops, device)
+            slow_ways += ("no CUDA graphs: not all experts are on the GPU",)
     files = mapped(entry.path for entry in inventory.values()) if experts_on == "file" else None
-    weights = load(plan, rank, inventory, device, count, ops.pack, experts_on, plan.rest)
+    try:
+        weights = load(plan, rank, inventory, device, count, ops.pack, experts_on, plan.rest)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not lacks_host_memory(error):
+            raise
+        raise UserError(
+            f"no host memory is left after {read_bytes} bytes of the checkpoint were read",
+            "end what else uses it; --host-memory SIZE, less than was found, leaves experts in the file",
+        ) from None
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
     if plan.ranks > 1:
         comm = Marked(connect(plan, device), trace)
     communication_bytes = meter.outside_bytes() - outside_bytes
-    slow_paths = list(slow_ways)
+    slow_paths = [*slow_offload, *slow_ways]
     if plan.device == "cuda" and plan.kernels == "plain":
         slow_paths.append(f"plain torch without CUDA graphs: Triton's kernels are for bf16, not for {plan.dtype}")
     if options.check_ranks:

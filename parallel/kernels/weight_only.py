@@ -66,8 +66,9 @@ def joined(parts: Sequence[Weight]) -> Weight:
     if isinstance(parts[0], Tensor):
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
     narrow = [part for part in parts if isinstance(part, Quantized)]
-    codes_OI, scale_O = (torch.cat([getattr(part, name) for part in narrow]) for name in ("codes_OI", "scale_O"))
-    return Quantized(codes_OI, scale_O, narrow[0].dtype)
+    octets_OI = torch.cat([part.codes_OI.view(torch.uint8) for part in narrow])  # torch joins no fp8 everywhere
+    scale_O, first = torch.cat([part.scale_O for part in narrow]), narrow[0]
+    return Quantized(octets_OI.view(first.codes_OI.dtype), scale_O, first.dtype)
 
 
 def linear(x_TI: Tensor, weight_OI: Quantized, bias_O: Tensor | None = None) -> Tensor:

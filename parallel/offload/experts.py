@@ -22,7 +22,7 @@ from ..kernels.experts import Packed
 from ..kernels.precision import wide
 from ..planning.plan import Offload
 from .counts import Counts
-from .pinned import pinned
+from .pinned import Pins
 
 PARTS = ("blocks", "scales", "bias")  # of a Packed; the first dim counts experts
 
@@ -61,7 +61,8 @@ class Held(Packed):
 class Holder:
     """`pack` of an offloaded model: called for gate_up and down of each layer in turn, with experts on the host."""
 
-    def __init__(self, offload: Offload, ops: Operations, device: torch.device) -> None:
+    def __init__(self, offload: Offload, ops: Operations, device: torch.device, slow: list[str]) -> None:
+        self._pins = Pins(slow)
         self._offload, self._ops, self._device, self._calls = offload, ops, device, 0
         self._slots: Slots | None = None
 
@@ -106,7 +107,7 @@ class Holder:
             for place, part in enumerate(PARTS):
                 parts[place].append(getattr(packed, part).cpu())
         joined = (torch.cat(part) for part in parts)
-        return Packed(*(pinned(one) if self._device.type == "cuda" else one for one in joined))
+        return Packed(*(self._pins(one) if self._device.type == "cuda" else one for one in joined))
 
 
 class Stalls:
@@ -268,23 +269,24 @@ class Computed:
         return out_TH.to(x_TH.dtype)
 
 
-def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[Operations, Counts, tuple[str, ...]]:
-    """`ops` with experts as `offload` has them, what is counted meanwhile, and slower ways that are taken by need.
+def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[Operations, Counts, list[str]]:
+    """`ops` with experts as `offload` has them, what is counted meanwhile, and slower ways that are taken by need: all
+    of them are known when the weights are loaded.
 
     A new value for each model that is loaded: `pack` counts layers.
     """
-    counts = Counts()
-    holder = Holder(offload, ops, device)
+    counts, slow = Counts(), list[str]()
+    holder = Holder(offload, ops, device, slow)
     if offload.taken.misses == "copied":
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         stalls = Stalls(counts, on_gpu=stream is not None)
-        return dataclasses.replace(ops, pack=holder, experts=Copied(ops, counts, stream, stalls)), counts, ()
+        return dataclasses.replace(ops, pack=holder, experts=Copied(ops, counts, stream, stalls)), counts, slow
     from ..kernels.cpu_build import NoLibraryError
     from ..kernels.cpu_experts import cpu_operations
 
-    slow: tuple[str, ...] = ()
     try:
         on_cpu = cpu_operations().experts
     except NoLibraryError as error:
-        on_cpu, slow = PLAIN.experts, (f"plain torch experts on the CPU, some 100 times slower: {error}",)
+        on_cpu = PLAIN.experts
+        slow.append(f"plain torch experts on the CPU, some 100 times slower: {error}")
     return dataclasses.replace(ops, pack=holder, experts=Computed(ops, counts, on_cpu)), counts, slow

@@ -10,10 +10,14 @@ from typing import Literal
 import pytest
 import torch
 from forced import Forced, answers, prefill
-from gptoss_launch.parallel.engine.engine import Engine
+from gptoss_launch.parallel.engine.engine import Engine, scheduler_for
+from gptoss_launch.parallel.engine.grammars import grammars_of
+from gptoss_launch.parallel.engine.leader import Device, Leader
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.start import Options, start
 from gptoss_launch.parallel.engine.trace import Trace
+from gptoss_launch.parallel.engine.wire import Generate, Message, Refused, Tokens
+from gptoss_launch.parallel.engine.worker import launch_step
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.kernels import PLAIN, Operations
 from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
@@ -21,6 +25,7 @@ from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.comm import Alone
 from gptoss_launch.parallel.offload.counts import Counts
 from gptoss_launch.parallel.offload.experts import offloaded
+from gptoss_launch.parallel.offload.pinned import NotPinnedError, pinned
 from gptoss_launch.parallel.planning.headers import read_inventory
 from gptoss_launch.parallel.planning.plan import Misses, Offload, Plan, Way
 from small_models import GPU, SPECS, TINY, checkpoint, plain_engine, plain_plan, prompt
@@ -44,9 +49,9 @@ def offloaded_engine(
 ) -> tuple[Engine, Counts]:
     assert plan.checkpoint is not None
     ops, counts, slow = offloaded(offload, ops, torch.device(plan.device))
-    assert slow == ()
     inventory = read_inventory(Path(plan.checkpoint))
     weights = load(plan, 0, inventory, torch.device(plan.device), pack=ops.pack, experts=offload.taken.kept)
+    assert slow == []
     return Engine(plan, 0, weights, ops, Alone(), graph_sizes), counts
 
 
@@ -172,11 +177,46 @@ def test_a_mapped_file_that_is_cut_is_named_before_it_is_read(tmp_path: Path) ->
     engine, _, _ = start(plan, 0, Options(), Trace(tmp_path / "trace"), lambda done, total: None)
     request = Request("a", tuple(prompt(SPEC, 9)), 2, Sampling(temperature=0.0))
     assert len(answers(engine, [request])["a"]) == 2
+    sent: list[Message] = []
+    device = Device(lambda record: launch_step(engine, record), engine.graphs.size_for, engine.sizes, ahead=False)
+    matchers = grammars_of(str(TINY), SPEC.vocab)
+    leader = Leader(scheduler_for(plan), device, lambda _, message: sent.append(message), lambda _: None, matchers)
     file = folder / "model.safetensors"
     whole = file.stat().st_size
     with file.open("r+b") as opened:
         opened.truncate(whole + 4096)
         assert len(answers(engine, [request])["a"]) == 2
         opened.truncate(whole // 2)
-    with pytest.raises(UserError, match=f"model.safetensors has shrunk from {whole} to {whole // 2} bytes"):
-        answers(engine, [request])
+        said = f"model.safetensors has shrunk from {whole} to {whole // 2} bytes"
+        with pytest.raises(UserError, match=said):
+            answers(engine, [request])
+        opened.truncate(whole)  # zeros where experts were
+    for id in "bc":  # the requests fail, and whoever answers them lives
+        leader.take("test", Generate(dataclasses.replace(request, id=id)))
+        while not leader.idle:
+            leader.turn()
+    refused = [message for message in sent if isinstance(message, Refused)]
+    assert [one.request_id for one in refused] == ["b", "c"] and all(said in one.message for one in refused)
+    assert not any(isinstance(message, Tokens) for message in sent)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_memory_that_cannot_be_pinned_is_copied_from_all_the_same(
+    device: Literal["cuda"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused after some: the same tokens, and it is said."""
+    granted = iter(range(5))
+
+    def sometimes(tensor: torch.Tensor) -> torch.Tensor:
+        if next(granted, None) is None:
+            raise NotPinnedError("refused")
+        return pinned(tensor)
+
+    monkeypatch.setattr("gptoss_launch.parallel.offload.pinned.pinned", sometimes)
+    plan = dataclasses.replace(plain_plan(TINY, device=device), offload=Offload(way(3, "copied"), ()))
+    engine, _, ready = start(plan, 0, Options(), Trace(tmp_path / "trace"), lambda done, total: None)
+    assert ready.slow_paths[0].startswith(
+        "experts in host memory that is not pinned, so that each copy is staged: refused"
+    )
+    request = Request("a", tuple(prompt(plan.spec, 9)), 12, Sampling(temperature=0.0))
+    assert answers(engine, [request]) == answers(plain_engine(plain_plan(TINY, device=device)), [request])
