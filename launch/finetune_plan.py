@@ -4,6 +4,7 @@ Starts nothing and needs no torch. Does not know how anything is trained.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,14 @@ from ..parallel.errors import NoPlanError, UserError
 from ..parallel.planning.flops import ASSUMED_MFU, peak_flops, training_flops
 from ..parallel.planning.machine import format_size, probe, read_machine
 from ..parallel.planning.spec import Spec
-from ..parallel.planning.training import Share, all_values, lora_values, training_memory
+from ..parallel.planning.training import (
+    Share,
+    TrainingMemory,
+    all_values,
+    layer_experts_bytes,
+    lora_values,
+    training_memory,
+)
 from ..parallel.planning.zero import Zero, read_zero
 from .finetune_settings import FinetuneSettings, read_deepspeed
 
@@ -53,8 +61,17 @@ def print_plan(
     if not full:
         parts = {"attention": lora_values(spec, attention, 0), "experts": lora_values(spec, 0, experts)}
     values = sum(parts.values())
-    share = Share(settings.world_size, zero, settings.optimizer)
-    memory = training_memory(spec, values, full, settings.dtype, settings.device, settings.sequence_tokens, share)
+    if settings.host_layers > spec.layers:
+        raise UserError(f"host_layers={settings.host_layers}", f"{settings.model} has {spec.layers} layers")
+
+    def memory_of(host_layers: int) -> TrainingMemory:
+        share = Share(settings.world_size, zero, settings.optimizer, settings.adapter_dtype, host_layers)
+        assert settings.device is not None and settings.dtype is not None
+        return training_memory(
+            spec, values, full, settings.dtype, settings.device, settings.sequence_tokens, share, experts
+        )
+
+    memory = memory_of(settings.host_layers)
     on_cpu = settings.device == "cpu"
     free = min(gpu.free_bytes for gpu in machine.gpus[:here]) if not on_cpu else machine.host_memory_bytes
     host = here * (memory.host_bytes + (memory.device_bytes if on_cpu else 0))
@@ -64,7 +81,7 @@ def print_plan(
         ("ranks", _ranks_in_words(settings, zero)),
         ("dtype", settings.dtype),
         ("trained", ", ".join(f"{name} {count:,}" for name, count in parts.items() if count) + " values"),
-        ("weights", format_size(memory.weights_bytes)),
+        ("weights", format_size(memory.weights_bytes) + _waiting(settings, spec)),
         ("trained values", format_size(memory.trained_bytes)),
         ("gradients", format_size(memory.gradients_bytes)),
         ("AdamW", format_size(memory.moments_bytes)),
@@ -99,8 +116,25 @@ def print_plan(
                 (_ranks_in_words(settings, zero),),
                 "more ranks, or another deepspeed (zero3, zero3-offload, zero3-offload-all)"
                 if full
-                else "lower sequence_tokens, expert_rank or attention_rank, or targets=[attention]",
+                else _smaller(settings, spec, free, memory_of),
             )
+
+
+def _smaller(
+    settings: FinetuneSettings, spec: Spec, free_bytes: int | None, memory_of: Callable[[int], TrainingMemory]
+) -> str:
+    """What would fit, where experts in host memory are enough for that, else what to try."""
+    for layers in range(settings.host_layers + 1, spec.layers + 1):
+        if settings.device == "cuda" and free_bytes is not None and memory_of(layers).device_bytes <= free_bytes:
+            return f"host_layers={layers} fits the GPU: the experts of as many layers then wait in host memory"
+    return "lower sequence_tokens or expert_rank, or adapter_dtype=bf16 with optimizer=adamw8bit"
+
+
+def _waiting(settings: FinetuneSettings, spec: Spec) -> str:
+    if not settings.host_layers:
+        return ""
+    size = format_size(settings.host_layers * layer_experts_bytes(spec))
+    return f", and {size} in host memory: the experts of {settings.host_layers} layers"
 
 
 def _time(settings: FinetuneSettings, spec: Spec, gpu: str | None) -> str:

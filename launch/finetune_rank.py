@@ -6,6 +6,7 @@ know who started it.
 
 import dataclasses
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,6 +42,8 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place 
         raise UserError(f"machine={settings.machine} is for --dry-run", "leave it out")
     settings = device_and_dtype(settings, bool(probe().gpus))
     assert settings.device is not None
+    # read with the first allocation: what a pack leaves free then serves the next one, which is of another length
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         with stop_signals() as asked, joined(place, settings.device, settings.deepspeed is not None) as world:
             if world.first:
@@ -174,6 +177,8 @@ def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list
         ranks=settings.world_size,
         deepspeed=None if settings.deepspeed is None else read_deepspeed(settings.deepspeed, settings.dtype),
         optimizer=settings.optimizer,
+        adapter_dtype=settings.adapter_dtype,
+        host_layers=settings.host_layers,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.plan import DType
 from ..parallel.planning.zero import read_zero
-from ..parallel.training.job import Mode, OptimizerKind, Schedule
+from ..parallel.training.job import AdapterDtype, Mode, OptimizerKind, Schedule
 from .finetune_metrics import TRACKERS
 from .records import Source, read_source
 from .settings import DTYPES, one_of, read_keys, read_path, read_text, read_yaml
@@ -138,6 +138,10 @@ class FinetuneSettings:
         one_of(get_args(OptimizerKind)),
         "adamw8bit: moments in 8 bits, by torchao; a run that goes on does so nearly, not exactly.",
     )
+    adapter_dtype: AdapterDtype = _key(
+        "fp32", one_of(get_args(AdapterDtype)), "bf16: adapters in half the memory, with optimizer=adamw8bit."
+    )
+    host_layers: int = _key(0, _count(0), "Layers whose frozen experts wait in host memory, and are copied each time.")
     dtype: DType | None = _key(None, one_of(DTYPES), "Of products and hidden states; bf16 on a GPU, else fp32.")
     device: Literal["cuda", "cpu"] | None = _key(None, one_of(("cuda", "cpu")), "A GPU if there is one, else the CPU.")
     machine: str | None = _key(None, read_text, "With --dry-run: a machine of configs/machines, or a YAML file.")
@@ -177,6 +181,16 @@ class FinetuneSettings:
             raise UserError(
                 f"optimizer={self.optimizer} with deepspeed={deepspeed}",
                 "ZeRO cuts moments over ranks: optimizer=adamw",
+            )
+        if self.adapter_dtype == "bf16" and self.optimizer != "adamw8bit":
+            raise UserError(
+                f"adapter_dtype=bf16 with optimizer={self.optimizer}",
+                "its updates would be rounded away: optimizer=adamw8bit rounds them at random",
+            )
+        if self.mode == "full" and (self.adapter_dtype == "bf16" or self.host_layers):
+            raise UserError(
+                f"mode=full with adapter_dtype={self.adapter_dtype}, host_layers={self.host_layers}",
+                "mode=lora, or deepspeed=zero3-offload-all for weights in host memory",
             )
         return dataclasses.replace(self, ranks=ranks, deepspeed=deepspeed)
 

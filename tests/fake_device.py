@@ -156,7 +156,7 @@ class FakeDevice:
             zip(column("at"), column("draw_row"), column("biased"), strict=True)
         ):
             assert rows[place] == row
-            seed = (column("seed_high")[index] << 32) | (column("seed_low")[index] & 0xFFFFFFFF)
+            seed = struct.unpack("=q", words[at["seed"]][2 * index : 2 * index + 2].tobytes())[0]
             counts = self._counts[row] if penalised[index] else Counter()
             if floats("repetition")[index] != 1:
                 assert head.repeats

@@ -199,8 +199,7 @@ class Engine:
     def _draw(self, head: Head, logits_SV: Tensor) -> Drawn:
         """Draw, and remember each row's token for its next step."""
         words_W, first_token, gather = self.words.device_W, self.weights.first_token, self.comm.all_gather
-        draws = inputs.draws(head, words_W)
-        row_S = words_W[inputs.places(head)["draw_row"]].long()
+        row_S, draws = inputs.draws(head, words_W)
         if head.adjusts:
             bias, allowed_SW = inputs.biases(head, words_W, self.rows), inputs.allowed(head, words_W)
             counts_RV, repeats = self.rows.counts_RV, bool(head.repeats)

@@ -105,18 +105,19 @@ def batch(
         chunks=chunks,
         tiles_X4=words_W[at["tile"]].view(-1, 4),
         pages=views,
-        wanted_S=words_W[at["at"]].long(),
+        wanted_S=None if head.graph else words_W[at["at"]].long(),  # in a graph each token is drawn after
     )
 
 
-def draws(head: Head, words_W: Tensor) -> Draws:
+def draws(head: Head, words_W: Tensor) -> tuple[Tensor, Draws]:
+    """The row of each draw, and how it is drawn."""
     at = places(head)
 
     def floats(name: str) -> Tensor:
         return words_W[at[name]].view(torch.float32)
 
-    low_S, high_S = words_W[at["seed_low"]].long(), words_W[at["seed_high"]].long()
-    return Draws(
+    row_S, position_S = words_W[at["draw_row"].start : at["draw_position"].stop].view(2, -1).long()
+    return row_S, Draws(
         temperature_S=floats("temperature"),
         top_p_S=floats("top_p"),
         min_p_S=floats("min_p"),
@@ -124,8 +125,8 @@ def draws(head: Head, words_W: Tensor) -> Draws:
         frequency_S=floats("frequency"),
         repetition_S=floats("repetition"),
         top_k_S=words_W[at["top_k"]],
-        seed_S=(high_S << 32) | (low_S & 0xFFFFFFFF),
-        position_S=words_W[at["draw_position"]].long(),
+        seed_S=words_W[at["seed"]].view(torch.int64),
+        position_S=position_S,
     )
 
 

@@ -56,7 +56,7 @@ HEAD_WORDS = len(fields(Head))
 # Groups of columns in order: name of their length in Head, then the columns.
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("tokens", ("token", "position", "row", "counted")),  # token -1: the one that was drawn last in this row
-    ("draws", ("at", "draw_row", "draw_position", "seed_low", "seed_high", "top_k", "biased")),
+    ("draws", ("seed",) * 2 + ("at", "draw_row", "draw_position", "top_k", "biased")),  # seed: int64s, see `places`
     ("draws", ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")),  # fp32
     ("changes", ("entry", "page")),  # of both page tables as one flat array
     ("resets", ("reset_row",)),
@@ -120,7 +120,8 @@ def read(words: memoryview) -> Record:
 
 
 def places(head: Head) -> dict[str, slice]:
-    """Where each column stands among the words; `tile` and `mask` are all their columns together."""
+    """Where each column stands among the words; `seed`, `tile` and `mask` are all their columns together. Seeds begin
+    at an even word, as int64s must: the head and the columns of tokens are even in number."""
     found = {}
     begin = HEAD_WORDS
     for length, names in COLUMNS:
@@ -242,8 +243,7 @@ def _draw_columns(draws: tuple[Item, ...], at: list[int], sizes: Sizes, graph: i
         "at": at + list(range(graph - padding, graph)),
         "draw_row": [item.running.row for item in draws] + scratch,
         "draw_position": [item.start + item.count for item in draws] + zeros,
-        "seed_low": [_signed(one.seed & 0xFFFFFFFF) for one in samplings] + zeros,
-        "seed_high": [_signed(one.seed >> 32) for one in samplings] + zeros,
+        "seed": _words([one.seed for one in samplings] + zeros),
         "top_k": [one.top_k for one in samplings] + zeros,
         "biased": [int(bool(one.logit_bias)) for one in samplings] + zeros,
         "top_p": _bits([one.top_p for one in samplings] + [1.0] * padding),
@@ -266,8 +266,11 @@ def _bits(values: Iterable[float]) -> "array[int]":
     return words
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >= 1 << 31 else word
+def _words(values: list[int]) -> "array[int]":
+    """int64 values as twice as many words."""
+    words = array("i")
+    words.frombytes(struct.pack(f"={len(values)}q", *values))
+    return words
 
 
 def _allowed(running: Running, sizes: Sizes) -> bytes:

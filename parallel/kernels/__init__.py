@@ -22,7 +22,7 @@ class Operations:
     embed: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]]
     linear: Callable[..., Tensor]
     add_norm: Callable[..., tuple[Tensor, Tensor]]
-    qkv_write: Callable[..., Tensor]
+    norm_qkv_write: Callable[..., tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
     norm_route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     experts: Callable[..., Tensor]
@@ -36,7 +36,7 @@ PLAIN = Operations(
     embed=begin.embed,
     linear=linear.linear,
     add_norm=norm.add_norm,
-    qkv_write=attention.qkv_write,
+    norm_qkv_write=attention.norm_qkv_write,
     attend=attention.attend,
     norm_route=experts.norm_route,
     experts=experts.experts,

@@ -11,9 +11,27 @@ from torch import Tensor
 from ..planning.memory import SCORES_LIMIT_BYTES
 from .batch import Batch, Chunk, PageView
 from .linear import linear
+from .norm import add_norm
 from .precision import wide
 from .rope import rotate
 from .weight_only import Weight
+
+
+def norm_qkv_write(
+    residual_TH: Tensor,
+    delta_TH: Tensor | None,
+    norm_H: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    weight_QH: Weight,
+    bias_Q: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    kv_PCSKD: Tensor,
+    slots_T: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(residual_TH, q_TND): norm.add_norm, and `qkv_write` of what it gives."""
+    residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
+    return residual_TH, qkv_write(x_TH, weight_QH, bias_Q, rotation, kv_PCSKD, slots_T)
 
 
 def qkv_write(

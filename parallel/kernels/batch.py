@@ -47,7 +47,7 @@ class Batch:
     tokens_T, positions_T, rows_T: int64, each token's id, place in its sequence and row in the page tables. The first
     `decodes` tokens are decodes; `chunks` are the others, in order. tiles_X4: int32 [X, 4], the chunks cut into pieces
     of at most TILE_TOKENS: first token and end in the step, row, position of the first token. wanted_S: tokens of the
-    step whose logits are wanted, int64; S of them.
+    step whose logits are wanted, int64; S of them. None: all.
     """
 
     tokens_T: Tensor
@@ -57,7 +57,7 @@ class Batch:
     chunks: tuple[Chunk, ...]
     tiles_X4: Tensor
     pages: dict[LayerKind, PageView]
-    wanted_S: Tensor
+    wanted_S: Tensor | None
 
 
 def tiles(chunks: tuple[Chunk, ...]) -> list[tuple[int, int, int, int]]:

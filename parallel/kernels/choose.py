@@ -56,7 +56,7 @@ def triton_operations() -> Operations:
         embed=triton_begin.embed,
         linear=triton_linear.linear,
         add_norm=triton_norm.add_norm,
-        qkv_write=triton_qkv.qkv_write,
+        norm_qkv_write=triton_qkv.norm_qkv_write,
         attend=triton_attention.attend,
         norm_route=triton_route.norm_route,
         experts=triton_experts.experts,

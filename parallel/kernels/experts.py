@@ -93,8 +93,14 @@ def add_expert(
     it. chosen_TX: bool."""
     linear = torch.nn.functional.linear
     rows, column = chosen_TX.nonzero(as_tuple=True)
-    weight = dequantize(gate_up.blocks[place], gate_up.scales[place], x_TH.dtype)
+    weight = _weight(gate_up, place, x_TH)
     inner = swiglu(linear(x_TH[rows], weight, gate_up.bias[place]), limit)
-    weight = dequantize(down.blocks[place], down.scales[place], x_TH.dtype)
+    weight = _weight(down, place, x_TH)
     y = linear(inner, weight, down.bias[place])
     out_TH.index_add_(0, rows, y.to(out_TH.dtype) * weights_TX[rows, column, None])
+
+
+def _weight(packed: Packed, place: int, x_TH: Tensor) -> Tensor:
+    """Of the expert at `place`, which may wait in host memory, as x wants it."""
+    blocks, scales = (part[place].to(x_TH.device) for part in (packed.blocks, packed.scales))
+    return dequantize(blocks, scales, x_TH.dtype)

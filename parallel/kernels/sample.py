@@ -76,20 +76,10 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Raced:
-    """What one rank found: its first token to finish, when (larger is earlier), and the weight of all its tokens in
-    whole numbers (int64), if it was asked for."""
-
-    best_S: Tensor
-    token_S: Tensor
-    total_S: Tensor | None
-
-
-@dataclass(frozen=True)
 class Local:
     """What a rank does for itself with the logits: `race` and `log_times` here, or fast ones."""
 
-    race: Callable[[Tensor, int, Draws, Tensor | None, Tensor | None], Raced]
+    race: Callable[[Tensor, int, Draws, Tensor | None, Tensor | None], Tensor]
     log_times: Callable[[Draws, Tensor, torch.dtype], Tensor]
 
 
@@ -132,21 +122,21 @@ def _draw(
     local: Local,
 ) -> Drawn:
     precision = wide(logits_SV.dtype)
-    divisor_S = divisor(draws, precision)
     everyone_R2SC = top_S = floor_S = None
     if wanted.candidates:
         everyone_R2SC = all_gather(most_likely(logits_SV, first_token, candidates))
-        top_S = everyone_R2SC[:, 0].amax((0, 2)) / divisor_S
+        top_S = everyone_R2SC[:, 0].amax((0, 2)) / divisor(draws, precision)
     elif wanted.min_p:
-        top_S = all_gather(logits_SV.amax(-1).to(precision)).amax(0) / divisor_S
+        top_S = all_gather(logits_SV.amax(-1).to(precision)).amax(0) / divisor(draws, precision)
     if wanted.min_p:
         assert top_S is not None
         floor_S = top_S + draws.min_p_S.to(precision).log()
-    mine = local.race(logits_SV, first_token, draws, floor_S, top_S if wanted.candidates else None)
-    parts = [mine.best_S.double().view(torch.int64), mine.token_S]
-    found_RSX = all_gather(torch.stack(parts if mine.total_S is None else [*parts, mine.total_S], dim=-1))
-    winner_1S = found_RSX[..., 0].view(torch.float64).max(0, keepdim=True).indices  # the first of equals: lowest ids
-    tokens_S = found_RSX[..., 1].gather(0, winner_1S)[0]
+    found_SX = local.race(logits_SV, first_token, draws, floor_S, top_S if wanted.candidates else None)
+    found_RSX = all_gather(found_SX)
+    tokens_S = found_RSX[0, :, 1]
+    if len(found_RSX) > 1:
+        winner_1S = found_RSX[..., 0].view(torch.float64).max(0, keepdim=True).indices  # of equals the lowest ids
+        tokens_S = found_RSX[..., 1].gather(0, winner_1S)[0]
     if everyone_R2SC is None or top_S is None:
         return Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))
     filtered_S = ((draws.top_p_S < 1) | (draws.top_k_S > 0)) & (draws.temperature_S > 0)
@@ -154,8 +144,9 @@ def _draw(
     return Drawn(listed.tokens_S.where(filtered_S, tokens_S), listed.complete_S | ~filtered_S)
 
 
-def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | None, top_S: Tensor | None) -> Raced:
-    """This rank's winners. With x = logit / temperature:
+def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | None, top_S: Tensor | None) -> Tensor:
+    """This rank's winners, int64 [S, 2 or 3]: the bits, as fp64, of when the first token finishes (larger is earlier),
+    its id and, where top_S is given, the weight of all tokens in whole numbers. With x = logit / temperature:
 
     floor_S: tokens of x below it do not take part. top_S: x of the most likely token of all ranks; where it is given,
     the weights exp(x - top) of all tokens are added up, whatever the floor.
@@ -174,7 +165,8 @@ def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | No
         best_S, index_S = race_SV.max(-1)
         best.append(best_S)
         token.append(token_V[index_S])
-    return Raced(torch.cat(best), torch.cat(token), torch.cat(total) if top_S is not None else None)
+    found = [torch.cat(best).double().view(torch.int64), torch.cat(token)]
+    return torch.stack(found if top_S is None else [*found, torch.cat(total)], dim=-1)
 
 
 def most_likely(logits_SV: Tensor, first_token: int, count: int) -> Tensor:

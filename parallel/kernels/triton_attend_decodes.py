@@ -1,8 +1,8 @@
 """Attention of decodes: one token of each sequence over its pages, in Triton.
 
-A sequence's keys are split over programs, each with all the query heads of one KV head; a second kernel joins the
-splits. Nothing about the launch depends on what is on the device: each sequence shares its own length out over the
-splits, and those that get nothing leave at once. Knows nothing of chunks.
+A sequence's keys are split over programs, each with all the query heads of one KV head; the last of a KV head's to end
+joins what they found, always in the same order. Nothing about the launch depends on what is on the device: each
+sequence shares its own length out over the splits, and those that get nothing leave at once. Knows nothing of chunks.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .batch import Batch, PageView
-from .triton_attend_merge import LOWEST, merge, parts, store_part
-from .triton_launch import constants, early
+from .triton_attend_merge import LOWEST, parts, store_part
+from .triton_launch import arrivals, arrive, constants, early
 from .triton_pages import as_operand, as_stored, entry, operand, stored_factor
 
 LEAST_ROWS = 16  # of a tensor core's tile
@@ -31,10 +31,11 @@ class Tuning:
     share_per_program: int  # a split has at least this many keys for each (sequence, KV head): short ones are not split
     warps: int
     stages: int  # blocks of keys under way at a time, once for the page numbers and once for the pages
+    together: int  # splits that are read at a time where they are joined
 
 
-FULL = Tuning(block_tokens=64, programs=4096, most_splits=64, share_per_program=2, warps=2, stages=3)
-WINDOW = Tuning(block_tokens=128, programs=1, most_splits=1, share_per_program=1, warps=4, stages=1)
+FULL = Tuning(block_tokens=64, programs=4096, most_splits=64, share_per_program=2, warps=2, stages=3, together=8)
+WINDOW = Tuning(block_tokens=128, programs=1, most_splits=1, share_per_program=1, warps=4, stages=1, together=1)
 
 
 def attend_decodes(
@@ -65,6 +66,7 @@ def attend_decodes(
         out_TND,
         mixed_TNSD,
         stats_TNS2,
+        arrivals(q_TND.device, decodes * kv_heads if splits > 1 else 0),
         width,
         least_keys,
         head_dim**-0.5 * factor * math.log2(math.e),
@@ -73,18 +75,64 @@ def attend_decodes(
             KV_HEADS=kv_heads,
             GROUP=group,
             ROWS=max(LEAST_ROWS, triton.next_power_of_2(group)),
+            HEADS=triton.next_power_of_2(group),
             HEAD_DIM=head_dim,
             PAGE_TOKENS=page_tokens,
             WINDOW=pages.window_tokens or 0,
             BLOCK=tuning.block_tokens,
             SPLIT=splits > 1,
+            TOGETHER=tuning.together,
             EARLY=early(q_TND),
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         ),
     )
-    if splits > 1:
-        merge(mixed_TNSD, stats_TNS2, out_TND[:decodes], factor)
+
+
+@triton.jit
+def _places(table, position, seen, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS):
+    """Where the keys of these positions lie, [BLOCK, D]."""
+    page = tl.load(table + position // PAGE_TOKENS, mask=seen, other=0)
+    at = entry(page, position % PAGE_TOKENS, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+    return at[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _attended(query, key, value, seen, scale, top, total, acc):
+    """The running softmax after these keys."""
+    scores = tl.dot(query, tl.trans(operand(key, query.dtype)), input_precision="ieee") * scale
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    fade = tl.exp2(top - higher)
+    total = total * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(query.dtype), operand(value, query.dtype), acc * fade[:, None], input_precision="ieee")
+    return higher, total, acc
+
+
+@triton.jit
+def _joined(mixed, stats, at, splits, live, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr):
+    """(sum of weights [HEADS], weighted sum of values [HEADS, D]) of rows `at` from their first `live` parts."""
+    dim = tl.arange(0, HEAD_DIM)
+    top = tl.full([HEADS], LOWEST, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, HEAD_DIM], tl.float32)
+    for first in range(0, live, TOGETHER):
+        split = (first + tl.arange(0, TOGETHER))[:, None]
+        part = at.to(tl.int64)[None, :] * splits + split
+        there = split < live
+        # of other programs: past the L1 cache, which does not know of them
+        tops = tl.load(stats + part * 2, mask=there, other=LOWEST, cache_modifier=".cg")
+        totals = tl.load(stats + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        place = part[:, :, None] * HEAD_DIM + dim[None, None, :]
+        parts = tl.load(mixed + place, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, tl.max(tops, 0))
+        weights = tl.exp2(tops - higher[None, :])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weights * totals, 0)
+        acc = acc * fade[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        top = higher
+    return total, acc
 
 
 @triton.jit(
@@ -101,6 +149,7 @@ def _decode(
     out,
     mixed,
     stats,
+    counters,
     width,
     least_keys,
     scale,
@@ -108,13 +157,16 @@ def _decode(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
+    TOGETHER: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    VALUES: tl.constexpr = PAGE_TOKENS * KV_HEADS * HEAD_DIM  # from a key to its value
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
     length = tl.load(positions + token).to(tl.int32) + 1
@@ -123,49 +175,57 @@ def _decode(
         begin = tl.maximum(length - WINDOW, 0)
     share = tl.cdiv(tl.maximum(tl.cdiv(length - begin, splits), least_keys), BLOCK) * BLOCK
     first = begin + split * share
+    if first >= length:
+        return
     last = tl.minimum(first + share, length)
     table += tl.load(rows + token) * width
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-
     dim = tl.arange(0, HEAD_DIM)
     row = tl.arange(0, ROWS)
     head = kv_head * GROUP + row
     is_head = row < GROUP
+    sink = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32)
+    position = first + tl.arange(0, BLOCK)
+    place = _places(table, position, position < last, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+    # all keys but the newest are older than the kernel before, which has written that one
+    old = (position < tl.minimum(last, length - 1))[:, None]
+    key = tl.load(kv + place, mask=old, other=0)
+    value = tl.load(kv + place + VALUES, mask=old, other=0)
+    if EARLY:
+        tl.debug_barrier()  # ptxas would read the keys after the wait
+        gdc_wait()
+        gdc_launch_dependents()
     at = token * (KV_HEADS * GROUP) + head
+    query = tl.load(q + at[:, None] * HEAD_DIM + dim[None, :], mask=is_head[:, None], other=0.0)
+    query = as_operand(query, kv.dtype.element_ty)
+    new = ((position == length - 1) & (position < last))[:, None]
+    key = tl.load(kv + place, mask=new, other=key)
+    value = tl.load(kv + place + VALUES, mask=new, other=value)
 
     # scores and their maximum are in units of log 2; the sink is a key that the first split has seen
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    if first >= length:
-        store_part(mixed, stats, at, split, splits, top, total, acc, is_head, HEAD_DIM)
-        return
-    query = tl.load(q + at[:, None] * HEAD_DIM + dim[None, :], mask=is_head[:, None], other=0.0)
-    query = as_operand(query, kv.dtype.element_ty)
     if split == 0:
-        top = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+        top = sink * 1.4426950408889634
         total += 1.0
-    for start in range(first, last, BLOCK):
-        position = start + tl.arange(0, BLOCK)
-        seen = position < last
-        page = tl.load(table + position // PAGE_TOKENS, mask=seen, other=0)
-        where = entry(page, position % PAGE_TOKENS, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
-        where = where[:, None] + dim[None, :]
-        key = operand(tl.load(kv + where, mask=seen[:, None], other=0), query.dtype)
-        value = tl.load(kv + where + PAGE_TOKENS * KV_HEADS * HEAD_DIM, mask=seen[:, None], other=0)
-        value = operand(value, query.dtype)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(query.dtype), value, acc * fade[:, None], input_precision="ieee")
-        top = higher
+    top, total, acc = _attended(query, key, value, position < last, scale, top, total, acc)
+    if WINDOW == 0 or WINDOW > BLOCK:
+        for start in range(first + BLOCK, last, BLOCK):
+            position = start + tl.arange(0, BLOCK)
+            seen = position < last
+            place = _places(table, position, seen, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+            key = tl.load(kv + place, mask=seen[:, None], other=0)
+            value = tl.load(kv + place + VALUES, mask=seen[:, None], other=0)
+            top, total, acc = _attended(query, key, value, seen, scale, top, total, acc)
     if SPLIT:
         store_part(mixed, stats, at, split, splits, top, total, acc, is_head, HEAD_DIM)
+        live = tl.cdiv(length - begin, share)
+        if arrive(counters + token * KV_HEADS + kv_head, live):
+            one = tl.arange(0, HEADS)
+            one_at = token * (KV_HEADS * GROUP) + kv_head * GROUP + tl.minimum(one, GROUP - 1)
+            all_total, all_acc = _joined(mixed, stats, one_at, splits, live, HEADS, HEAD_DIM, TOGETHER)
+            result = (all_acc * (factor / all_total)[:, None]).to(out.dtype.element_ty)
+            tl.store(out + one_at[:, None] * HEAD_DIM + dim[None, :], result, mask=(one < GROUP)[:, None])
     else:
         result = (acc * (factor / total)[:, None]).to(out.dtype.element_ty)
         tl.store(out + at[:, None] * HEAD_DIM + dim[None, :], result, mask=is_head[:, None])

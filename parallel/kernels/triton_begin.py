@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import constants
-from .triton_linear import stored
 from .triton_pages import operand
+from .triton_weight_only import stored
 from .weight_only import Weight
 
 TOKENS = 128  # of a program of `locate`

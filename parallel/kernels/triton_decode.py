@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .experts import SWIGLU_ALPHA
-from .triton_launch import constants, early
+from .triton_launch import arrive, constants, early
 from .triton_mxfp4 import HALVES, MAX_SLOTS, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
 MAX_PAIRS = 256
@@ -111,6 +111,7 @@ def _product(
         tl.debug_barrier()
         if WAIT:
             gdc_wait()
+            gdc_launch_dependents()
         for i in tl.static_range(UNROLL):
             if EVEN:
                 x_0, x_1 = tl.load(row + i * _CODES), tl.load(row + i * _CODES + 32)
@@ -172,16 +173,6 @@ def _members(
             earlier += tl.sum((mine & (pair < slot)).to(tl.int32), 0)
         count = tl.where((by_expert != 0) | (earlier == 0), count, 0)
     return expert, pair_N, tl.where((expert >= 0) & (expert < held), count, 0)
-
-
-@triton.jit
-def arrive(arrivals, expected):
-    """True for the last of the expected programs: what the others stored is visible to it. Leaves the counter at 0."""
-    tl.debug_barrier()  # stores of all lanes come before the release below
-    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == expected - 1
-    if last:
-        tl.store(arrivals, 0)
-    return last
 
 
 @triton.jit

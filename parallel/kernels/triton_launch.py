@@ -1,4 +1,5 @@
-"""How a Triton kernel is given what is fixed when it is compiled, and when it may start.
+"""How a Triton kernel is given what is fixed when it is compiled, when it may start, and how the last of its programs
+knows that it is.
 
 From sm_90 on a kernel of a decode step is launched while the one before it still runs (programmatic dependent launch):
 what it does before `gdc_wait` overlaps with the other's end. That may be: read weights, and what the kernel before the
@@ -10,7 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+ARRIVALS = 4096  # counters of a device
 
 
 def early(x: Tensor) -> bool:
@@ -28,3 +33,44 @@ def constants(**values: Any) -> dict[str, Any]:
     """Constexpr arguments, num_warps and num_stages of a launch, without types: those of triton.jit know neither that
     an int serves as a constexpr nor what a launch takes besides. EARLY: start as said above."""
     return values | {"launch_pdl": True} if values.get("EARLY") else values
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; 1 for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def arrivals(device: torch.device, count: int) -> Tensor:
+    """At least so many counters for `arrive`, zeros between kernels. One stream a device: calls may not overlap."""
+    if count > ARRIVALS:
+        raise ValueError(f"{count} counters, and there are {ARRIVALS}")
+    return _arrivals(device)
+
+
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    return torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def arrive(arrivals, expected):
+    """True for the last of the expected programs: what the others stored is visible to it. Leaves the counter at 0."""
+    tl.debug_barrier()  # stores of all lanes come before the release below
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for these lines of memory, so that they are in the L2 cache when they are read. Not for the interpreter."""
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

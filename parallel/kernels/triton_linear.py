@@ -1,10 +1,19 @@
 """Matrix products for a few tokens in Triton, where what counts is to read the weight once and fast; torch's for more.
 
-Weights of 8 bits are read as they are, and sums are multiplied with the scale of their row. T tokens, I columns in, O
-rows out. Sums are in fp32 and always in the same order.
+For one token a few programs stay for the whole product: each takes row after row, with the loads of the next ones in
+flight. For two to FEW_TOKENS a program owns 16 rows, whose columns its warps share; what a lane loads is its own share
+of the operands of mma.m16n8k16, so that no weight changes lanes or passes through shared memory. Both ask for weights
+before they wait for x. Weights of 8 bits go the same way for one token, and one of their own for more.
+
+T tokens, I columns in, O rows out. Sums are in fp32 and always in the same order.
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -12,102 +21,148 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import weight_only
-from .triton_launch import constants, early
-from .triton_pages import FP8_FACTOR, operand
+from .triton_launch import constants, early, prefetch, processors
+from .triton_pages import operand
+from .triton_weight_only import several, stored
 from .weight_only import Quantized, Weight
+
+FEW_TOKENS = 16  # from here on torch's
+TILE_ROWS = 16
+STEP_COLUMNS = 32  # of a warp: 8 for each of the four lanes that share a row
+PREFETCHED_BYTES = 32 << 20
+MOST_WAYS = 8
+MOST_STEPS = 15  # whose loads a warp has in flight
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Constants that a benchmark found (tests/benchmarks/kernels_attention.py)."""
+class Stay:
+    """How the product for one token is cut: constants from a benchmark (tests/benchmarks/kernels_attention.py)."""
 
-    rows: int  # of the weight, of one program
-    columns: int  # read at a time
-    ways: int  # parts of these columns that are summed apart, each by a warp
-    warps: int
-    stages: int
+    warps: int  # of a program
+    programs: int  # of a multiprocessor, which all run at once
+    ahead: int  # rows, or pairs of rows, that are asked for before they are needed
 
 
-ONE = Tuning(rows=1, columns=4096, ways=1, warps=4, stages=1)
-FEW = Tuning(rows=16, columns=512, ways=4, warps=4, stages=3)
-FEW_TOKENS = 16  # a tensor core's tile; from here on torch's
-
-
-def stored(weight_OI: Weight) -> tuple[Tensor, Tensor, float]:
-    """(values, scales of rows, FACTOR) of a weight as the kernels take it: fp8 as bytes, which `operand` makes numbers
-    that FACTOR is missing from. FACTOR 0: a weight without scales, for which any tensor stands."""
-    if not isinstance(weight_OI, Quantized):
-        return weight_OI, weight_OI, 0.0
-    if weight_OI.codes_OI.dtype == torch.int8:
-        return weight_OI.codes_OI, weight_OI.scale_O, 1.0
-    return weight_OI.codes_OI.view(torch.uint8), weight_OI.scale_O, FP8_FACTOR
+ONE = Stay(warps=4, programs=5, ahead=2)
 
 
 def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b, [T, O], in the dtype of x."""
-    tokens = len(x_TI)
-    if tokens == 1:
+    if len(x_TI) == 1:
         return one(x_TI, weight_OI, bias_O, ONE)
-    if tokens <= FEW_TOKENS:
-        return few(x_TI, weight_OI, bias_O, FEW)
     if isinstance(weight_OI, Quantized):
-        return weight_only.linear(x_TI, weight_OI, bias_O)
+        return several(x_TI, weight_OI, bias_O)
+    cut = few_cut(x_TI, weight_OI)
+    if cut is not None:
+        return few(x_TI, weight_OI, bias_O, *cut)
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
 
 
-def one(x_1I: Tensor, weight_OI: Weight, bias_O: Tensor | None, tuning: Tuning) -> Tensor:
+def one(x_1I: Tensor, weight_OI: Weight, bias_O: Tensor | None, how: Stay) -> Tensor:
     """linear for one token: multiply and add, no tensor core."""
-    rows, columns = weight_OI.shape
-    values, scales, factor = stored(weight_OI)
+    rows, (values, scales, factor) = len(weight_OI), stored(weight_OI)
     out_1O = torch.empty((1, rows), dtype=x_1I.dtype, device=x_1I.device)
-    _one[(-(-rows // tuning.rows),)](
+    _one[(stay_programs(x_1I, rows, how),)](
         x_1I,
         values,
         scales,
         values if bias_O is None else bias_O,
         out_1O,
         rows,
-        **constants(
-            COLUMNS=columns,
-            ROWS=tuning.rows,
-            BLOCK=min(tuning.columns, triton.next_power_of_2(columns)),
-            BIAS=bias_O is not None,
-            FACTOR=factor,
-            EARLY=early(x_1I),
-            num_warps=tuning.warps,
-        ),
+        **constants(**stay_shape(x_1I, values, how), BIAS=bias_O is not None, FACTOR=factor),
     )
     return out_1O
 
 
-def few(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None, tuning: Tuning) -> Tensor:
-    """linear for at most FEW_TOKENS tokens, which fill one side of a tensor core's tile."""
-    tokens, (rows, columns) = len(x_TI), weight_OI.shape
-    values, scales, factor = stored(weight_OI)
+def stay_programs(x: Tensor, units: int, how: Stay) -> int:
+    """As many as run at once, or fewer if that needs no more rounds."""
+    rounds = -(-units // (processors(x.device) * how.programs))
+    return -(-units // rounds)
+
+
+def stay_shape(x: Tensor, weight: Tensor, how: Stay) -> dict[str, Any]:
+    return {
+        "COLUMNS": weight.shape[1],
+        "BLOCK": how.warps * 512 // weight.element_size(),  # 16 bytes a lane
+        "AHEAD": how.ahead,
+        "PREFETCH": prefetches(weight),
+        "EARLY": early(x),
+        "num_warps": how.warps,
+    }
+
+
+def prefetches(weight: Tensor) -> bool:
+    """Whether all of a weight is asked for before x is waited for: it has to fit the L2 cache, beside what is in use."""
+    return early(weight) and weight.element_size() == 2 and weight.nbytes <= PREFETCHED_BYTES
+
+
+def few_cut(x_TI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:
+    """(ways, unroll) of `few` at this shape: columns shared by so many warps, and steps of each whose loads are in
+    flight together. They divide the columns, as masks would cost `few` its layout. None: `few` cannot do it."""
+    columns = x_TI.shape[1]
+    if len(x_TI) > FEW_TOKENS or columns % STEP_COLUMNS or x_TI.element_size() != 2 or weight_OI.dtype != x_TI.dtype:
+        return None
+    steps = columns // STEP_COLUMNS
+    ways = math.gcd(steps, MOST_WAYS)
+    return ways, max(count for count in range(1, MOST_STEPS + 1) if steps // ways % count == 0)
+
+
+def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, ways: int, unroll: int) -> Tensor:
+    """linear for at most FEW_TOKENS tokens."""
+    tokens, rows = len(x_TI), len(weight_OI)
     out_TO = torch.empty((tokens, rows), dtype=x_TI.dtype, device=x_TI.device)
-    _few[(-(-rows // tuning.rows),)](
-        x_TI,
-        values,
-        scales,
-        values if bias_O is None else bias_O,
+    _few[(-(-rows // TILE_ROWS),)](
+        x_TI.contiguous(),
+        weight_OI,
+        weight_OI if bias_O is None else bias_O,
         out_TO,
         tokens,
         rows,
-        **constants(
-            COLUMNS=columns,
-            TOKENS=FEW_TOKENS,
-            ROWS=tuning.rows,
-            WAYS=tuning.ways,
-            BLOCK=tuning.columns // tuning.ways,
-            BIAS=bias_O is not None,
-            FACTOR=factor,
-            EARLY=early(x_TI),
-            num_warps=tuning.warps,
-            num_stages=tuning.stages,
-        ),
+        **constants(**few_shape(x_TI, weight_OI, ways, unroll), BIAS=bias_O is not None),
     )
     return out_TO
+
+
+def few_shape(x_TI: Tensor, weight_OI: Tensor, ways: int, unroll: int) -> dict[str, Any]:
+    return {
+        "COLUMNS": x_TI.shape[1],
+        "PREFETCH": prefetches(weight_OI),
+        "TOKENS": 8 if len(x_TI) <= 8 else 16,
+        "WAYS": ways,
+        "UNROLL": unroll,
+        "EARLY": early(x_TI),
+        "PLAIN": not x_TI.is_cuda,
+        "num_warps": ways,
+    }
+
+
+@triton.jit
+def load_row(weight, row, there, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """A row in parts of BLOCK columns; zeros if it is not there."""
+    parts = ()
+    for begin in tl.static_range(0, COLUMNS, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        at = tl.cast(row, tl.int64) * COLUMNS + column
+        parts += (tl.load(weight + at, mask=there & (column < COLUMNS), other=0),)
+    return parts
+
+
+@triton.jit
+def prefetch_rows(weight, rows, COLUMNS: tl.constexpr):
+    """Ask for rows [R] of a weight of 16 bits; see `prefetch`."""
+    LINE: tl.constexpr = 64  # elements of 128 bytes
+    LINES: tl.constexpr = (COLUMNS + LINE - 1) // LINE
+    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+    prefetch(weight + rows.to(tl.int64)[:, None] * COLUMNS + line[None, :] * LINE)
+
+
+@triton.jit
+def dot_row(w, x):
+    """The sum over the products of two rows in parts, the second in fp32."""
+    total = operand(w[0], tl.float32) * x[0]
+    for i in tl.static_range(1, len(w)):
+        total += operand(w[i], tl.float32) * x[i]
+    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -119,71 +174,137 @@ def _one(
     out,
     rows,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
     FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_row = row < rows
-    weight += row.to(tl.int64)[:, None] * COLUMNS
-    acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.static_range(0, COLUMNS, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        w = tl.load(weight + column[None, :], mask=is_row[:, None] & (column < COLUMNS)[None, :], other=0)
-        if EARLY and start == 0:
-            tl.debug_barrier()  # ptxas would read the weight after the wait
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    ahead = ()
+    for i in tl.static_range(AHEAD):
+        row = program + i * programs
+        ahead += (load_row(weight, row, row < rows, COLUMNS, BLOCK),)
+    if PREFETCH:
+        for row in range(program + AHEAD * programs, rows, programs):
+            prefetch_rows(weight, row + tl.arange(0, 1), COLUMNS)
+    if EARLY:
+        tl.debug_barrier()  # ptxas would read the weights after the wait
+        gdc_wait()
+        gdc_launch_dependents()
+    x_parts = load_row(x, 0, True, COLUMNS, BLOCK)
+    value = ()
+    for i in tl.static_range(len(x_parts)):
+        value += (x_parts[i].to(tl.float32),)
+    for row in range(program, rows, programs):
+        later = row + AHEAD * programs
+        w = ahead[0]
+        ahead = ahead[1:] + (load_row(weight, later, later < rows, COLUMNS, BLOCK),)
+        y = dot_row(w, value)
+        if FACTOR > 0:
+            y *= tl.load(scale + row) * FACTOR
+        if BIAS:
+            y += tl.load(bias + row).to(tl.float32)
+        tl.store(out + row, y.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _weights(left, right, WAYS: tl.constexpr):
+    """Two [(way g t), 8 (q kh h)] -> the operands [way, 16 (rh g), 16 (t kh h)] of q = 0 and 1."""
+    w = tl.join(left, right).reshape(WAYS, 8, 4, 2, 2, 2, 2)  # way g t q kh h rh
+    w_0, w_1 = w.permute(0, 6, 1, 2, 4, 5, 3).split()
+    return w_0.reshape(WAYS, 16, 16), w_1.reshape(WAYS, 16, 16)
+
+
+@triton.jit
+def _operands(x, WAYS: tl.constexpr, TOKENS: tl.constexpr):
+    """[(nh way nl t), 8 (q kh h)] -> the operands [way, 16 (t kh h), TOKENS (nh nl)] of q = 0 and 1."""
+    x_0, x_1 = x.reshape(TOKENS // 8, WAYS, 8, 4, 2, 2, 2).permute(1, 3, 5, 6, 0, 2, 4).split()
+    return x_0.reshape(WAYS, 16, TOKENS), x_1.reshape(WAYS, 16, TOKENS)
+
+
+@triton.jit
+def group_rows(WAYS: tl.constexpr):
+    """[WAYS * 32]: which of eight rows each lane loads, see `few_product`."""
+    return tl.arange(0, WAYS * 32) % 32 // 4
+
+
+@triton.jit
+def few_product(
+    x,
+    weight,
+    left_L,
+    right_L,
+    tokens,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WAYS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """16 rows by all tokens: [16 (rh g), TOKENS] fp32. What stands past `tokens` means nothing. left_L, right_L: the
+    rows rh = 0 and rh = 1 of each lane, by its `group_rows`. Waits for the kernel before once the first weights are
+    asked for.
+
+    A step of a warp is 32 columns = (t q kh h): t < 4 lanes of a row, the rest in a lane. Neither load has a mask: with
+    one Triton moves what was loaded between lanes.
+    """
+    lane = tl.arange(0, WAYS * 32)
+    column = (lane // 32 * 32 + lane % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
+    left = weight + left_L.to(tl.int64)[:, None] * COLUMNS + column
+    right = weight + right_L.to(tl.int64)[:, None] * COLUMNS + column
+    place = tl.arange(0, WAYS * TOKENS * 4)  # nh way nl t
+    token = tl.minimum(place // (WAYS * 32) * 8 + place % 32 // 4, tokens - 1)
+    column = (place % (WAYS * 32) // 32 * 32 + place % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
+    x += tl.multiple_of(token * COLUMNS, 32)[:, None] + column
+    acc = tl.zeros([WAYS, 16, TOKENS], tl.float32)
+    for begin in range(0, COLUMNS, WAYS * 32 * UNROLL):
+        lefts = ()
+        rights = ()
+        for i in tl.static_range(UNROLL):
+            lefts += (tl.load(left + begin + i * (WAYS * 32)),)
+            rights += (tl.load(right + begin + i * (WAYS * 32)),)
+        tl.debug_barrier()  # ptxas sinks loads to their use, but not across this
+        if EARLY:
             gdc_wait()
             gdc_launch_dependents()
-        acc += operand(w, tl.float32) * tl.load(x + column, mask=column < COLUMNS, other=0.0).to(tl.float32)[None, :]
-    y = tl.sum(acc, 1)
-    if FACTOR > 0:
-        y *= tl.load(scale + row, mask=is_row, other=0.0).to(tl.float32) * FACTOR
-    if BIAS:
-        y += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)
-    tl.store(out + row, y.to(out.dtype.element_ty), mask=is_row)
+        for i in tl.static_range(UNROLL):
+            x_0, x_1 = _operands(tl.load(x + begin + i * (WAYS * 32)), WAYS, TOKENS)
+            w_0, w_1 = _weights(lefts[i], rights[i], WAYS)
+            if PLAIN:
+                x_0, x_1, w_0, w_1 = x_0.to(tl.float32), x_1.to(tl.float32), w_0.to(tl.float32), w_1.to(tl.float32)
+            acc = tl.dot(w_1, x_1, tl.dot(w_0, x_0, acc, input_precision="ieee"), input_precision="ieee")
+    return tl.sum(acc, 0)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows"])
 def _few(
     x,
     weight,
-    scale,
     bias,
     out,
     tokens,
     rows,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
     WAYS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
-    FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_row = row < rows
+    first = tl.program_id(0) * 16
+    if PREFETCH:
+        prefetch_rows(weight, tl.minimum(first + tl.arange(0, 16), rows - 1), COLUMNS)
+    left_L = tl.minimum(first + group_rows(WAYS), rows - 1)
+    right_L = tl.minimum(first + 8 + group_rows(WAYS), rows - 1)
+    y = few_product(x, weight, left_L, right_L, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)
+    row = first + tl.arange(0, 16)
     token = tl.arange(0, TOKENS)
-    is_token = token < tokens
-    weight += row.to(tl.int64)[None, :, None] * COLUMNS
-    x += token[None, None, :] * COLUMNS
-    acc = tl.zeros([WAYS, ROWS, TOKENS], tl.float32)
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-    for start in range(0, COLUMNS, WAYS * BLOCK):
-        column = start + tl.arange(0, WAYS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        is_column = column < COLUMNS
-        w = tl.load(weight + column[:, None, :], mask=is_row[None, :, None] & is_column[:, None, :], other=0)
-        v = tl.load(x + column[:, :, None], mask=is_token[None, None, :] & is_column[:, :, None], other=0.0)
-        acc = tl.dot(operand(w, x.dtype.element_ty), v, acc, input_precision="ieee")
-    y = tl.sum(acc, 0)
-    if FACTOR > 0:
-        y *= (tl.load(scale + row, mask=is_row, other=0.0).to(tl.float32) * FACTOR)[:, None]
     if BIAS:
-        y += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    tl.store(
-        out + token[None, :] * rows + row[:, None], y.to(out.dtype.element_ty), mask=is_row[:, None] & is_token[None, :]
-    )
+        y += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    there = (row < rows)[:, None] & (token < tokens)[None, :]
+    tl.store(out + token[None, :] * rows + row[:, None], y.to(out.dtype.element_ty), mask=there)

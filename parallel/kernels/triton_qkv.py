@@ -1,9 +1,12 @@
-"""q, k, v with RoPE and the write into pages: for one token one Triton kernel, for more the product and one kernel for
-all that follows it.
+"""q, k, v with RoPE and the write into pages: for one token one Triton kernel, the norm before it included; for a few
+two, norm and product; for more the norm, torch's product, and one kernel for all that follows it.
 
-Signature and meaning are those of attention.qkv_write. fp8 pages hold the largest number of e4m3 (448) where the plain
-version, by torch's conversion, would hold NaN.
+Signature and meaning are those of attention.norm_qkv_write. fp8 pages hold the largest number of e4m3 (448) where the
+plain version, by torch's conversion, would hold NaN.
 """
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
 
 import torch
 import triton
@@ -12,126 +15,251 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_launch import constants, early
-from .triton_linear import linear, stored
-from .triton_pages import as_stored, entry, operand, to_stored
+from .triton_linear import (
+    Stay,
+    dot_row,
+    few_cut,
+    few_product,
+    few_shape,
+    group_rows,
+    linear,
+    load_row,
+    prefetch_rows,
+    stay_programs,
+    stay_shape,
+)
+from .triton_norm import add_norm, added
+from .triton_pages import as_stored, entry, to_stored
+from .triton_weight_only import stored
 from .weight_only import Quantized, Weight
 
-HEADS_TOGETHER = 8  # of a program
+HEADS_TOGETHER = 8  # of a program that rotates and writes
 WARPS = 2
-ONE_WARPS = 4  # of a program for one token
+TOGETHER = 8  # pairs of columns of a program for a few tokens
+ONE = Stay(warps=4, programs=5, ahead=1)
 
 
-def qkv_write(
-    x_TH: Tensor,
+def norm_qkv_write(
+    residual_TH: Tensor,
+    delta_TH: Tensor | None,
+    norm_H: Tensor,
+    eps: float,
+    dtype: torch.dtype,
     weight_QH: Weight,
     bias_Q: Tensor,
     rotation: tuple[Tensor, Tensor],
     kv_PCSKD: Tensor,
     slots_T: Tensor,
-) -> Tensor:
-    """Project, rotate q and k, write k and v to their slots. Returns q_TND, contiguous."""
+    how: Stay = ONE,
+) -> tuple[Tensor, Tensor]:
+    """(residual + delta, q_TND): add and norm, project, rotate q and k, write k and v to their slots."""
     kv_PCSKD = as_stored(kv_PCSKD)
     page_tokens, kv_heads, head_dim = kv_PCSKD.shape[2:]
-    tokens, hidden = x_TH.shape
+    tokens, hidden = residual_TH.shape
     heads = len(weight_QH) // head_dim - 2 * kv_heads
-    q_TND = torch.empty((tokens, heads, head_dim), dtype=x_TH.dtype, device=x_TH.device)
+    q_TND = torch.empty((tokens, heads, head_dim), dtype=dtype, device=residual_TH.device)
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PAGE_TOKENS": page_tokens}
     after = (*rotation, slots_T, q_TND, kv_PCSKD)
     if tokens == 1:
-        values, scales, factor = stored(weight_QH)
-        _qkv_one[((heads + 2 * kv_heads) * head_dim // 2,)](
-            x_TH,
+        pairs, (values, scales, factor) = len(weight_QH) // 2, stored(weight_QH)
+        sum_TH = residual_TH if delta_TH is None else torch.empty_like(residual_TH)
+        _norm_qkv_one[(stay_programs(residual_TH, pairs, how),)](
+            residual_TH,
+            residual_TH if delta_TH is None else delta_TH,
+            norm_H,
+            sum_TH,
             values,
             scales,
             bias_Q,
             *after,
-            **constants(
-                **shape,
-                COLUMNS=hidden,
-                BLOCK=triton.next_power_of_2(hidden),
-                FACTOR=factor,
-                EARLY=early(x_TH),
-                num_warps=ONE_WARPS,
-            ),
+            eps,
+            pairs,
+            **constants(**shape, **stay_shape(residual_TH, values, how), ADD=delta_TH is not None, FACTOR=factor),
         )
-        return q_TND
-    # at this shape cuBLAS is the faster from two tokens on: 10.6 against 11.8 us on an H200
-    if isinstance(weight_QH, Quantized):
-        qkv_TQ = linear(x_TH, weight_QH, bias_Q)
-    else:
-        qkv_TQ = torch.nn.functional.linear(x_TH, weight_QH, bias_Q)
+        return sum_TH, q_TND
+    residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
+    narrow = isinstance(weight_QH, Quantized)
+    cut = None if narrow else few_cut(x_TH, weight_QH)
+    if not narrow and cut is not None and head_dim % (2 * TOGETHER) == 0:
+        _qkv_few[(len(weight_QH) // (2 * TOGETHER),)](
+            x_TH, weight_QH, bias_Q, *after, tokens, **constants(**shape, **few_shape(x_TH, weight_QH, *cut))
+        )
+        return residual_TH, q_TND
+    qkv_TQ = (linear if narrow else torch.nn.functional.linear)(x_TH, weight_QH, bias_Q)
     _rotate_and_write[(tokens, -(-(heads + 2 * kv_heads) // HEADS_TOGETHER))](
         qkv_TQ,
         *after,
         **constants(**shape, TOGETHER=HEADS_TOGETHER, EARLY=early(x_TH), num_warps=WARPS),
     )
-    return q_TND
+    return residual_TH, q_TND
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
-def _qkv_one(
-    x,
-    weight,
-    scale,
-    bias,
-    cos,
-    sin,
-    slots,
+@triton.jit
+def _store(
+    left,
+    right,
+    c,
+    s,
+    head,
+    dim,
+    token,
+    slot,
+    there,
     q,
     kv,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+):
+    """Columns dim and dim + HEAD_DIM / 2 of one head, fp32 sums: rounded, turned unless the head is a value, stored."""
+    dtype = q.dtype.element_ty
+    left, right = left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
+    if head < HEADS + KV_HEADS:
+        left, right = left * c - right * s, right * c + left * s
+    left, right = left.to(dtype), right.to(dtype)
+    half: tl.constexpr = HEAD_DIM // 2
+    if head < HEADS:
+        q_at = q + (token * HEADS + head) * HEAD_DIM + dim
+        tl.store(q_at, left, mask=there)
+        tl.store(q_at + half, right, mask=there)
+    else:
+        is_value = head >= HEADS + KV_HEADS
+        kv_head = head - HEADS - tl.where(is_value, KV_HEADS, 0)
+        kv_at = kv + entry(slot // PAGE_TOKENS, slot % PAGE_TOKENS, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS) + dim
+        kv_at += tl.where(is_value, PAGE_TOKENS * KV_HEADS * HEAD_DIM, 0)
+        tl.store(kv_at, to_stored(left.to(tl.float32), kv.dtype.element_ty), mask=there)
+        tl.store(kv_at + half, to_stored(right.to(tl.float32), kv.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _pair(weight, pair, pairs, HALF: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The two rows of a pair of columns that turn together."""
+    row = pair // HALF * (2 * HALF) + pair % HALF
+    left = load_row(weight, row, pair < pairs, COLUMNS, BLOCK)
+    return left, load_row(weight, row + HALF, pair < pairs, COLUMNS, BLOCK)
+
+
+@triton.jit(do_not_specialize=["eps", "pairs"], do_not_specialize_on_alignment=["slots"])
+def _norm_qkv_one(
+    residual,
+    delta,
+    norm,
+    summed,
+    weight,
+    row_scale,
+    bias,
+    cos,
+    sin,
+    slots,
+    q,
+    kv,
+    eps,
+    pairs,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    ADD: tl.constexpr,
     FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One token, a program for each pair of columns that turn together."""
+    """One token. All programs work out the norm, which is less than to wait for a kernel that does."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    head, dim = tl.program_id(0) // HALF, tl.program_id(0) % HALF
-    left_row = head * HEAD_DIM + dim
-    column = tl.arange(0, BLOCK)
-    here = column < COLUMNS
-    left_w = tl.load(weight + left_row * COLUMNS + column, mask=here, other=0)
-    right_w = tl.load(weight + (left_row + HALF) * COLUMNS + column, mask=here, other=0)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    factor = load_row(norm, 0, True, COLUMNS, BLOCK)
+    ahead = ()
+    for i in tl.static_range(AHEAD):
+        ahead += (_pair(weight, program + i * programs, pairs, HALF, COLUMNS, BLOCK),)
+    if PREFETCH:
+        for pair in range(program + AHEAD * programs, pairs, programs):
+            row = pair // HALF * HEAD_DIM + pair % HALF
+            prefetch_rows(weight, row + tl.arange(0, 2) * HALF, COLUMNS)
     slot = tl.load(slots)
-    c, s = tl.load(cos + dim), tl.load(sin + dim)
-    left, right = tl.load(bias + left_row).to(tl.float32), tl.load(bias + left_row + HALF).to(tl.float32)
-    if FACTOR > 0:
-        left_scale, right_scale = (
-            tl.load(scale + left_row).to(tl.float32),
-            tl.load(scale + left_row + HALF).to(tl.float32),
-        )
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
         gdc_launch_dependents()
-    value = tl.load(x + column, mask=here, other=0.0).to(tl.float32)
-    left_sum, right_sum = (
-        tl.sum(operand(left_w, tl.float32) * value, 0),
-        tl.sum(operand(right_w, tl.float32) * value, 0),
-    )
-    if FACTOR > 0:
-        left_sum *= left_scale * FACTOR
-        right_sum *= right_scale * FACTOR
-    left += left_sum
-    right += right_sum
-    left, right = left.to(q.dtype.element_ty).to(tl.float32), right.to(q.dtype.element_ty).to(tl.float32)
-    if head < HEADS + KV_HEADS:
-        left, right = left * c - right * s, right * c + left * s
-    left, right = left.to(q.dtype.element_ty), right.to(q.dtype.element_ty)
-    if head < HEADS:
-        tl.store(q + left_row, left)
-        tl.store(q + left_row + HALF, right)
-    else:
-        is_value = head >= HEADS + KV_HEADS
-        kv_head = head - HEADS - tl.where(is_value, KV_HEADS, 0)
-        at = entry(slot // PAGE_TOKENS, slot % PAGE_TOKENS, kv_head, KV_HEADS, HEAD_DIM, PAGE_TOKENS) + dim
-        at += tl.where(is_value, PAGE_TOKENS * KV_HEADS * HEAD_DIM, 0)
-        tl.store(kv + at, to_stored(left.to(tl.float32), kv.dtype.element_ty))
-        tl.store(kv + at + HALF, to_stored(right.to(tl.float32), kv.dtype.element_ty))
+    x = load_row(residual, 0, True, COLUMNS, BLOCK)
+    if ADD:
+        more = load_row(delta, 0, True, COLUMNS, BLOCK)
+        sums = ()
+        for i in tl.static_range(len(x)):
+            sums += (added(x[i], more[i]),)
+            column = i * BLOCK + tl.arange(0, BLOCK)
+            tl.store(summed + column, sums[i], mask=(program == 0) & (column < COLUMNS))
+        x = sums
+    squares = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(len(x)):
+        wide = x[i].to(tl.float32)
+        squares += wide * wide
+    scale = tl.rsqrt(tl.sum(squares, 0) / COLUMNS + eps)
+    value = ()
+    for i in tl.static_range(len(x)):
+        normed = x[i].to(tl.float32) * scale * factor[i].to(tl.float32)
+        value += (normed.to(q.dtype.element_ty).to(tl.float32),)
+    for pair in range(program, pairs, programs):
+        w = ahead[0]
+        ahead = ahead[1:] + (_pair(weight, pair + AHEAD * programs, pairs, HALF, COLUMNS, BLOCK),)
+        head, dim = pair // HALF, pair % HALF
+        row = head * HEAD_DIM + dim
+        left, right = dot_row(w[0], value), dot_row(w[1], value)
+        if FACTOR > 0:
+            left *= tl.load(row_scale + row) * FACTOR
+            right *= tl.load(row_scale + row + HALF) * FACTOR
+        left += tl.load(bias + row).to(tl.float32)
+        right += tl.load(bias + row + HALF).to(tl.float32)
+        c, s = tl.load(cos + dim), tl.load(sin + dim)
+        _store(left, right, c, s, head, dim, 0, slot, True, q, kv, HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+
+
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["slots"])
+def _qkv_few(
+    x,
+    weight,
+    bias,
+    cos,
+    sin,
+    slots,
+    q,
+    kv,
+    tokens,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WAYS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    EARLY: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """A few tokens, a program for eight pairs of columns that turn together."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head = tl.program_id(0) // (HALF // 8)
+    first = tl.program_id(0) % (HALF // 8) * 8
+    if PREFETCH:
+        row = head * HEAD_DIM + first + tl.arange(0, 16) % 8 + tl.arange(0, 16) // 8 * HALF
+        prefetch_rows(weight, row, COLUMNS)
+    row_L = head * HEAD_DIM + first + group_rows(WAYS)
+    y = few_product(x, weight, row_L, row_L + HALF, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)
+    left, right = y.reshape(2, 8, TOKENS).permute(1, 2, 0).split()
+    dim = (first + tl.arange(0, 8))[:, None]
+    row = head * HEAD_DIM + dim
+    left += tl.load(bias + row).to(tl.float32)
+    right += tl.load(bias + row + HALF).to(tl.float32)
+    token = tl.arange(0, TOKENS)[None, :]
+    there = token < tokens
+    c = tl.load(cos + token * HALF + dim, mask=there, other=0.0)
+    s = tl.load(sin + token * HALF + dim, mask=there, other=0.0)
+    slot = tl.load(slots + token, mask=there, other=0)
+    _store(left, right, c, s, head, dim, token, slot, there, q, kv, HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])

@@ -9,23 +9,19 @@ weights for longer than all the experts take. T tokens, H hidden, E experts, X e
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_decode import arrive
-from .triton_launch import constants, early
+from .triton_launch import ARRIVALS, arrivals, arrive, constants, early
 from .triton_norm import add_norm, added, normalised
 
 GROUP_TOKENS = 16  # tokens of a program: the least that a tensor core's product has
 STEP_COLUMNS = 64
 MAX_PARTS = 16
 _LOWEST = tl.constexpr(-3.4e38)
-MAX_GROUPS = 4096  # of tokens, in one call
 FULL_GROUPS = 64  # from so many groups on the parts are few: there are programs enough
 
 
@@ -191,7 +187,7 @@ def norm_route(
         torch.empty(count, dtype=torch.float32, device=device),
         weights_TX,
         experts_TX,
-        _arrivals(device),
+        arrivals(device, 1),
         eps,
         **constants(
             HIDDEN=hidden,
@@ -212,7 +208,7 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
     count = len(weight_EH)
     device = x_TH.device
     groups = triton.cdiv(tokens, GROUP_TOKENS)
-    if experts_per_token > min(8, count) or groups > MAX_GROUPS:
+    if experts_per_token > min(8, count) or groups > ARRIVALS:
         raise ValueError(f"{experts_per_token} of {count} experts a token, {tokens} tokens")
     parts = min(MAX_PARTS, triton.cdiv(width, STEP_COLUMNS)) if groups < FULL_GROUPS else 1
     block = 16 if groups < FULL_GROUPS else 32
@@ -227,7 +223,7 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
         partial,
         weights_TX,
         experts_TX,
-        _arrivals(device),
+        arrivals(device, groups),
         tokens,
         width,
         **constants(
@@ -244,9 +240,3 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
         ),
     )
     return weights_TX, experts_TX
-
-
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters that each call leaves at zero. One stream a device: calls may not overlap."""
-    return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)

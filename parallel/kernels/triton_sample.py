@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import hash as hashing
 from . import sample as plain
-from .sample import AllGather, Drawn, Draws, Raced, Wanted
+from .sample import AllGather, Drawn, Draws, Wanted
 
 BLOCK = 1024  # tokens a program looks at together
 WARPS = 4
@@ -40,7 +40,7 @@ def sample_exact(logits_SV: Tensor, first_token: int, all_gather: AllGather, dra
     return plain.sample_exact(logits_SV, first_token, all_gather, draws, FAST)
 
 
-def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | None, top_S: Tensor | None) -> Raced:
+def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | None, top_S: Tensor | None) -> Tensor:
     """As sample.race. ValueError for fp64, which is raced in fp64 and not here."""
     if logits_SV.dtype == torch.float64 or logits_SV.stride(1) != 1:
         raise ValueError(f"logits of {logits_SV.dtype} with strides {logits_SV.stride()}: rows of at most fp32 wanted")
@@ -67,9 +67,18 @@ def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | No
         blocks,
         **_launch(HAS_FLOOR=floor_S is not None, HAS_TOP=top_S is not None),
     )
-    best_S, part_S = best_SP.max(-1)  # the first of equals: the lowest ids
-    token_S = token_SP.gather(1, part_S[:, None])[:, 0]
-    return Raced(best_S, token_S, total_SP.sum(-1) if top_S is not None else None)
+    found_SX = torch.empty((rows, 2 if top_S is None else 3), dtype=torch.int64, device=device)
+    _first[(rows,)](
+        best_SP,
+        token_SP,
+        total_SP,
+        found_SX,
+        parts,
+        PARTS=triton.next_power_of_2(parts),
+        HAS_TOP=top_S is not None,
+        num_warps=WARPS,
+    )
+    return found_SX
 
 
 def log_times(draws: Draws, token_SX: Tensor, precision: torch.dtype) -> Tensor:
@@ -143,6 +152,22 @@ def _race(
     tl.store(tokens + out, tl.min(tl.where(best == first, at, 0x7FFFFFFF), 0).to(tl.int64) + first_token)
     if HAS_TOP:
         tl.store(totals + out, tl.sum(total, 0))
+
+
+@triton.jit
+def _first(bests, tokens, totals, found, parts, PARTS: tl.constexpr, HAS_TOP: tl.constexpr):
+    """What `race` returns of one row, from its parts; of equals the lowest id."""
+    row = tl.program_id(0)
+    at = row * parts + tl.arange(0, PARTS)
+    there = tl.arange(0, PARTS) < parts
+    best = tl.load(bests + at, mask=there, other=float("-inf"))
+    token = tl.load(tokens + at, mask=there, other=0x7FFFFFFF)
+    first = tl.max(best, 0)
+    found += row * (3 if HAS_TOP else 2)
+    tl.store(found, first.to(tl.float64).to(tl.int64, bitcast=True))
+    tl.store(found + 1, tl.min(tl.where(best == first, token, 0x7FFFFFFF), 0))
+    if HAS_TOP:
+        tl.store(found + 2, tl.sum(tl.load(totals + at, mask=there, other=0), 0))
 
 
 @triton.jit

@@ -84,9 +84,9 @@ class Linked(Comm):
         if way == "group":
             return self._group.all_reduce(x)
         shared = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        shared.copy_(x)
         if way == "one_shot":
-            return torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", self._name)
+            return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", self._name)
+        shared.copy_(x)
         # the result stands in the buffer that the next message will overwrite
         return x.copy_(torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self._name))
 

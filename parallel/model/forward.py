@@ -33,9 +33,8 @@ def forward(
     page_tokens, K, D]; window layer i and full layer i share index i of dim 0, their pages never overlap. Written in
     place.
     """
-    layers = weights.layers
-    x_SH = hidden_states(spec, weights, layers, ops, comm, frequencies, kv_LPCSKD, batch, residual_dtype)
-    return ops.linear(x_SH, weights.head_VH)
+    same = spec, weights, weights.layers, ops, comm, frequencies, kv_LPCSKD, batch, residual_dtype
+    return ops.linear(hidden_states(*same), weights.head_VH)
 
 
 def hidden_states(
@@ -60,8 +59,18 @@ def hidden_states(
     for kind, layer in zip(spec.layer_kinds, layers, strict=True):
         kv_PCSKD, pages = kv_LPCSKD[seen[kind]], batch.pages[kind]
         seen[kind] += 1
-        residual_TH, x_TH = ops.add_norm(residual_TH, delta_TH, layer.attn_norm_H, spec.norm_eps, dtype)
-        q_TND = ops.qkv_write(x_TH, layer.qkv_QH, layer.qkv_bias_Q, turn, kv_PCSKD, pages.slots_T)
+        residual_TH, q_TND = ops.norm_qkv_write(
+            residual_TH,
+            delta_TH,
+            layer.attn_norm_H,
+            spec.norm_eps,
+            dtype,
+            layer.qkv_QH,
+            layer.qkv_bias_Q,
+            turn,
+            kv_PCSKD,
+            pages.slots_T,
+        )
         attended_TQ = ops.attend(q_TND, kv_PCSKD, layer.sinks_N, batch, pages)
         delta_TH = comm.all_reduce(ops.linear(attended_TQ, layer.out_HQ, layer.out_bias_H))
         residual_TH, x_TH, *routes = ops.norm_route(
@@ -78,4 +87,4 @@ def hidden_states(
             ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit)
         )
     _, x_TH = ops.add_norm(residual_TH, delta_TH, weights.norm_H, spec.norm_eps, dtype)
-    return x_TH[batch.wanted_S]
+    return x_TH if batch.wanted_S is None else x_TH[batch.wanted_S]

@@ -111,19 +111,22 @@ def _add_norm(ops: Operations, random: _Random) -> Iterator[float]:
     yield from map(_error, ops.add_norm(*given), wanted)
 
 
-def _qkv_write(ops: Operations, random: _Random) -> Iterator[float]:
+def _norm_qkv_write(ops: Operations, random: _Random) -> Iterator[float]:
     rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    x_TH, weight_QH = random.normal(random.tokens, HIDDEN), random.normal(rows, HIDDEN, scale=HIDDEN**-0.5)
-    bias_Q = random.normal(rows)
+    residual_TH, delta_TH = random.normal(random.tokens, HIDDEN), random.normal(random.tokens, HIDDEN)
+    before = residual_TH, delta_TH, random.normal(HIDDEN, dtype=torch.float32), EPS
+    weight_QH, bias_Q = random.normal(rows, HIDDEN, scale=HIDDEN**-0.5), random.normal(rows)
     angles = random.normal(random.tokens, HEAD_DIM // 2, dtype=torch.float32)
     rotation = angles.cos(), angles.sin()
     slots_T = torch.arange(random.tokens, device=random.device) * 3 + 1  # over pages, and not all of each
     pages = -(-3 * random.tokens // PAGE_TOKENS) + 1
     kv_PCSKD = random.normal(pages, 2, PAGE_TOKENS, KV_HEADS, HEAD_DIM)
     wanted_kv = kv_PCSKD.double()
-    wide = [one.double() for one in (x_TH, weight_QH, bias_Q)]
-    wanted_q = PLAIN.qkv_write(*wide, rotation, wanted_kv, slots_T)
-    yield _error(ops.qkv_write(x_TH, weight_QH, bias_Q, rotation, kv_PCSKD, slots_T), wanted_q)
+    wide = weight_QH.double(), bias_Q.double()
+    wanted_sum, wanted_q = PLAIN.norm_qkv_write(*before, torch.float64, *wide, rotation, wanted_kv, slots_T)
+    found_sum, found_q = ops.norm_qkv_write(*before, random.dtype, weight_QH, bias_Q, rotation, kv_PCSKD, slots_T)
+    yield _error(found_sum, wanted_sum)
+    yield _error(found_q, wanted_q)
     yield _error(kv_PCSKD, wanted_kv)
 
 
@@ -240,7 +243,7 @@ _EXAMPLES = {
     "embed": _embed,
     "linear": _linear,
     "add_norm": _add_norm,
-    "qkv_write": _qkv_write,
+    "norm_qkv_write": _norm_qkv_write,
     "attend": _attend,
     "norm_route": _norm_route,
     "experts": _experts,

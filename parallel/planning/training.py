@@ -12,14 +12,19 @@ from .shards import Mesh, table
 from .spec import Spec
 from .zero import Zero
 
-VALUE_BYTES = GRADIENT_BYTES = 4  # fp32
+VALUE_BYTES = GRADIENT_BYTES = 4  # fp32, but for adapters that are bf16 on request
 MOMENTS_BYTES = {"adamw": 4 + 4, "adamw8bit": 1 + 1}  # of a value; blocks of 256 share a scale, which is left out
 SAVED_BYTES = 4 + 4 + 4  # a value and its moments
 GATHERED_PARTS = 2  # of stage 3: the part that is computed with, and the one that is on its way
 LOGITS_BYTES = 3 * (256 << 20)  # of a chunk: in the compute dtype, in fp32, and their gradient
 WIDE_ROW_COPIES = 4  # fp32, of a token's hidden state in a layer's norms and their gradients
-EXPERT_ROW_COPIES = 4  # a token's rows for its experts: repeated, in order, back in order, and their gradients
-INNER_COPIES = 6  # gate_up's product, gate and up clamped, sigmoid, result, and a gradient
+KEPT_LIMIT_BYTES = 2 << 30  # of a layer's first product: what is larger is dequantized again for its gradient
+SPARE_COLUMNS = 8  # of a product of experts, beside weights and adapter: kernels.triton_mixture
+FUSED_HIDDEN_COPIES = 8  # a layer's hidden states: what its norms and its router read, and gradients
+FUSED_ROW_COPIES = 4  # a token's rows for its experts: on the way in, their gradient, and those of the way out
+FUSED_INNER_COPIES = 6  # gate_up's product and its gradient count two each; SwiGLU's result, and its gradient
+EXPERT_ROW_COPIES = 4  # one by one: repeated, in order, back in order, and their gradients
+INNER_COPIES = 6  # one by one: gate_up's product, gate and up clamped, sigmoid, result, and a gradient
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,14 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class Share:
-    """Who trains. zero: None where every rank holds all that is trained."""
+    """Who trains. zero: None where every rank holds all that is trained. adapter_dtype: of what is trained, and of its
+    gradients, where it is. host_layers: whose frozen experts wait in host memory."""
 
     ranks: int = 1
     zero: Zero | None = None
     optimizer: str = "adamw"
+    adapter_dtype: DType = "fp32"
+    host_layers: int = 0
 
 
 def all_values(spec: Spec) -> int:
@@ -93,7 +101,8 @@ def _trained(values: int, largest_part: int, dtype: DType, share: Share) -> _Tra
     zero = share.zero
     if zero is None:
         moments = values * MOMENTS_BYTES[share.optimizer]
-        return _Trained(values * VALUE_BYTES, values * GRADIENT_BYTES, moments, 0)
+        value_bytes = values * DTYPE_BYTES[share.adapter_dtype]
+        return _Trained(value_bytes, value_bytes, moments, 0)
     element, cut = DTYPE_BYTES[dtype], -(-values // share.ranks)
     on_device = cut if zero.stage == 3 else values
     weights = on_device * element
@@ -113,6 +122,42 @@ def _trained(values: int, largest_part: int, dtype: DType, share: Share) -> _Tra
     return _Trained(weights, gradients, moments, host)
 
 
+def layer_experts_bytes(spec: Spec) -> int:
+    """Packed MXFP4 of a layer's experts, without biases."""
+    names = tuple(f"layers.0.{product}.{part}" for product in ("gate_up", "down") for part in ("blocks", "scales"))
+    return sum(prod(row.shape) for row in table(spec) if row.name in names)
+
+
+def _fused_layer_bytes(spec: Spec, tokens: int, expert_rank: int) -> int:
+    """What training.grouped and kernels.triton_layer hold at the worst moment of a layer's gradient, in bf16."""
+    q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    routed, spare = tokens * spec.experts_per_token, expert_rank + SPARE_COLUMNS
+    gate_up = spec.experts * 2 * spec.intermediate * (spec.hidden + spare) * 2
+    down = spec.experts * spec.hidden * (spec.intermediate + spare) * 2
+    values = (
+        tokens * spec.hidden * FUSED_HIDDEN_COPIES
+        + tokens * (5 * q_width + 6 * kv_width)  # q, k, v twice, attention's result twice, a gradient
+        + routed * spec.hidden * FUSED_ROW_COPIES
+        + routed * spec.intermediate * FUSED_INNER_COPIES
+    )
+    return values * 2 + (gate_up + down if gate_up <= KEPT_LIMIT_BYTES else gate_up)
+
+
+def _layer_bytes(spec: Spec, dtype: DType, rows: int) -> int:
+    """The same for the plain operations. rows: values of a pack's hidden state."""
+    element, tokens = DTYPE_BYTES[dtype], rows // spec.hidden
+    matrix = 2 * spec.intermediate * spec.hidden
+    q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    routed = tokens * spec.experts_per_token
+    experts = (
+        routed * spec.hidden * (EXPERT_ROW_COPIES * element + WIDE_BYTES)
+        + routed * spec.intermediate * INNER_COPIES * element
+        + matrix * DEQUANTIZED_COPIES * element
+        + matrix // 2 * INDEX_BYTES
+    )
+    return rows * WIDE_ROW_COPIES * WIDE_BYTES + tokens * (3 * q_width + 4 * kv_width) * element + experts
+
+
 def training_memory(
     spec: Spec,
     trained_values: int,
@@ -121,33 +166,29 @@ def training_memory(
     device: Device,
     sequence_tokens: int,
     share: Share = Share(),  # frozen
+    expert_rank: int = 0,
 ) -> TrainingMemory:
     """One pack of `sequence_tokens` at a time; every layer is computed again for its gradient."""
     element, rows = DTYPE_BYTES[dtype], sequence_tokens * spec.hidden
-    matrix = 2 * spec.intermediate * spec.hidden
-    q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    routed = sequence_tokens * spec.experts_per_token
-    attention = sequence_tokens * (3 * q_width + 4 * kv_width) * element
-    experts = (
-        routed * spec.hidden * (EXPERT_ROW_COPIES * element + WIDE_BYTES)
-        + routed * spec.intermediate * INNER_COPIES * element
-        # all experts of a product at once where training.grouped may serve, else one after the other
-        + matrix * (spec.experts if dtype == "bf16" and device == "cuda" else DEQUANTIZED_COPIES) * element
-        + matrix // 2 * INDEX_BYTES
-    )
-    layer = rows * WIDE_ROW_COPIES * WIDE_BYTES + attention + experts
+    waiting = share.host_layers * layer_experts_bytes(spec)
+    fused = dtype == "bf16" and device == "cuda"
+    layer = _fused_layer_bytes(spec, sequence_tokens, expert_rank) if fused else _layer_bytes(spec, dtype, rows)
+    if share.host_layers:
+        layer += layer_experts_bytes(spec) * 2 // 3  # the larger product, as it comes from the host
     process = PROCESS[device]
     embedding = spec.vocab * spec.hidden if full else 0
     trained = _trained(trained_values, max(embedding, (trained_values - 2 * embedding) // spec.layers), dtype, share)
     return TrainingMemory(
         # a full run keeps no weights but those that it trains; a layer of them is cast and rounded at a time
-        weights_bytes=2 * spec.experts * matrix * WIDE_BYTES if full else weights_bytes(spec, Mesh(), 0, dtype),
+        weights_bytes=2 * spec.experts * 2 * spec.intermediate * spec.hidden * WIDE_BYTES
+        if full
+        else weights_bytes(spec, Mesh(), 0, dtype) - waiting,
         trained_bytes=trained.values,
         gradients_bytes=trained.gradients,
         moments_bytes=trained.moments,
         kept_bytes=(spec.layers + 2) * rows * element,
         workspace_bytes=round(max(layer, LOGITS_BYTES) * ALLOCATOR_SLACK),
         context_bytes=process.context_bytes + (process.nccl_bytes if share.ranks > 1 else 0),
-        host_bytes=process.host_bytes + trained.host,
+        host_bytes=process.host_bytes + trained.host + waiting,
         disk_bytes=trained_values * SAVED_BYTES,
     )

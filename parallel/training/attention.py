@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.precision import wide
+from ..kernels.rope import concentration, inverse_frequencies, rotate, rotation
 from ..planning.memory import SCORES_LIMIT_BYTES
 from ..planning.spec import Spec
 
 Bounds = tuple[int, ...]
+Turn = tuple[Tensor, Tensor]  # as `rope.rotation` gives it
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Attention:
     """A way to compute attention.
 
     prepare: (bounds, window tokens or None, device) -> whatever `attend` wants to know of a pack, once for all layers
-    of a kind. attend: (q_TND, k_TKD, v_TKD, sinks_N, prepared) -> [T, N * D], differentiable in the first four.
+    of a kind. attend: (q, k and v side by side [T, (N + 2 K) D], cos and sin to rotate q and k with, sinks_N, prepared)
+    -> [T, N * D], differentiable in the first and in sinks.
     """
 
     name: str
     prepare: Callable[[Bounds, int | None, torch.device], Any]
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Any], Tensor]
+    attend: Callable[[Tensor, Turn, Tensor, Any], Tensor]
 
 
 # --- plain
@@ -122,11 +125,18 @@ def _scores(q_TND: Tensor, k_TKD: Tensor, tile: _Tile, precision: torch.dtype) -
     return scores.masked_fill_(tile.hidden, float("-inf"))
 
 
-def _attend_plain(
-    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_N: Tensor, prepared: tuple[Bounds, int | None]
-) -> Tensor:
-    out: Any = _Plain.apply(q_TND, k_TKD, v_TKD, sinks_N, *prepared)
+def _attend_plain(qkv_TQ: Tensor, turn: Turn, sinks_N: Tensor, prepared: tuple[Bounds, int | None]) -> Tensor:
+    q_TND, k_TKD, v_TKD = _heads(qkv_TQ, turn, len(sinks_N))
+    out: Any = _Plain.apply(rotate(q_TND, *turn), rotate(k_TKD, *turn), v_TKD, sinks_N, *prepared)
     return out.flatten(1)
+
+
+def _heads(qkv_TQ: Tensor, turn: Turn, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, N, D], [T, K, D], [T, K, D]."""
+    all_TAD = qkv_TQ.unflatten(1, (-1, 2 * turn[0].shape[1]))
+    kv_heads = (all_TAD.shape[1] - heads) // 2
+    q_TND, k_TKD, v_TKD = all_TAD.split((heads, kv_heads, kv_heads), 1)
+    return q_TND, k_TKD, v_TKD
 
 
 PLAIN = Attention("plain", lambda bounds, window_tokens, device: (bounds, window_tokens), _attend_plain)
@@ -135,34 +145,60 @@ PLAIN = Attention("plain", lambda bounds, window_tokens, device: (bounds, window
 # --- flex_attention (https://arxiv.org/abs/2412.05496)
 
 
+BLOCK = 128  # tokens of which flex_attention leaves out what nobody sees
+
+
+def blocks(document_T: Tensor, window_tokens: int | None) -> tuple[Tensor, Tensor]:
+    """[blocks of queries, blocks of keys] bool: those in which some query may see some key, and those in which every
+    query sees every key. document_T: of each token, ascending; on the host, as all of this is."""
+    of_block = document_T.view(-1, BLOCK)
+    first, last = of_block[:, 0], of_block[:, -1]
+    place = torch.arange(len(first))
+    behind = place[:, None] - place  # blocks of keys before that of queries
+    some = (behind >= 0) & (last >= first[:, None])
+    every = (behind > 0) & (first == last[:, None])
+    if window_tokens is not None:
+        some &= (behind - 1) * BLOCK + 1 < window_tokens
+        every &= (behind + 1) * BLOCK - 1 < window_tokens
+    return some, every
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which: those first that it has."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
 def flex(capacity_tokens: int) -> Attention:
     """Compiled once for packs of up to `capacity_tokens`, which are filled up to that."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+    from ..kernels.triton_layer import sunk, turned
 
     compiled: Any = torch.compile(flex_attention, dynamic=False)
-    size = -(-capacity_tokens // 128) * 128  # whole blocks
+    size = -(-capacity_tokens // BLOCK) * BLOCK
 
     def prepare(bounds: Bounds, window_tokens: int | None, device: torch.device) -> Any:
         lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
         lengths.append(size - bounds[-1])  # what fills up is a document of its own
-        document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+        host = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        document = host.to(device)
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             near = (key <= query) & (document[query] == document[key])
             return near if window_tokens is None else near & (key > query - window_tokens)
 
-        return create_block_mask(sees, None, None, size, size, device=str(device))
+        some, every = blocks(host, window_tokens)
+        ordered = (part[None, None] for blocks in (some & ~every, every) for part in _ordered(blocks))
+        mask = BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(size, size))
+        return mask.to(str(device))
 
-    def attend(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_N: Tensor, mask: Any) -> Tensor:
-        tokens = len(q_TND)
-        q, k, v = (
-            torch.nn.functional.pad(x, (0, 0, 0, 0, 0, size - tokens)).transpose(0, 1)[None]
-            for x in (q_TND, k_TKD, v_TKD)
-        )
+    def attend(qkv_TQ: Tensor, turn: Turn, sinks_N: Tensor, mask: Any) -> Tensor:
+        heads = len(sinks_N)
+        kv_heads = (qkv_TQ.shape[1] // (2 * turn[0].shape[1]) - heads) // 2
+        q, k, v = (part[None] for part in turned(qkv_TQ, turn, heads, kv_heads, size))
         out, aux = compiled(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
-        # a sink takes its share of the weight and brings no value: what is left is a sigmoid
-        left = torch.sigmoid(aux.lse - sinks_N.to(aux.lse.dtype)[None, :, None])
-        return (out * left[..., None].to(out.dtype))[0, :, :tokens].transpose(0, 1).flatten(1)
+        return sunk(out.squeeze(0), aux.lse.squeeze(0), sinks_N, len(qkv_TQ))
 
     return Attention("flex", prepare, attend)
 
@@ -203,23 +239,25 @@ def largest_error(candidate: Attention, spec: Spec, device: torch.device, dtype:
     Three documents, of which one is longer than the window; with a window and without.
     """
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (
-        torch.randn(tokens, count, spec.head_dim, generator=generator).to(dtype)
-        for count in (spec.heads, spec.kv_heads, spec.kv_heads, spec.heads)
+    qkv, grad = (
+        torch.randn(tokens, count * spec.head_dim, generator=generator).to(dtype)
+        for count in (spec.heads + 2 * spec.kv_heads, spec.heads)
     )
-    sinks = torch.randn(spec.heads, generator=generator)
     bounds = (0, tokens // 5, tokens // 5 + 1, tokens)
+    positions = torch.cat([torch.arange(end - begin) for begin, end in zip(bounds, bounds[1:], strict=False)])
+    frequencies = inverse_frequencies(spec).to(device)
+    turn = rotation(positions.to(device), frequencies, concentration(spec))
+    sinks = torch.randn(spec.heads, generator=generator)
     worst = 0.0
     for window_tokens in (None, max(1, min(spec.window_tokens, tokens // 2))):
 
         def run(attention: Attention, wanted: torch.dtype, window: int | None = window_tokens) -> list[Tensor]:
-            leaves = [x.to(device=device, dtype=wanted, copy=True).requires_grad_() for x in (q, k, v)]
-            leaves.append(sinks.to(device, copy=True).requires_grad_())
-            out = attention.attend(
-                leaves[0], leaves[1], leaves[2], leaves[3], attention.prepare(bounds, window, device)
-            )
-            out.backward(grad.flatten(1).to(device=device, dtype=wanted))
-            return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+            x = qkv.to(device=device, dtype=wanted, copy=True).requires_grad_()
+            leaf = sinks.to(device, copy=True).requires_grad_()
+            out = attention.attend(x, turn, leaf, attention.prepare(bounds, window, device))
+            out.backward(grad.to(device=device, dtype=wanted))
+            assert x.grad is not None and leaf.grad is not None
+            return [out.detach(), *_heads(x.grad, turn, spec.heads), leaf.grad]
 
         for ours, exact in zip(run(candidate, dtype), run(PLAIN, torch.float32), strict=True):
             worst = max(worst, ((ours.float() - exact).abs().max() / exact.abs().max()).item())

@@ -3,6 +3,7 @@
 T tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,35 +15,35 @@ from .samples import Sample, sample
 
 @dataclass(frozen=True)
 class Pack:
-    """tokens_T, positions_T: int64; positions begin again with each document. targets_T: the token that follows, and
-    weights_T (fp32) what predicting it counts; 0 at the end of a document. bounds: first token of each document, then
-    the end: cu_seqlens."""
+    """tokens_T, positions_T: int64; positions begin again with each document. learnt_R: tokens after which something is
+    learnt, none of them the last of a document; targets_R: the token that follows each; weights_R (fp32): what
+    predicting it counts. weight: all of them together. bounds: first token of each document, then the end."""
 
     tokens_T: Tensor
     positions_T: Tensor
-    targets_T: Tensor
-    weights_T: Tensor
+    learnt_R: Tensor
+    targets_R: Tensor
+    weights_R: Tensor
+    weight: float
     bounds: tuple[int, ...]
-
-    @property
-    def weight(self) -> float:
-        """What all its tokens count together."""
-        return float(self.weights_T.sum(dtype=torch.float64))
 
 
 def make_pack(samples: Sequence[Sample], device: torch.device) -> Pack:
+    """Made on the host, which knows what is learnt: it need not ask the device."""
     bounds = [0]
     for one in samples:
         bounds.append(bounds[-1] + len(one))
-    tokens = [token for one in samples for token in one.tokens]
-    weights = [weight for one in samples for weight in (*one.weights[1:], 0.0)]
-    positions = [position for one in samples for position in range(len(one))]
-    targets = [token for one in samples for token in (*one.tokens[1:], 0)]
+    # an array and a tensor of the same memory, which is not written to
+    tokens_T = torch.cat([torch.frombuffer(one.tokens, dtype=torch.int32) for one in samples]).long()
+    weights_T = torch.cat([torch.frombuffer(one.weights, dtype=torch.float32) for one in samples])
+    follows = weights_T.nonzero()[:, 0]  # the first token of a document has weight 0
     return Pack(
-        torch.tensor(tokens, device=device),
-        torch.tensor(positions, device=device),
-        torch.tensor(targets, device=device),
-        torch.tensor(weights, dtype=torch.float32, device=device),
+        tokens_T.to(device),
+        torch.cat([torch.arange(len(one)) for one in samples]).to(device),
+        (follows - 1).to(device),
+        tokens_T[follows].to(device),
+        weights_T[follows].to(device),
+        math.fsum(weights_T[follows].tolist()),
         tuple(bounds),
     )
 

@@ -4,6 +4,7 @@ functions that serving calls; a test holds the two passes equal.
 T tokens, H hidden, N query heads, K KV heads, D head_dim, X experts a token, E experts.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,16 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.experts import route
-from ..kernels.norm import add_norm
-from ..kernels.precision import wide
-from ..kernels.rope import concentration, inverse_frequencies, rotate, rotation
+from ..kernels.rope import concentration, inverse_frequencies, rotation
 from ..planning.spec import Spec
 from .attention import Attention
 from .batch import Pack
 from .loss import cross_entropy
 from .model import Layer, Model
-from .products import ONE_BY_ONE, ExpertOperations
+from .operations import PLAIN, Operations
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def forward(
     attention: Attention,
     precision: Precision,
     recompute: bool = True,
-    ops: ExpertOperations = ONE_BY_ONE,
+    ops: Operations = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """(normalised last hidden state [T, H] in the compute dtype, how many tokens each expert got [layers, E] int64).
 
@@ -53,22 +51,29 @@ def forward(
         "embed", lambda: torch.nn.functional.embedding(pack.tokens_T, model.embed_VH).to(precision.residual)
     )
     loads: list[Tensor] = []
+    again = _Again()
     for number, (kind, layer) in enumerate(zip(spec.layer_kinds, model.layers, strict=True)):
 
         def inside(x_TH: Tensor, layer: Layer = layer, mask: Any = masks[kind]) -> tuple[Tensor, Tensor]:
-            return _layer(spec, layer, x_TH, turn, attention, mask, ops, precision)
+            return _layer(spec, layer, x_TH, turn, attention, mask, ops, precision, wanted=not again.now)
 
         run = partial(model.within, f"layers.{number}", inside)
         # nothing in a layer draws random numbers, so there is no state to keep for the second time
         result: Any = (
-            checkpoint(run, residual_TH, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                run,
+                residual_TH,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), again),
+            )
             if recompute
             else run(residual_TH)
         )
         residual_TH, load_E = result
         loads.append(load_E)
     x_TH: Tensor = model.within(
-        "norm", lambda x_TH: add_norm(x_TH, None, model.norm_H, spec.norm_eps, precision.compute)[1], residual_TH
+        "norm", lambda x_TH: ops.add_norm(x_TH, None, model.norm_H, spec.norm_eps, precision.compute)[1], residual_TH
     )
     return x_TH, torch.stack(loads)
 
@@ -80,12 +85,12 @@ def summed_loss(
     attention: Attention,
     precision: Precision,
     recompute: bool = True,
-    ops: ExpertOperations = ONE_BY_ONE,
+    ops: Operations = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """(sum of a pack's weighted losses, fp32; tokens of each expert as from `forward`)."""
     x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, ops)
     loss: Tensor = model.within(
-        "head", lambda x_TH: cross_entropy(x_TH, model.head_VH, pack.targets_T, pack.weights_T), x_TH
+        "head", lambda x_RH: cross_entropy(x_RH, model.head_VH, pack.targets_R, pack.weights_R), x_TH[pack.learnt_R]
     )
     return loss, load_LE
 
@@ -97,33 +102,29 @@ def _layer(
     turn: tuple[Tensor, Tensor],
     attention: Attention,
     mask: Any,
-    ops: ExpertOperations,
+    ops: Operations,
     precision: Precision,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    _, x_TH = add_norm(residual_TH, None, layer.attn_norm_H, spec.norm_eps, precision.compute)
-    q_TND, k_TKD, v_TKD = (part(x_TH).unflatten(-1, (-1, spec.head_dim)) for part in (layer.q, layer.k, layer.v))
-    attended_TQ = attention.attend(rotate(q_TND, *turn), rotate(k_TKD, *turn), v_TKD, layer.sinks_N, mask)
-    residual_TH, x_TH = add_norm(residual_TH, layer.o(attended_TQ), layer.mlp_norm_H, spec.norm_eps, precision.compute)
-    weights_TX, experts_TX = route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
-    delta_TH, load_E = _experts(spec, layer, x_TH, weights_TX, experts_TX, ops)
+    """wanted: whether anybody reads the result."""
+    _, x_TH = ops.add_norm(residual_TH, None, layer.attn_norm_H, spec.norm_eps, precision.compute)
+    parts = [part(x_TH) for part in layer.qkv]
+    qkv_TQ = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    delta_TH = layer.o(attention.attend(qkv_TQ, turn, layer.sinks_N, mask))
+    residual_TH, x_TH = ops.add_norm(residual_TH, delta_TH, layer.mlp_norm_H, spec.norm_eps, precision.compute)
+    weights_TX, experts_TX = ops.route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
+    delta_TH, load_E = ops.mix(layer.gate_up, layer.down, x_TH, weights_TX, experts_TX, spec.swiglu_limit, wanted)
     return residual_TH + delta_TH.to(residual_TH.dtype), load_E
 
 
-def _experts(
-    spec: Spec, layer: Layer, x_TH: Tensor, weights_TX: Tensor, experts_TX: Tensor, ops: ExpertOperations
-) -> tuple[Tensor, Tensor]:
-    """(weighted sum over a token's experts [T, H], tokens of each expert [E]).
+class _Again:
+    """Entered while a layer is computed a second time, for its gradients."""
 
-    Rows are brought into the order of their experts and back by permutations, and a token's rows are added in one sum:
-    no step adds in an order that changes from run to run, on a GPU either.
-    """
-    order = experts_TX.flatten().argsort(stable=True)
-    load_E = torch.bincount(experts_TX.flatten(), minlength=spec.experts)
-    rows = x_TH.unsqueeze(1).expand(-1, spec.experts_per_token, -1).flatten(0, 1)[order]
-    inner = ops.swiglu(ops.products(layer.gate_up, rows, load_E), spec.swiglu_limit)
-    outputs = ops.products(layer.down, inner, load_E)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    y_TXH = outputs[back].unflatten(0, (-1, spec.experts_per_token))
-    y_TH = (y_TXH.to(wide(x_TH.dtype)) * weights_TX[..., None]).sum(1)
-    return y_TH.to(x_TH.dtype), load_E
+    def __init__(self) -> None:
+        self.now = False
+
+    def __enter__(self) -> None:
+        self.now = True
+
+    def __exit__(self, *_: object) -> None:
+        self.now = False

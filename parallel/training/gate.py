@@ -4,6 +4,7 @@ Weights that did not load, or a forward pass that computes something else, show 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from ..model.forward import forward
 from ..model.weights import Weights
 from ..planning.pages import layers_per_page
 from ..planning.spec import Spec
-from .batch import Pack
+from .batch import Pack, make_pack
+from .samples import Sample, sample
 
 TOKENS = 512  # of the first document are looked at
 NEAR_CHANCE = 0.9  # of ln(vocabulary), what a model that knows nothing loses
@@ -38,22 +40,17 @@ def serving_logits(spec: Spec, weights: Weights, tokens_T: Tensor, residual_dtyp
     return forward(spec, weights, PLAIN, Alone(), frequencies, kv_LPCSKD, batch, residual_dtype)
 
 
-def first_document(pack: Pack) -> Pack:
-    """Up to TOKENS of the first document that anything is learnt from."""
-    bounds = list(zip(pack.bounds, pack.bounds[1:], strict=False))
-    begin, end = next((b for b in bounds if bool(pack.weights_T[slice(*b)][:TOKENS].any())), bounds[0])
-    rows = slice(begin, min(end, begin + TOKENS))
-    return Pack(
-        pack.tokens_T[rows], pack.positions_T[rows], pack.targets_T[rows], pack.weights_T[rows], (0, rows.stop - begin)
-    )
+def first_document(samples: Sequence[Sample], device: torch.device) -> Pack:
+    """Up to TOKENS of the first sample in which anything is learnt from them."""
+    one = next((one for one in samples if any(one.weights[:TOKENS])), samples[0])
+    return make_pack([sample(one.tokens[:TOKENS], one.weights[:TOKENS])], device)
 
 
 def serving_loss(spec: Spec, weights: Weights, document: Pack, residual_dtype: torch.dtype) -> float:
     """Mean loss of a single document, by the pass that serves."""
-    rows = document.weights_T.nonzero()[:, 0]
-    logits = serving_logits(spec, weights, document.tokens_T, residual_dtype)[rows].float()
-    nll = torch.nn.functional.cross_entropy(logits, document.targets_T[rows], reduction="none")
-    return ((nll * document.weights_T[rows]).sum() / document.weights_T.sum()).item()
+    logits = serving_logits(spec, weights, document.tokens_T, residual_dtype)[document.learnt_R].float()
+    nll = torch.nn.functional.cross_entropy(logits, document.targets_R, reduction="none")
+    return (nll * document.weights_R).sum().item() / document.weight
 
 
 def check_first_loss(loss: float, serving: float | None, vocab: int) -> None:

@@ -1,10 +1,13 @@
-"""Products of all experts at once, as torch's grouped_mm computes them: few kernels, and the host waits for none.
+"""All experts at once: few kernels, of which the products are torch's grouped_mm, and the host waits for none.
 
-A layer's packed experts are dequantized together, for a product and again for its gradient, and never kept. Checked on
-a small case before it is chosen. P rows in the order of their experts, I columns in, O rows out, E experts, R rank.
+A product of an expert is one matrix, laid out in kernels.triton_mixture: its weights, which are dequantized or cast
+together for all experts of a layer, what is added to them, and its bias. One product then computes all three, and its
+gradient the gradients of all three. Where it is not large, the matrix of the first product lives until its gradient.
+
+T tokens, X experts a token, P = T X rows in the order of their experts, E experts, I columns in, O rows out, R rank,
+W columns of a product.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,153 +16,164 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from ..kernels.experts import Packed
-from ..kernels.quantize import quantize
-from .products import ONE_BY_ONE, Dense, ExpertOperations, Experts, LowRank
+from ..kernels.triton_dequantize import dequantize
+from ..kernels.triton_mixture import (
+    SPARE,
+    Order,
+    fill,
+    gather,
+    gather_back,
+    settle,
+    sort,
+    swiglu,
+    swiglu_backward,
+    weigh,
+)
+from ..planning.training import KEPT_LIMIT_BYTES
+from .products import Experts
 from .quantize import through_mxfp4
 
-Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
-RANK_MULTIPLE = 8  # 16 bytes of bf16, which grouped_mm wants rows to begin at
-LIMIT = 7.0  # of SwiGLU, far from the values of the small case: near it rounding decides which gradients are zero
-ERROR_LIMIT = 2e-2  # of the largest value, in bf16
+
+@dataclass(frozen=True)
+class _Product:
+    """Of all experts of a layer, as the rows of `order` go through it."""
+
+    experts: Experts
+    order: Order
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.experts.added is None else self.experts.added.a.shape[1]
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """[E, O, W]"""
+        base, added = self.experts.base, self.experts.added
+        if isinstance(base, Packed):
+            # experts may wait in host memory
+            device = self.order.starts_E.device
+            blocks, scales = (part.to(device, non_blocking=True) for part in (base.blocks, base.scales))
+            matrix = dequantize(blocks, scales, dtype, self.rank + SPARE)
+        else:
+            weight = through_mxfp4(base.weight) if base.as_mxfp4 else base.weight
+            matrix = weight.new_empty((*weight.shape[:2], weight.shape[2] + self.rank + SPARE), dtype=dtype)
+            matrix[..., : weight.shape[2]] = weight
+        fill(matrix, None if added is None else added.b, base.bias, 1.0 if added is None else added.scale)
+        return matrix
+
+    def lower(self, rows_PW: Tensor) -> None:
+        """Writes A x where rows have room for it."""
+        if self.experts.added is not None:
+            a_ERI = self.experts.added.a.to(rows_PW.dtype)
+            width = a_ERI.shape[2]
+            low_PR = grouped_mm(rows_PW[:, :width], a_ERI.transpose(1, 2), offs=self.order.ends_E)
+            rows_PW[:, width : width + self.rank] = low_PR
+
+    def raise_gradient(self, dlow_PR: Tensor) -> Tensor | None:
+        """Of x, by A."""
+        if self.experts.added is None:
+            return None
+        return grouped_mm(dlow_PR, self.experts.added.a.to(dlow_PR.dtype), offs=self.order.ends_E)
+
+    def gradients(
+        self, grad_PO: Tensor, rows_PI: Tensor, dlow_PR: Tensor, low_PR: Tensor, rows_PW: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Of weight, bias, A and B. rows_PW: where the weight is trained."""
+        base, added, ends_E = self.experts.base, self.experts.added, self.order.ends_E
+        dweight = dbias = da = db = None
+        if rows_PW is not None:
+            assert not isinstance(base, Packed)
+            whole = settle(grouped_mm(grad_PO.T, rows_PW, offs=ends_E), self.order, 1.0, base.weight.dtype)
+            width = base.weight.shape[2]
+            dweight, dbias = whole[..., :width], whole[..., width + self.rank].to(base.bias.dtype)
+        if added is not None:
+            da = settle(grouped_mm(dlow_PR.T, rows_PI, offs=ends_E), self.order, 1.0, added.a.dtype)
+            db = settle(grouped_mm(grad_PO.T, low_PR, offs=ends_E), self.order, added.scale, added.b.dtype)
+        return dweight, dbias, da, db
 
 
-class _Packed(torch.autograd.Function):
-    """x W^T of a packed W, with the gradient of x."""
+def _trained(experts: Experts) -> tuple[Tensor | None, ...]:
+    """Whatever of a product may get a gradient: weight, bias, A and B."""
+    base, added = experts.base, experts.added
+    both = (None, None) if isinstance(base, Packed) else (base.weight, base.bias)
+    return (*both, None, None) if added is None else (*both, added.a, added.b)
+
+
+class _AtOnce(torch.autograd.Function):
+    """trained: `_trained` of both products, named so that gradients go there."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_PI: Tensor, blocks: Tensor, scales: Tensor, ends_E: Tensor, dequantize: Dequantize
-    ) -> Tensor:
-        ctx.save_for_backward(blocks, scales, ends_E)
-        ctx.dequantize = dequantize
-        return grouped_mm(x_PI, dequantize(blocks, scales, x_PI.dtype).transpose(1, 2), offs=ends_E)
+        ctx: Any,
+        x_TH: Tensor,
+        weights_TX: Tensor,
+        experts_TX: Tensor,
+        gate_up: Experts,
+        down: Experts,
+        limit: float,
+        wanted: bool,
+        *trained: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        order = sort(experts_TX, len(gate_up.base.bias))
+        first, second = _Product(gate_up, order), _Product(down, order)
+        rows_PW = gather(x_TH, order, first.rank)
+        first.lower(rows_PW)
+        matrix = first.matrix(x_TH.dtype)
+        h_PO = grouped_mm(rows_PW, matrix.transpose(1, 2), offs=order.ends_E)
+        inner_PW = swiglu(h_PO, second.rank, limit)
+        second.lower(inner_PW)
+        kept = matrix if matrix.nbytes <= KEPT_LIMIT_BYTES else None
+        ctx.save_for_backward(weights_TX, order.pairs_P, order.rows_P, order.starts_E, rows_PW, kept, h_PO, inner_PW)
+        ctx.experts, ctx.limit = (gate_up, down), limit
+        load_E = order.starts_E.diff()
+        ctx.mark_non_differentiable(load_E)
+        if not wanted:
+            return torch.empty_like(x_TH), load_E
+        del matrix, kept
+        y_PH = grouped_mm(inner_PW, second.matrix(x_TH.dtype).transpose(1, 2), offs=order.ends_E)
+        return gather_back(y_PH, y_PH.shape[1], order, len(x_TH), weights_TX), load_E
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        blocks, scales, ends_E = ctx.saved_tensors
-        grad_PO = grads[0].contiguous()
-        weight = ctx.dequantize(blocks, scales, grad_PO.dtype)
-        return grouped_mm(grad_PO, weight, offs=ends_E), None, None, None, None
+        weights_TX, pairs_P, rows_P, starts_E, rows_PW, kept, h_PO, inner_PW = ctx.saved_tensors
+        order, limit = Order(pairs_P, rows_P, starts_E), ctx.limit
+        first, second = (_Product(experts, order) for experts in ctx.experts)
+        grad_TH, ends_E = grads[0].contiguous(), order.ends_E
+        # of the last product as if every weight were one
+        grad_PH = gather(grad_TH, order, None)
+        dinner_PW = grouped_mm(grad_PH, second.matrix(grad_PH.dtype), offs=ends_E)
+        dweights_TX, dlow_PR, low_PR = weigh(inner_PW, dinner_PW, weights_TX, order, second.rank)
+        width = h_PO.shape[1] // 2
+        weighed_PW = None
+        if not isinstance(second.experts.base, Packed):
+            weighed_PW = inner_PW * weights_TX.flatten()[pairs_P, None].to(inner_PW.dtype)
+        of_second = second.gradients(grad_PH, inner_PW[:, :width], dlow_PR, low_PR, weighed_PW)
+        dh_PO = swiglu_backward(h_PO, dinner_PW, second.raise_gradient(dlow_PR), weights_TX, order, limit)
+        del dinner_PW
+        matrix = first.matrix(dh_PO.dtype) if kept is None else kept
+        drows_PW = grouped_mm(dh_PO, matrix, offs=ends_E)
+        del matrix
+        width = grad_TH.shape[1]
+        low = slice(width, width + first.rank)
+        trained = not isinstance(first.experts.base, Packed)
+        of_first = first.gradients(
+            dh_PO, rows_PW[:, :width], drows_PW[:, low], rows_PW[:, low], rows_PW if trained else None
+        )
+        added_PH = first.raise_gradient(drows_PW[:, low])
+        dx_TH = gather_back(drows_PW, width, order, len(grad_TH), added_PI=added_PH)
+        return dx_TH, dweights_TX, None, None, None, None, None, *of_first, *of_second
 
 
-class _Trained(torch.autograd.Function):
-    """x W^T, with the gradients of both."""
-
-    @staticmethod
-    def forward(ctx: Any, x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_PI, weight_EOI, ends_E)
-        return grouped_mm(x_PI, weight_EOI.transpose(1, 2), offs=ends_E)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_PI, weight_EOI, ends_E = ctx.saved_tensors
-        grad_PO = grads[0].contiguous()
-        dx_PI = grouped_mm(grad_PO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
-        dweight = grouped_mm(grad_PO.T, x_PI, offs=ends_E)
-        # nothing is written for an expert without rows
-        idle_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
-        return dx_PI, dweight.masked_fill_(idle_E[:, None, None], 0), None
-
-
-class _AddBias(torch.autograd.Function):
-    """The gradient of a trained bias is a product with zeros and ones: adding rows up in order."""
-
-    @staticmethod
-    def forward(ctx: Any, y_PO: Tensor, bias_EO: Tensor, expert_P: Tensor) -> Tensor:
-        ctx.save_for_backward(expert_P)
-        ctx.experts = len(bias_EO)
-        return y_PO + bias_EO[expert_P]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (expert_P,) = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return grads[0], None, None
-        mine_EP = expert_P == torch.arange(ctx.experts, device=expert_P.device)[:, None]
-        return grads[0], mine_EP.to(grads[0].dtype) @ grads[0], None
-
-
-@dataclass(frozen=True)
-class Grouped:
-    """A way to multiply, as `products.one_by_one`. dequantize: as `mxfp4.dequantize`."""
-
-    dequantize: Dequantize
-
-    def __call__(self, experts: Experts, rows_PI: Tensor, load_E: Tensor) -> Tensor:
-        dtype, base, added = rows_PI.dtype, experts.base, experts.added
-        ends_E = load_E.cumsum(0).to(torch.int32)
-        y: Any
-        if isinstance(base, Packed):
-            y = _Packed.apply(rows_PI, base.blocks, base.scales, ends_E, self.dequantize)
-        else:
-            weight = through_mxfp4(base.weight) if base.as_mxfp4 else base.weight
-            y = _Trained.apply(rows_PI, weight.to(dtype), ends_E)
-        place_P = torch.arange(len(rows_PI), dtype=torch.int32, device=rows_PI.device)
-        y = _AddBias.apply(y, base.bias.to(dtype), torch.bucketize(place_P, ends_E, right=True))
-        if added is None:
-            return y
-        inner: Any = _Trained.apply(rows_PI, added.a.to(dtype), ends_E)
-        outer: Any = _Trained.apply(inner * added.scale, added.b.to(dtype), ends_E)
-        return y + outer
-
-
-@dataclass(frozen=True)
-class Choice:
-    """ops: what will be used. why: a line for the log."""
-
-    ops: ExpertOperations
-    why: str
-
-
-def choose(device: torch.device, dtype: torch.dtype, ranks: Sequence[int]) -> Choice:
-    """All experts at once where that proves right on a small case, else one by one. ranks: of experts' adapters."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return Choice(ONE_BY_ONE, f"experts: one by one; all at once needs bf16 on a GPU, not {dtype} on {device.type}")
-    if any(rank % RANK_MULTIPLE for rank in ranks):
-        return Choice(ONE_BY_ONE, f"experts: one by one; all at once needs expert_rank in steps of {RANK_MULTIPLE}")
-    try:
-        from ..kernels.triton_dequantize import dequantize
-        from ..kernels.triton_swiglu import swiglu
-
-        candidate = ExpertOperations(Grouped(dequantize), swiglu)
-        error = largest_error(candidate, device, dtype)
-    except Exception as error:  # whatever a compiler raises
-        reason = " ".join(str(error).split())[:200]
-        return Choice(ONE_BY_ONE, f"experts: one by one; all at once fails here: {type(error).__name__}: {reason}")
-    if not error <= ERROR_LIMIT:
-        return Choice(ONE_BY_ONE, f"experts: one by one; all at once is off by {error:.1e} (limit {ERROR_LIMIT:.0e})")
-    return Choice(candidate, f"experts: all at once; within {error:.1e} of one by one, gradients included")
-
-
-def largest_error(candidate: ExpertOperations, device: torch.device, dtype: torch.dtype) -> float:
-    """Of output and gradients, relative to the largest value of each, against one expert after the other in fp32.
-
-    A product of four experts, of which the second and the last have no rows, and SwiGLU of its result; packed with
-    adapters, and trained with biases.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    rows, load_E = draw(100, 128), torch.tensor([60, 0, 40, 0], device=device)
-    weight, bias, grad = draw(4, 64, 128) / 11, draw(4, 64), draw(100, 32)
-    a, b = draw(4, 8, 128) / 11, draw(4, 64, 8) / 3
-    packed = Packed(*quantize(weight), bias)
-    worst = 0.0
-
-    def run(ops: ExpertOperations, wanted: torch.dtype, low_rank: bool) -> list[Tensor]:
-        leaves = [x.to(dtype).to(wanted).requires_grad_() for x in (rows, *((a, b) if low_rank else (weight, bias)))]
-        if low_rank:
-            experts = Experts(packed, LowRank(leaves[1], leaves[2], 0.5))
-        else:
-            experts = Experts(Dense(leaves[1], leaves[2], False))
-        out = ops.swiglu(ops.products(experts, leaves[0], load_E), LIMIT)
-        out.backward(grad.to(dtype).to(wanted))
-        return [out.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
-
-    for low_rank in (True, False):
-        pairs = zip(run(candidate, dtype, low_rank), run(ONE_BY_ONE, torch.float32, low_rank), strict=True)
-        for ours, exact in pairs:
-            worst = max(worst, ((ours.float() - exact).abs().max() / exact.abs().max()).item())
-    return worst
+def at_once(
+    gate_up: Experts,
+    down: Experts,
+    x_TH: Tensor,
+    weights_TX: Tensor,
+    experts_TX: Tensor,
+    limit: float,
+    wanted: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`products.one_by_one`, in bf16 on a GPU."""
+    out: Any = _AtOnce.apply(
+        x_TH, weights_TX, experts_TX, gate_up, down, limit, wanted, *_trained(gate_up), *_trained(down)
+    )
+    return out

@@ -17,12 +17,13 @@ from ..planning.spec import Spec, spec_from_json, spec_to_json
 Schedule = Literal["cosine", "linear", "constant"]
 Mode = Literal["lora", "full"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
+AdapterDtype = Literal["fp32", "bf16"]
 
 JOB_FILE, METRICS_FILE = "job.json", "metrics.jsonl"
 TRAIN_FILE, EVAL_FILE = "train.safetensors", "eval.safetensors"
 STOP_FILE = "stop"
 # between a run and its resumption
-_MAY_CHANGE = ("save_every", "keep_last", "eval_every", "check_first_loss", "ranks", "deepspeed")
+_MAY_CHANGE = ("save_every", "keep_last", "eval_every", "check_first_loss", "ranks", "deepspeed", "host_layers")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Job:
     and hidden states. data: where the samples are from and how they were made, in words. weights: how often an epoch
     takes a sample of each source. ranks: that train it; what is computed does not depend on them, but for the order of
     sums. deepspeed: a configuration (planning.zero), or None for AdamW on every rank. optimizer: how its moments are
-    kept."""
+    kept. adapter_dtype: of adapters and their gradients on one rank. host_layers: whose experts wait in host memory."""
 
     model: str
     checkpoint: str
@@ -80,6 +81,8 @@ class Job:
     ranks: int = 1
     deepspeed: dict[str, Any] | None = None
     optimizer: OptimizerKind = "adamw"
+    adapter_dtype: AdapterDtype = "fp32"
+    host_layers: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"spec": spec_to_json(self.spec), "weights": list(self.weights)}

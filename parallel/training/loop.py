@@ -20,14 +20,14 @@ from torch import Tensor
 from ..errors import CheckError
 from ..model.dtypes import TORCH_DTYPE
 from ..planning.flops import peak_flops, training_flops
-from . import gate, grouped
+from . import gate, operations
 from .attention import Attention, choose
 from .batch import Pack, blank_pack, make_pack
 from .checkpoints import write_save
 from .forward import Precision, summed_loss
 from .job import Job
+from .operations import Operations
 from .order import Mixture, pack, steps
-from .products import ExpertOperations
 from .samples import Sample
 from .saves import saves
 from .trainee import Trainee
@@ -77,13 +77,13 @@ def train(
     dtype = TORCH_DTYPE[job.dtype]
     choice = choose(job.spec, world.device, dtype, job.sequence_tokens)
     ranks = (job.expert_rank,) if job.mode == "lora" and job.expert_rank else ()
-    experts = grouped.choose(world.device, dtype, ranks)
-    pass_ = Pass(job, world, trainee, choice.attention, experts.ops, Precision(dtype, dtype))
+    layers = operations.choose(world.device, dtype, ranks)
+    pass_ = Pass(job, world, trainee, choice.attention, layers.ops, Precision(dtype, dtype))
     if world.first:
         if trainee.steps:
             say(f"going on after step {trainee.steps} of {job.steps}")
         say(choice.why)
-        say(experts.why)
+        say(layers.why)
     mixture = Mixture(tuple(map(len, samples)), tuple(one.source for one in samples), job.weights)
     stream = steps(mixture, job.seed, job.sequence_tokens, job.packs_per_step, trainee.steps)
     eval_packs = pack(range(len(eval_samples)), [len(one) for one in eval_samples], job.sequence_tokens)
@@ -104,7 +104,8 @@ def train(
                 CheckError(f"step {number}: loss {loss}, gradient norm {norm}", f"{hint}; lower learning_rate")
             )
         last = number == job.steps
-        lengths = [len(samples[index]) for group in groups for index in group]
+        indexes = [index for group in groups for index in group]
+        lengths = [len(samples[index]) for index in indexes]
         tokens = sum(lengths)
         step_s = time.perf_counter() - began_s
         evaluate = bool(eval_packs) and (last or (job.eval_every > 0 and number % job.eval_every == 0))
@@ -116,7 +117,7 @@ def train(
             learning_rate=rate,
             grad_norm=norm,
             tokens=tokens,
-            trained_tokens=sum(weight > 0 for group in groups for index in group for weight in samples[index].weights),
+            trained_tokens=sum(len(samples[index]) - samples[index].weights.count(0.0) for index in indexes),
             step_s=step_s,
             tokens_per_s=tokens / step_s,
             expert_load_worst=over_mean.max().item(),
@@ -143,7 +144,7 @@ class Pass:
     world: World
     trainee: Trainee
     attention: Attention
-    experts: ExpertOperations
+    ops: Operations
     precision: Precision
 
     def add_up(
@@ -154,7 +155,7 @@ class Pass:
 
         Every trained token of the step counts by its own weight, in whichever pack and on whichever rank it is.
         """
-        weight = math.fsum(weight for group in groups for index in group for weight in samples[index].weights)
+        weight = math.fsum(math.fsum(samples[index].weights) for group in groups for index in group)
         losses, loads = [], []
         packs = self._mine(samples, groups)
         for place, one in enumerate(packs):
@@ -186,7 +187,7 @@ class Pass:
     @torch.no_grad()
     def check_first_loss(self, samples: Sequence[Sample]) -> None:
         """Every rank looks at the same document."""
-        document = gate.first_document(make_pack(samples, self.world.device))
+        document = gate.first_document(samples, self.world.device)
         summed, _ = self.trainee.updates.look(lambda: self._loss(document, recompute=False))
         serving = self.trainee.serving(document) if self.trainee.serving else None
         try:
@@ -195,9 +196,7 @@ class Pass:
             self.world.refuse(error)
 
     def _loss(self, one: Pack, recompute: bool) -> tuple[Tensor, Tensor]:
-        return summed_loss(
-            self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute, self.experts
-        )
+        return summed_loss(self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute, self.ops)
 
     def _mine(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Pack]:
         rounds = zip_longest(*(groups[rank :: self.world.size] for rank in range(self.world.size)))

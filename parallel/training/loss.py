@@ -15,12 +15,11 @@ LOGITS_LIMIT_BYTES = 256 << 20
 
 
 def cross_entropy(x_TH: Tensor, head_VH: Tensor, targets_T: Tensor, weights_T: Tensor) -> Tensor:
-    """Sum over tokens of weight * -ln p(target), a scalar in fp32; tokens of weight 0 cost nothing.
+    """Sum over tokens of weight * -ln p(target), a scalar in fp32.
 
     The gradient of x, and of the head where it is trained, is computed on the way, while a chunk's logits are there.
     """
-    rows = weights_T.nonzero()[:, 0]
-    out: Any = _CrossEntropy.apply(x_TH[rows], head_VH, targets_T[rows], weights_T[rows])
+    out: Any = _CrossEntropy.apply(x_TH, head_VH, targets_T, weights_T)
     return out
 
 

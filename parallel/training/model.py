@@ -20,9 +20,7 @@ ATTENTION, EXPERTS = ("q", "k", "v", "o"), ("gate_up", "down")
 @dataclass(frozen=True)
 class Layer:
     attn_norm_H: Tensor
-    q: Linear
-    k: Linear
-    v: Linear
+    qkv: tuple[Linear, ...]  # their results side by side
     o: Linear
     sinks_N: Tensor
     mlp_norm_H: Tensor
@@ -65,19 +63,16 @@ def parts(names: Iterable[str]) -> dict[str, list[str]]:
 
 def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Model:
     """Frozen `weights` of a single rank, and what is added to them, by name: "layers.3.q", "layers.3.down"."""
-    widths = (spec.heads * spec.head_dim, *[spec.kv_heads * spec.head_dim] * 2)
     layers = []
     for number, layer in enumerate(weights.layers):
         pairs = {name: added.get(f"layers.{number}.{name}") for name in (*ATTENTION, *EXPERTS)}
-        rows, biases = _whole(layer.qkv_QH).split(widths), layer.qkv_bias_Q.split(widths)
-        q, k, v = (Linear(rows[place], biases[place], pairs[name]) for place, name in enumerate("qkv"))
+        q_k_v = tuple(pair for name in "qkv" if (pair := pairs[name]) is not None)
+        o = tuple(pair for pair in (pairs["o"],) if pair is not None)
         layers.append(
             Layer(
                 attn_norm_H=layer.attn_norm_H,
-                q=q,
-                k=k,
-                v=v,
-                o=Linear(_whole(layer.out_HQ), layer.out_bias_H, pairs["o"]),
+                qkv=(Linear(_whole(layer.qkv_QH), layer.qkv_bias_Q, q_k_v),),
+                o=Linear(_whole(layer.out_HQ), layer.out_bias_H, o),
                 sinks_N=layer.sinks_N,
                 mlp_norm_H=layer.mlp_norm_H,
                 router_EH=layer.router_EH,
@@ -111,9 +106,7 @@ def full_model(spec: Spec, parameters: Mapping[str, Tensor]) -> Model:
         layers.append(
             Layer(
                 attn_norm_H=here["attn_norm"],
-                q=q,
-                k=k,
-                v=v,
+                qkv=(q, k, v),
                 o=o,
                 sinks_N=here["sinks"],
                 mlp_norm_H=here["mlp_norm"],

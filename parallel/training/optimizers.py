@@ -1,6 +1,7 @@
 """AdamW (https://arxiv.org/abs/1711.05101), with moments in fp32 or, through torchao, in 8 bits.
 
 A run that goes on rounds moments of 8 bits once more: its losses are near those of the run without a stop, not equal.
+Parameters in bf16 are rounded at random, up or down, so that on average they get what is less than a step of bf16.
 Knows nothing of gradients or ranks.
 """
 
@@ -17,7 +18,7 @@ def make_optimizer(job: Job, parameters: list[Tensor]) -> torch.optim.Optimizer:
         return adamw(parameters, job.recipe)
     from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports] # on request only
 
-    return AdamW8bit(parameters, **_arguments(job.recipe))
+    return AdamW8bit(parameters, **_arguments(job.recipe), bf16_stochastic_round=True)
 
 
 def adamw(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 Knows nothing of settings, data or the loop.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kernels.experts import Packed
 from ..kernels.mxfp4 import dequantize
 from ..model.checkpoint import load
 from ..model.files import open_files
 from ..model.weights import Weights
+from ..offload.pinned import pinned
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import DType
 from ..planning.shards import Mesh, table
@@ -33,11 +36,24 @@ class OneDevice:
     expert_order: tuple[tuple[int, ...], ...] = ()
 
 
-def load_frozen(spec: Spec, folder: Path, dtype: DType, device: torch.device, progress: Progress) -> Weights:
-    """Weights in the compute dtype, experts packed as they are in the files. Raises UserError for a broken folder."""
+def load_frozen(
+    spec: Spec, folder: Path, dtype: DType, device: torch.device, progress: Progress, host_layers: int = 0
+) -> Weights:
+    """Weights in the compute dtype, experts packed as they are in the files; those of the first `host_layers` wait in
+    host memory for whoever computes with them. Raises UserError for a broken folder."""
     inventory = read_inventory(folder)
     check_inventory(spec, inventory, folder)
-    return load(OneDevice(spec, dtype), 0, inventory, device, progress)
+    products = itertools.count()
+
+    def pack(blocks: Tensor, scales: Tensor, bias: Tensor) -> Packed:
+        """Two of each layer, one layer after the other."""
+        if next(products) < 2 * host_layers:
+            keep = pinned if device.type == "cuda" else lambda one: one
+            return Packed(keep(blocks), keep(scales), bias.to(device))
+        return Packed(blocks.to(device), scales.to(device), bias.to(device))
+
+    experts = "memory" if host_layers else "device"
+    return load(OneDevice(spec, dtype), 0, inventory, device, progress, pack, experts)
 
 
 def parameter_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:

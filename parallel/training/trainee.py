@@ -44,7 +44,7 @@ def load_trainee(job: Job, world: World, saved: Path | None, progress: Callable[
     found = None if saved is None else read_save(job, saved)
     ranks, frozen = ranks_of(job), None
     if job.mode == "lora":
-        frozen = load_frozen(spec, folder, job.dtype, device, progress)
+        frozen = load_frozen(spec, folder, job.dtype, device, progress, job.host_layers)
         begun = adapters.by_part(adapters.new_adapter(spec, ranks, job.seed, device))
     else:
         begun = read_parameters(spec, folder, device, progress)
@@ -52,7 +52,10 @@ def load_trainee(job: Job, world: World, saved: Path | None, progress: Callable[
     begun = _counted(job, begun if found is None else found.values(device), counts)
 
     if job.deepspeed is None:
-        leaves = {name: tensor.requires_grad_() for _, part in begun for name, tensor in part.items()}
+        dtype = TORCH_DTYPE[job.adapter_dtype if job.mode == "lora" else "fp32"]
+        leaves = {
+            name: tensor.detach().to(dtype).requires_grad_() for _, part in begun for name, tensor in part.items()
+        }
         updates: Updates = Replicated(leaves, job.recipe, make_optimizer(job, list(leaves.values())), world)
         whole = None
     else:

@@ -81,7 +81,7 @@ class Replicated:
     def read(self, name: str) -> Kept:
         leaf = self._leaves[name]
         state = self._optimizer.state[leaf]
-        return Kept(leaf.detach(), *(whole(state[moment]) for moment in MOMENTS))
+        return Kept(leaf.detach().float(), *(whole(state[moment]) for moment in MOMENTS))
 
     def write(self, kept: Callable[[str], Kept], steps: int) -> None:
         for leaf in self._leaves.values():
@@ -115,4 +115,4 @@ def set_steps(state: dict[str, Any], steps: int) -> None:
 
 def whole(moment: Tensor) -> Tensor:
     """In fp32: moments of 8 bits are tensors that know how to become it."""
-    return moment if type(moment) is Tensor else moment.dequantize()
+    return (moment if type(moment) is Tensor else moment.dequantize()).float()

@@ -32,6 +32,7 @@ from gptoss_launch.parallel.kernels import (
     triton_linear,
     triton_norm,
     triton_qkv,
+    triton_weight_only,
 )
 from gptoss_launch.parallel.kernels.batch import Batch, Chunk, PageView, tiles
 from gptoss_launch.parallel.kernels.weight_only import CODES, quantized
@@ -46,21 +47,23 @@ REPLAYS = 12
 PEAK_FLOPS = 800e12  # bf16, as measured
 BF16 = torch.bfloat16
 
-Decode, Chunks, Linear = triton_attend_decodes.Tuning, triton_attend_chunks.Tuning, triton_linear.Tuning
+Decode, Chunks, Stay = triton_attend_decodes.Tuning, triton_attend_chunks.Tuning, triton_linear.Stay
 DECODES = [
-    *(Decode(64, programs, 64, share, 2, 3) for programs in (1024, 4096, 8192) for share in (1, 2)),
-    Decode(64, 4096, 64, 4, 2, 3),
-    *(Decode(128, programs, 64, 2, 4, 3) for programs in (1024, 4096, 8192)),
-    Decode(64, 4096, 64, 2, 2, 5),
-    Decode(32, 4096, 64, 2, 2, 5),
-    Decode(64, 512, 64, 1, 4, 3),
+    *(Decode(64, programs, 64, 2, 2, 3, together) for programs in (1024, 4096) for together in (8, 16)),
+    *(Decode(64, 4096, 64, 2, 4, 3, together) for together in (8, 16)),
+    *(Decode(128, programs, 64, 2, 4, 3, 16) for programs in (1024, 4096)),
+    Decode(128, 4096, 64, 2, 4, 3, 8),
+    Decode(128, 4096, 64, 2, 8, 3, 16),
+    Decode(64, 4096, 64, 4, 2, 3, 8),
+    Decode(64, 4096, 64, 2, 2, 5, 8),
 ]
 FP8_DECODES = [
-    Decode(block, 4096, 64, 2, warps, stages)
+    Decode(block, 4096, 64, 2, warps, stages, 8)
     for block, warps, stages in ((64, 2, 3), (64, 4, 3), (64, 2, 5), (128, 4, 3), (128, 4, 5))
 ]
 WINDOW_DECODES = [
-    Decode(block, 1, 1, 1, warps, stages) for block, warps, stages in ((128, 4, 1), (128, 8, 1), (64, 4, 3), (64, 2, 3))
+    Decode(block, 1, 1, 1, warps, stages, 1)
+    for block, warps, stages in ((128, 4, 1), (128, 8, 1), (64, 4, 3), (64, 2, 3))
 ]
 CHUNKS = [
     Chunks(*numbers, 264, 1024)
@@ -76,16 +79,24 @@ WINDOW_CHUNKS = [
     Chunks(*numbers, 1, 1024)
     for numbers in ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (32, 64, 2, 3), (128, 64, 8, 3))
 ]
-ONES = [
-    *(Linear(rows, 1024, 1, 4, 1) for rows in (1, 2, 4)),
-    *(Linear(rows, 4096, 1, warps, 1) for rows, warps in ((1, 2), (1, 4), (2, 4), (2, 8), (4, 8))),
+STAYS = [
+    Stay(*how)
+    for how in ((4, 4, 2), (4, 5, 1), (4, 5, 2), (4, 7, 2), (4, 5, 3), (8, 3, 1), (8, 3, 2), (8, 2, 3), (8, 4, 2))
 ]
 FEWS = [
-    *(Linear(16, columns, 4, 4, stages) for columns, stages in ((256, 4), (512, 3))),
-    Linear(16, 512, 8, 8, 3),
-    *(Linear(16, 128, ways, ways, 6) for ways in (1, 2)),
-    *(Linear(32, 256, ways, 4, 4) for ways in (2, 4)),
-]
+    (8, 4),
+    (8, 8),
+    (8, 16),
+    (4, 8),
+    (4, 16),
+    (2, 16),
+    (1, 9),
+    (1, 15),
+    (2, 5),
+    (2, 9),
+    (2, 15),
+    (2, 3),
+]  # ways, unroll
 
 
 @dataclass(frozen=True)
@@ -186,11 +197,14 @@ def linear_case(tokens: int, rows: int, columns: int, bias: bool, codes: torch.d
         whole_OI = weights[0].dense(slice(None)).float()
     calls = {"torch": [partial(linear.linear, x_TI, weight, bias_O) for weight in weights]}
     if tokens == 1:
-        for tuning in ONES:
+        for tuning in STAYS:
             calls[label(tuning)] = [partial(triton_linear.one, x_TI, weight, bias_O, tuning) for weight in weights]
-    if tokens <= triton_linear.FEW_TOKENS:
-        for tuning in FEWS:
-            calls[label(tuning)] = [partial(triton_linear.few, x_TI, weight, bias_O, tuning) for weight in weights]
+    if codes is not None:
+        calls["few"] = [partial(triton_weight_only.several, x_TI, weight, bias_O) for weight in weights]
+    elif tokens <= triton_linear.FEW_TOKENS:
+        for cut in FEWS:
+            if columns % (cut[0] * cut[1] * triton_linear.STEP_COLUMNS) == 0:
+                calls[f"few {cut}"] = [partial(triton_linear.few, x_TI, weight, bias_O, *cut) for weight in weights]
     return Case(
         {"op": "linear", "tokens": tokens, "rows": rows, "columns": columns}
         | ({} if codes is None else {"codes": str(codes)}),
@@ -206,21 +220,31 @@ def qkv_case(pages: Pages, tokens: int) -> Case:
     size_bytes = width * HIDDEN * 2
     weights = [torch.randn((width, HIDDEN), dtype=BF16, device="cuda") for _ in copies(size_bytes)]
     bias_Q = torch.randn(width, dtype=BF16, device="cuda")
-    x_TH = torch.randn((tokens, HIDDEN), dtype=BF16, device="cuda")
+    before = *torch.randn((2, tokens, HIDDEN), dtype=BF16, device="cuda"), torch.ones(HIDDEN, device="cuda"), 1e-5
     angles = torch.randn((tokens, HEAD_DIM // 2), device="cuda")
     rotation = angles.cos(), angles.sin()
     slots_T = torch.arange(tokens, device="cuda")
-    work = {"triton": triton_qkv.qkv_write, "plain": attention.qkv_write}
+    work: dict[str, Callable[..., Any]] = {"triton": triton_qkv.norm_qkv_write, "plain": attention.norm_qkv_write}
+    if tokens == 1:
+        work |= {label(how): partial(triton_qkv.norm_qkv_write, how=how) for how in STAYS}
     return Case(
-        {"op": "qkv_write", "tokens": tokens},
+        {"op": "norm_qkv_write", "tokens": tokens},
         {
-            name: [partial(write, x_TH, weight, bias_Q, rotation, pages.kv_PCSKD, slots_T) for weight in weights]
+            name: [
+                partial(write, *before, BF16, weight, bias_Q, rotation, pages.kv_PCSKD, slots_T) for weight in weights
+            ]
             for name, write in work.items()
         },
-        lambda: attention.qkv_write(
-            x_TH.float(), weights[0].float(), bias_Q.float(), rotation, torch.zeros_like(pages.kv_PCSKD[:256]), slots_T
-        ),
-        lambda got: got,
+        lambda: attention.norm_qkv_write(
+            *before,
+            torch.float32,
+            weights[0].float(),
+            bias_Q.float(),
+            rotation,
+            torch.zeros_like(pages.kv_PCSKD[:256]),
+            slots_T,
+        )[1],
+        lambda got: got[1],
         bytes=size_bytes,
     )
 
@@ -287,8 +311,8 @@ def cases(only: set[str], small: bool) -> Iterator[Case]:
         yield torch_attention_case(2048)
     if "linear" in only:
         vocab = VOCAB // 100 if small else VOCAB
-        for rows, columns, bias in ((5120, HIDDEN, True), (HIDDEN, 4096, True), (vocab, HIDDEN, False)):
-            for tokens in (1,) if small else (1, 2, 4, 8, 16, 32):
+        for rows, columns, bias in ((HIDDEN, 4096, True), (vocab, HIDDEN, False)):
+            for tokens in (1, 2, 16) if small else (1, 2, 8, 16, 32):
                 yield linear_case(tokens, rows, columns, bias)
     if "linear8" in only:
         for codes in CODES.values():
@@ -296,7 +320,7 @@ def cases(only: set[str], small: bool) -> Iterator[Case]:
                 yield linear_case(tokens, 5120, HIDDEN, True, codes)
                 yield linear_case(tokens, VOCAB // 100 if small else VOCAB, HIDDEN, False, codes)
     if "small" in only:
-        for tokens in (1, 2) if small else (1, 2, 4, 8, 16, 32, 2048):
+        for tokens in (1, 2, 9, 17) if small else (1, 2, 8, 16, 32, 2048):
             yield qkv_case(pages, tokens)
         for tokens in (1,) if small else (1, 32, 2048):
             yield norm_case(tokens)

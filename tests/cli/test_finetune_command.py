@@ -15,7 +15,7 @@ from gptoss_launch.launch.records import Source
 from gptoss_launch.launch.settings import preset_names
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.planning.spec import PUBLISHED
-from gptoss_launch.parallel.planning.training import all_values, lora_values
+from gptoss_launch.parallel.planning.training import Share, all_values, lora_values, training_memory
 from small_models import checkpoint
 
 
@@ -60,6 +60,8 @@ def test_wrong_words_name_the_key_and_the_near_match(words: list[str], named: st
     [
         ("tiny", "laptop-8gb"),
         ("tiny-full", "h100"),
+        ("20b-12gb", "rtx3060"),
+        ("20b-16gb", "rtx4080"),
         ("20b-24gb", "rtx3090"),
         ("20b-80gb", "h100"),
         ("120b-80gb", "h100"),
@@ -120,6 +122,32 @@ def test_what_does_not_fit_says_by_how_much(capsys: pytest.CaptureFixture[str]) 
     assert "does not fit the host memory of h200x2: short by " in capsys.readouterr().err
     assert run(["finetune", "--config", "20b-80gb", "--dry-run", "ranks=9", "machine=h100x8"]) == 2
     assert "ranks=9, and h100x8 has 8 GPUs" in capsys.readouterr().err
+
+
+def test_a_small_gpu_is_told_how_many_layers_may_wait_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["finetune", "--config", "20b-12gb", "--dry-run", "machine=rtx3060"]
+    assert run([*command, "host_layers=0"]) == 6
+    hint = capsys.readouterr().err.split("hint: host_layers=")[1]
+    enough = int(hint.split()[0])
+    assert run([*command, f"host_layers={enough - 1}"]) == 6
+    assert run([*command, f"host_layers={enough}"]) == 0
+    assert f"the experts of {enough} layers" in " ".join(capsys.readouterr().out.split())
+    assert run([*command, "sequence_tokens=131072"]) == 6
+    assert "hint: lower sequence_tokens" in capsys.readouterr().err
+    assert run([*command, "host_layers=25"]) == 2
+    assert "host_layers=25" in capsys.readouterr().err
+
+
+def test_published_memory_targets_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one pack of 2,048 tokens: adapters of rank 32 in 24 GB, of which half are saved by 8 bits and bf16."""
+    small = PUBLISHED["openai/gpt-oss-20b"]
+    values = lora_values(small, 32, 32)
+    plain = training_memory(small, values, False, "bf16", "cuda", 2048, Share(), 32)
+    less = training_memory(
+        small, values, False, "bf16", "cuda", 2048, Share(optimizer="adamw8bit", adapter_dtype="bf16"), 32
+    )
+    assert plain.device_bytes <= 24e9 and less.device_bytes <= 20e9
+    assert plain.device_bytes - less.device_bytes == values * (16 - 6)
 
 
 def test_values_are_those_of_the_published_models() -> None:

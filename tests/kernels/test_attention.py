@@ -133,7 +133,7 @@ def test_more_splits_than_blocks_and_fewer() -> None:
     want = attention.attend(q_TND, kv_PCSKD, sinks_N, batch, pages)
     for splits in (3, 7):
         out_TND = torch.full_like(q_TND, float("nan"))
-        decodes = triton_attend_decodes.Tuning(16, 10_000, most_splits=splits, share_per_program=1, warps=4, stages=1)
+        decodes = triton_attend_decodes.Tuning(16, 10_000, splits, share_per_program=1, warps=4, stages=1, together=2)
         triton_attend_decodes.attend_decodes(q_TND, kv_PCSKD, sinks_N, batch, pages, out_TND, decodes)
         chunks = triton_attend_chunks.Tuning(64, 16, warps=4, stages=1, programs=10_000, least_keys=49 // splits)
         triton_attend_chunks.attend_chunks(q_TND, kv_PCSKD, sinks_N, batch, pages, out_TND, chunks)

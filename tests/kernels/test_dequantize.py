@@ -18,6 +18,13 @@ def test_every_value_is_the_plain_one() -> None:
     assert found.isnan()[255].all() and found.shape == (256, 512)
 
 
-def test_what_does_not_fill_a_program_is_refused() -> None:
-    with pytest.raises(ValueError, match="no multiple of 2048"):
-        dequantize(torch.zeros(3, 16, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), torch.bfloat16)
+def test_rows_may_have_columns_to_spare_and_programs_rows() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (47, 3, 16), dtype=torch.uint8, generator=generator).to(device)
+    scales = torch.randint(120, 130, (47, 3), dtype=torch.uint8, generator=generator).to(device)
+    found = dequantize(blocks, scales, torch.bfloat16, spare=8)
+    assert found.shape == (47, 104)
+    assert torch.equal(found[:, :96], mxfp4.dequantize(blocks, scales, torch.bfloat16))
+    with pytest.raises(ValueError, match="not contiguous"):
+        dequantize(blocks.transpose(0, 1), scales, torch.bfloat16)

@@ -3,7 +3,7 @@ on dequantized weights; plain torch, torch's own product on a CPU, and Triton.""
 
 import pytest
 import torch
-from gptoss_launch.parallel.kernels import attention, begin, linear, triton_begin, triton_linear, triton_qkv
+from gptoss_launch.parallel.kernels import attention, begin, linear, norm, triton_begin, triton_linear, triton_qkv
 from gptoss_launch.parallel.kernels.weight_only import CODES, Quantized, joined, quantized
 from small_models import GPU
 from torch import Tensor
@@ -88,12 +88,14 @@ def test_qkv_write(bits: str, version, dtype: torch.dtype, tokens: int) -> None:
     rows = (heads + 2 * kv_heads) * head_dim
     weight_QH = quantized(random(rows, hidden, seed=3), CODES[bits], dtype)
     dense_QH = weight_QH.codes_OI.float() * weight_QH.scale_O.float()[:, None]
-    x_TH, bias_Q = random(tokens, hidden, dtype=dtype), random(rows, dtype=dtype, seed=4)
+    before = random(tokens, hidden, dtype=dtype), random(tokens, hidden, dtype=dtype, seed=7), random(hidden, seed=8)
+    bias_Q = random(rows, dtype=dtype, seed=4)
     angles = random(tokens, head_dim // 2, seed=6)
     turn = angles.cos(), angles.sin()
     slots_T = torch.arange(tokens, device=DEVICE) * 3 + 1
     pages = [torch.zeros((8, 2, 16, kv_heads, head_dim), dtype=one, device=DEVICE) for one in (dtype, torch.float32)]
-    got = version.qkv_write(x_TH, weight_QH, bias_Q, turn, pages[0], slots_T)
+    _, got = version.norm_qkv_write(*before, 1e-5, dtype, weight_QH, bias_Q, turn, pages[0], slots_T)
+    _, x_TH = norm.add_norm(*before, 1e-5, dtype)
     want = attention.qkv_write(x_TH.float(), dense_QH, bias_Q.float(), turn, pages[1], slots_T)
     for one, other in ((got, want), (pages[0], pages[1])):
         torch.testing.assert_close(one.float(), other, rtol=2 * ULP[dtype], atol=64 * ULP[dtype])

@@ -62,9 +62,9 @@ def second(results: tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> t
     return results[0], change(results[1]), *results[2:]
 
 
-def wrong_slots(*given: Any) -> Tensor:
+def wrong_slots(*given: Any) -> tuple[Tensor, Tensor]:
     *rest, slots_T = given
-    return PLAIN.qkv_write(*rest, slots_T + (len(slots_T) > 1))
+    return PLAIN.norm_qkv_write(*rest, slots_T + (len(slots_T) > 1))
 
 
 def no_window(*given: Any) -> Tensor:
@@ -104,7 +104,7 @@ FAULTS: list[tuple[str, Callable[..., Any]]] = [
     ("linear", one_number_nan),
     ("linear", lambda *given: PLAIN.linear(*given) * 1.05),
     ("add_norm", lambda *given: second(PLAIN.add_norm(*given), last_token_lost)),
-    ("qkv_write", wrong_slots),
+    ("norm_qkv_write", wrong_slots),
     ("attend", no_window),
     ("norm_route", not_the_best),
     ("norm_route", lambda *given: second(PLAIN.norm_route(*given), last_token_lost)),

@@ -1,5 +1,6 @@
 """The training forward: equal to serving's, its gradients equal to those of transformers and PEFT, packs to samples."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def loss_of(name: str, folder: Path, tensors: dict[str, Tensor], pack: Pack, rec
     spec = SPECS[name]
     model = lora_model(spec, load_frozen(spec, folder, "fp32", CPU, quiet), pairs(tensors, RANKS))
     hidden, _ = forward(spec, model, pack, attention.PLAIN, FP32, recompute)
-    return cross_entropy(hidden, model.head_VH, pack.targets_T, pack.weights_T)
+    return cross_entropy(hidden[pack.learnt_R], model.head_VH, pack.targets_R, pack.weights_R)
 
 
 def all_parameters(name: str, folder: Path) -> dict[str, Tensor]:
@@ -153,10 +154,9 @@ def test_a_pack_loses_what_its_samples_lose_one_by_one(name: str, checkpoints: P
     with torch.no_grad():
         for number, one in enumerate(samples):
             alone = loss_of(name, folder, tensors, make_pack([one], CPU))
-            weights = torch.zeros_like(packed.weights_T)
-            rows = slice(*packed.bounds[number : number + 2])
-            weights[rows] = packed.weights_T[rows]
-            pack = Pack(packed.tokens_T, packed.positions_T, packed.targets_T, weights, packed.bounds)
+            begin, end = packed.bounds[number : number + 2]
+            here = (packed.learnt_R >= begin) & (packed.learnt_R < end)
+            pack = dataclasses.replace(packed, weights_R=packed.weights_R * here)
             assert loss_of(name, folder, tensors, pack).item() == pytest.approx(alone.item(), rel=1e-5, abs=1e-5)
 
 
@@ -179,7 +179,7 @@ def test_full_gradients_are_those_of_transformers(checkpoints: Path) -> None:
     pack = make_pack([one], CPU)
     model = full_model(spec, parameters)
     hidden, _ = forward(spec, model, pack, attention.PLAIN, FP32)
-    cross_entropy(hidden, model.head_VH, pack.targets_T, pack.weights_T).backward()
+    cross_entropy(hidden[pack.learnt_R], model.head_VH, pack.targets_R, pack.weights_R).backward()
     theirs = oracles.load_transformers(folder)
     logits = theirs(torch.tensor([list(one.tokens)]), use_cache=False).logits[0, :-1]
     nll = torch.nn.functional.cross_entropy(logits, torch.tensor(one.tokens[1:]).long(), reduction="none")

@@ -1,22 +1,13 @@
 """The operations that gradients go through, each against plain autograd in fp64."""
 
-import dataclasses
-import warnings
-
 import pytest
 import torch
-from gptoss_launch.parallel.kernels.experts import Packed, swiglu
+from gptoss_launch.parallel.kernels.experts import Packed
 from gptoss_launch.parallel.kernels.mxfp4 import FP4_VALUES, dequantize
 from gptoss_launch.parallel.kernels.quantize import quantize
-from gptoss_launch.parallel.training import attention, grouped, loss
-from gptoss_launch.parallel.training.products import (
-    ONE_BY_ONE,
-    ExpertOperations,
-    Experts,
-    Linear,
-    LowRank,
-    Products,
-)
+from gptoss_launch.parallel.kernels.rope import rotate
+from gptoss_launch.parallel.training import attention, loss, operations
+from gptoss_launch.parallel.training.products import Experts, Linear, LowRank
 from gptoss_launch.parallel.training.quantize import through_mxfp4
 from small_models import GPU, SPECS
 from torch import Tensor
@@ -30,8 +21,18 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def naive_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_N: Tensor, window: int | None) -> Tensor:
+def turn(tokens: int, columns: int) -> tuple[Tensor, Tensor]:
+    angles = draw(tokens, columns // 2, seed=9)
+    return angles.cos() * 1.3, angles.sin() * 1.3
+
+
+def naive_attention(
+    qkv_TQ: Tensor, sinks_N: Tensor, window: int | None, cos: Tensor, sin: Tensor, kv_heads: int = 2
+) -> Tensor:
     """Every score at once, sinks as one more column (OpenAI's sdpa)."""
+    heads = len(sinks_N)
+    q_TND, k_TKD, v_TKD = qkv_TQ.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
+    q_TND, k_TKD = rotate(q_TND, cos, sin), rotate(k_TKD, cos, sin)
     group = q_TND.shape[1] // k_TKD.shape[1]
     k, v = k_TKD.repeat_interleave(group, 1), v_TKD.repeat_interleave(group, 1)
     scores = torch.einsum("tnd,jnd->ntj", q_TND, k) * q_TND.shape[2] ** -0.5
@@ -50,10 +51,10 @@ def naive_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_N: Tensor
 def test_attention_and_its_gradients(window: int | None, limit_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiles of whole documents and of a few queries."""
     monkeypatch.setattr(attention, "SCORES_LIMIT_BYTES", limit_bytes)
-    leaves = [draw(40, 6, 4, seed=1), draw(40, 2, 4, seed=2), draw(40, 2, 4, seed=3), draw(6, seed=4)]
-    q, k, v, sinks = (leaf.requires_grad_() for leaf in leaves)
-    ours = attention.PLAIN.attend(q, k, v, sinks, attention.PLAIN.prepare(BOUNDS, window, q.device))
-    exact = naive_attention(q, k, v, sinks, window)
+    leaves = [draw(40, 10 * 4, seed=1), draw(6, seed=4)]
+    qkv, sinks = (leaf.requires_grad_() for leaf in leaves)
+    ours = attention.PLAIN.attend(qkv, turn(40, 4), sinks, attention.PLAIN.prepare(BOUNDS, window, CPU))
+    exact = naive_attention(qkv, sinks, window, *turn(40, 4))
     assert torch.allclose(ours, exact, atol=1e-12)
     grad = draw(*exact.shape, seed=5)
     for got, wanted in zip(
@@ -74,10 +75,11 @@ def test_the_self_test_passes_what_is_right_and_catches_what_is_not() -> None:
     plain = attention.PLAIN
     assert error(plain) < attention.ERROR_LIMIT
     wrong = {
-        "no sinks": lambda q, k, v, sinks, p: plain.attend(q, k, v, sinks - 100, p),
-        "sinks without a gradient": lambda q, k, v, sinks, p: plain.attend(q, k, v, sinks.detach() + 0 * sinks, p),
-        "one document": lambda q, k, v, sinks, p: plain.attend(q, k, v, sinks, ((0, p[0][-1]), p[1])),
-        "no window": lambda q, k, v, sinks, p: plain.attend(q, k, v, sinks, (p[0], None)),
+        "no sinks": lambda x, turn, sinks, p: plain.attend(x, turn, sinks - 100, p),
+        "sinks without a gradient": lambda x, turn, sinks, p: plain.attend(x, turn, sinks.detach() + 0 * sinks, p),
+        "one document": lambda x, turn, sinks, p: plain.attend(x, turn, sinks, ((0, p[0][-1]), p[1])),
+        "no rotation": lambda x, turn, sinks, p: plain.attend(x, (turn[0], 0 * turn[1]), sinks, p),
+        "no window": lambda x, turn, sinks, p: plain.attend(x, turn, sinks, (p[0], None)),
     }
     for name, attend in wrong.items():
         assert error(attention.Attention(name, plain.prepare, attend)) > attention.ERROR_LIMIT, name
@@ -89,29 +91,9 @@ def test_flex_attention_proves_right(device: str) -> None:
     assert choice.attention.name == "flex", choice.why
 
 
-def test_all_experts_at_once_are_right_and_the_check_catches_what_is_not() -> None:
-    right = grouped.Grouped(dequantize)
-
-    def ops(products: Products) -> ExpertOperations:
-        return ExpertOperations(products, swiglu)
-
-    assert grouped.largest_error(ops(right), CPU, torch.float32) < 1e-5
-    assert grouped.largest_error(ops(right), CPU, torch.bfloat16) < grouped.ERROR_LIMIT
-    wrong = {
-        "no adapter": lambda experts, rows, load: right(dataclasses.replace(experts, added=None), rows, load),
-        "another expert": lambda experts, rows, load: right(experts, rows, load.roll(1)),
-        "no gradient": lambda experts, rows, load: right(experts, rows.detach(), load) + 0 * rows.sum(),
-    }
-    for name, products in wrong.items():
-        assert grouped.largest_error(ops(products), CPU, torch.bfloat16) > grouped.ERROR_LIMIT, name
+def test_layers_are_plain_where_fused_ones_cannot_be() -> None:
     for device, dtype, ranks in ((CPU, torch.bfloat16, ()), (torch.device("cuda"), torch.bfloat16, (4,))):
-        assert grouped.choose(device, dtype, ranks).ops is ONE_BY_ONE
-
-
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-def test_all_experts_at_once_prove_right(device: str) -> None:
-    choice = grouped.choose(torch.device(device), torch.bfloat16, (32,))
-    assert isinstance(choice.ops.products, grouped.Grouped), choice.why
+        assert operations.choose(device, dtype, ranks).ops is operations.PLAIN
 
 
 @pytest.mark.parametrize("rows_at_once", [1000, 3])
@@ -127,16 +109,21 @@ def test_cross_entropy_in_chunks(rows_at_once: int, monkeypatch: pytest.MonkeyPa
         assert torch.allclose(got, wanted)
 
 
-def test_low_rank_additions_equal_the_sum_of_weights() -> None:
+@pytest.mark.parametrize("rows", [(6,), (4, 1, 2)])
+def test_low_rank_additions_equal_the_sum_of_weights(rows: tuple[int, ...]) -> None:
     x = draw(5, 8).requires_grad_()
-    a, b = draw(2, 8, seed=1).requires_grad_(), draw(6, 2, seed=2).requires_grad_()
-    weight, bias = draw(6, 8, seed=3), draw(6, seed=4)
-    ours = Linear(weight, bias, LowRank(a, b, 0.7))(x)
-    exact = x @ (weight + 0.7 * b @ a).T + bias
+    added = [
+        LowRank(draw(2, 8, seed=2 * place).requires_grad_(), draw(count, 2, seed=2 * place + 1).requires_grad_(), scale)
+        for place, (count, scale) in enumerate(zip(rows, (0.7, 1.0, 2.0), strict=False))
+    ]
+    weight, bias = draw(sum(rows), 8, seed=13), draw(sum(rows), seed=14)
+    ours = Linear(weight, bias, tuple(added))(x)
+    exact = x @ (weight + torch.cat([one.scale * one.b @ one.a for one in added])).T + bias
     assert torch.allclose(ours, exact)
-    grad = draw(5, 6, seed=5)
+    grad = draw(5, sum(rows), seed=15)
+    leaves = [x, *(leaf for one in added for leaf in (one.a, one.b))]
     for got, wanted in zip(
-        torch.autograd.grad(ours, (x, a, b), grad), torch.autograd.grad(exact, (x, a, b), grad), strict=True
+        torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(exact, leaves, grad), strict=True
     ):
         assert torch.allclose(got, wanted)
 
@@ -177,16 +164,3 @@ def test_training_through_mxfp4_passes_gradients_straight() -> None:
     assert torch.equal(out, dequantize(*quantize(weight.detach()), torch.float32))
     (grad,) = torch.autograd.grad(out, weight, torch.ones(4, 32) * 3)
     assert torch.equal(grad, torch.ones(4, 32) * 3)
-
-
-@pytest.mark.parametrize("window", [None, 9])
-def test_flex_attention_masks_documents_and_adds_sinks(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its forward pass, not compiled; gradients it has on a GPU alone, where the start-up test compares them."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    candidate = attention.flex(100)
-    q, k, v, sinks = draw(40, 6, 16, seed=1), draw(40, 2, 16, seed=2), draw(40, 2, 16, seed=3), draw(6, seed=4)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is slow
-        inputs = [x.float() for x in (q, k, v, sinks)]
-        ours = candidate.attend(*inputs, candidate.prepare(BOUNDS, window, q.device))
-    assert torch.allclose(ours.double(), naive_attention(q, k, v, sinks, window), atol=1e-5)

@@ -67,6 +67,7 @@ def test_a_pack_keeps_documents_apart() -> None:
     assert packed.bounds == (0, 3, 5)
     assert packed.tokens_T.tolist() == [5, 6, 7, 8, 9]
     assert packed.positions_T.tolist() == [0, 1, 2, 0, 1]
-    assert packed.targets_T.tolist() == [6, 7, 0, 9, 0]
-    assert packed.weights_T.tolist() == [1, 2, 0, 3, 0]  # nothing is learnt from one document about the next
+    # nothing is learnt from one document about the next
+    assert packed.learnt_R.tolist() == [0, 1, 3] and packed.targets_R.tolist() == [6, 7, 9]
+    assert packed.weights_R.tolist() == [1, 2, 3]
     assert packed.weight == 6
