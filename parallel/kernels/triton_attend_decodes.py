@@ -1,8 +1,8 @@
 """Attention of decodes: one token of each sequence over its pages, in Triton.
 
-A sequence's keys are split over programs, each with all the query heads of one KV head; the last of a KV head's to end
-joins what they found, always in the same order. Nothing about the launch depends on what is on the device: each
-sequence shares its own length out over the splits, and those that get nothing leave at once. Knows nothing of chunks.
+A sequence's keys are split over programs, each with all the query heads of one KV head; a second kernel joins what they
+found. Nothing about the launch depends on what is on the device: each sequence shares its own length out over the
+splits, and those that get nothing leave at once. Knows nothing of chunks.
 """
 
 import math
@@ -15,10 +15,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .batch import Batch, PageView
 from .triton_attend_merge import LOWEST, parts, store_part
-from .triton_launch import arrivals, arrive, constants, early
+from .triton_launch import constants, early
 from .triton_pages import as_operand, as_stored, entry, operand, stored_factor
 
 LEAST_ROWS = 16  # of a tensor core's tile
+JOIN_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Tuning:
     together: int  # splits that are read at a time where they are joined
 
 
-FULL = Tuning(block_tokens=64, programs=4096, most_splits=64, share_per_program=2, warps=2, stages=3, together=8)
+FULL = Tuning(block_tokens=64, programs=4096, most_splits=64, share_per_program=2, warps=2, stages=3, together=32)
 WINDOW = Tuning(block_tokens=128, programs=1, most_splits=1, share_per_program=1, warps=4, stages=1, together=1)
 
 
@@ -66,7 +67,6 @@ def attend_decodes(
         out_TND,
         mixed_TNSD,
         stats_TNS2,
-        arrivals(q_TND.device, decodes * kv_heads if splits > 1 else 0),
         width,
         least_keys,
         head_dim**-0.5 * factor * math.log2(math.e),
@@ -75,18 +75,34 @@ def attend_decodes(
             KV_HEADS=kv_heads,
             GROUP=group,
             ROWS=max(LEAST_ROWS, triton.next_power_of_2(group)),
-            HEADS=triton.next_power_of_2(group),
             HEAD_DIM=head_dim,
             PAGE_TOKENS=page_tokens,
             WINDOW=pages.window_tokens or 0,
             BLOCK=tuning.block_tokens,
             SPLIT=splits > 1,
-            TOGETHER=tuning.together,
             EARLY=early(q_TND),
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         ),
     )
+    if splits > 1:
+        _join[(decodes, heads)](
+            mixed_TNSD,
+            stats_TNS2,
+            batch.positions_T,
+            out_TND,
+            splits,
+            least_keys,
+            factor,
+            **constants(
+                HEAD_DIM=head_dim,
+                WINDOW=pages.window_tokens or 0,
+                BLOCK=tuning.block_tokens,
+                TOGETHER=tuning.together,
+                EARLY=early(q_TND),
+                num_warps=JOIN_WARPS,
+            ),
+        )
 
 
 @triton.jit
@@ -111,28 +127,56 @@ def _attended(query, key, value, seen, scale, top, total, acc):
 
 
 @triton.jit
-def _joined(mixed, stats, at, splits, live, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr):
-    """(sum of weights [HEADS], weighted sum of values [HEADS, D]) of rows `at` from their first `live` parts."""
+def _span(length, splits, least_keys, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """(the first key that is seen, how many of them a split has)."""
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(length - WINDOW, 0)
+    return begin, tl.cdiv(tl.maximum(tl.cdiv(length - begin, splits), least_keys), BLOCK) * BLOCK
+
+
+@triton.jit(do_not_specialize=["splits", "least_keys", "factor"], do_not_specialize_on_alignment=["positions", "stats"])
+def _join(
+    mixed,
+    stats,
+    positions,
+    out,
+    splits,
+    least_keys,
+    factor,
+    HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """A row of out from its parts, all loads of TOGETHER of them in flight together."""
+    if EARLY:
+        gdc_launch_dependents()
+    token = tl.program_id(0)
+    length = tl.load(positions + token).to(tl.int32) + 1
+    begin, share = _span(length, splits, least_keys, WINDOW, BLOCK)
+    live = tl.cdiv(length - begin, share)
+    row = token.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     dim = tl.arange(0, HEAD_DIM)
-    top = tl.full([HEADS], LOWEST, tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, HEAD_DIM], tl.float32)
+    top = tl.full([], LOWEST, tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([HEAD_DIM], tl.float32)
+    if EARLY:
+        gdc_wait()
     for first in range(0, live, TOGETHER):
-        split = (first + tl.arange(0, TOGETHER))[:, None]
-        part = at.to(tl.int64)[None, :] * splits + split
-        there = split < live
-        # of other programs: past the L1 cache, which does not know of them
-        tops = tl.load(stats + part * 2, mask=there, other=LOWEST, cache_modifier=".cg")
-        totals = tl.load(stats + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        place = part[:, :, None] * HEAD_DIM + dim[None, None, :]
-        parts = tl.load(mixed + place, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        split = first + tl.arange(0, TOGETHER)
+        at = row * splits + split
+        tops = tl.load(stats + at * 2, mask=split < live, other=LOWEST)
+        totals = tl.load(stats + at * 2 + 1, mask=split < live, other=0.0)
+        part = tl.load(mixed + at[:, None] * HEAD_DIM + dim[None, :], mask=(split < live)[:, None], other=0.0)
         higher = tl.maximum(top, tl.max(tops, 0))
-        weights = tl.exp2(tops - higher[None, :])
+        weights = tl.exp2(tops - higher)
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weights * totals, 0)
-        acc = acc * fade[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        acc = acc * fade + tl.sum(part * weights[:, None], 0)
         top = higher
-    return total, acc
+    tl.store(out + row * HEAD_DIM + dim, (acc * (factor / total)).to(out.dtype.element_ty))
 
 
 @triton.jit(
@@ -149,7 +193,6 @@ def _decode(
     out,
     mixed,
     stats,
-    counters,
     width,
     least_keys,
     scale,
@@ -157,23 +200,20 @@ def _decode(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
-    TOGETHER: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     VALUES: tl.constexpr = PAGE_TOKENS * KV_HEADS * HEAD_DIM  # from a key to its value
+    if EARLY:
+        gdc_launch_dependents()
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
     length = tl.load(positions + token).to(tl.int32) + 1
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(length - WINDOW, 0)
-    share = tl.cdiv(tl.maximum(tl.cdiv(length - begin, splits), least_keys), BLOCK) * BLOCK
+    begin, share = _span(length, splits, least_keys, WINDOW, BLOCK)
     first = begin + split * share
     if first >= length:
         return
@@ -193,7 +233,6 @@ def _decode(
     if EARLY:
         tl.debug_barrier()  # ptxas would read the keys after the wait
         gdc_wait()
-        gdc_launch_dependents()
     at = token * (KV_HEADS * GROUP) + head
     query = tl.load(q + at[:, None] * HEAD_DIM + dim[None, :], mask=is_head[:, None], other=0.0)
     query = as_operand(query, kv.dtype.element_ty)
@@ -219,13 +258,6 @@ def _decode(
             top, total, acc = _attended(query, key, value, seen, scale, top, total, acc)
     if SPLIT:
         store_part(mixed, stats, at, split, splits, top, total, acc, is_head, HEAD_DIM)
-        live = tl.cdiv(length - begin, share)
-        if arrive(counters + token * KV_HEADS + kv_head, live):
-            one = tl.arange(0, HEADS)
-            one_at = token * (KV_HEADS * GROUP) + kv_head * GROUP + tl.minimum(one, GROUP - 1)
-            all_total, all_acc = _joined(mixed, stats, one_at, splits, live, HEADS, HEAD_DIM, TOGETHER)
-            result = (all_acc * (factor / all_total)[:, None]).to(out.dtype.element_ty)
-            tl.store(out + one_at[:, None] * HEAD_DIM + dim[None, :], result, mask=(one < GROUP)[:, None])
     else:
         result = (acc * (factor / total)[:, None]).to(out.dtype.element_ty)
         tl.store(out + at[:, None] * HEAD_DIM + dim[None, :], result, mask=is_head[:, None])

@@ -52,8 +52,8 @@ def store_part(mixed, stats, at, split, splits, top, total, acc, mask, HEAD_DIM:
 @triton.jit(do_not_specialize=["splits", "factor"], do_not_specialize_on_alignment=["stats"])
 def _merge(mixed, stats, out, splits, factor, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     dim = tl.arange(0, HEAD_DIM)
     top = tl.load(stats + row * splits * 2)

@@ -111,7 +111,6 @@ def _product(
         tl.debug_barrier()
         if WAIT:
             gdc_wait()
-            gdc_launch_dependents()
         for i in tl.static_range(UNROLL):
             if EVEN:
                 x_0, x_1 = tl.load(row + i * _CODES), tl.load(row + i * _CODES + 32)
@@ -225,7 +224,7 @@ def _gate_up(
     """
     if EARLY:
         gdc_wait()  # the routes are of the kernel before
-        gdc_launch_dependents()  # not earlier: what comes next reads the routes without waiting
+        gdc_launch_dependents()  # not earlier, as elsewhere: `_down` reads the routes before it waits
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
@@ -326,6 +325,8 @@ def _down(
 ):
     """partial: fp32 [SPLIT, P, tiles * 16]; rows of pairs that are not here stay as they were. SINGLE: the last program
     of a tile sums up, which is faster where there is a chain of few; else `_finish` does."""
+    if EARLY:
+        gdc_launch_dependents()
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)
@@ -354,8 +355,7 @@ def _down(
         at = (part * pairs + pair_N)[None, None, :] * (tiles * 16) + row[:, :, None]
         tl.store(partial + at, y, mask=live_N[None, None, :])
     if EARLY:
-        gdc_wait()  # programs without work too: what is launched next may rely on all before this being over
-        gdc_launch_dependents()
+        gdc_wait()  # programs without work too: that this kernel is over has to mean that those before it are
     if SINGLE:
         if arrive(arrivals + tile, EXPERTS_PER_TOKEN * SPLIT):
             row = tile * 16 + tl.arange(0, 16)
@@ -396,8 +396,8 @@ def _finish(
 ):
     """out [T, rows] from partial, as `_down` left it."""
     if EARLY:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     _sum_up(
         bias, experts, weights, out, partial, first, held, pairs, rows, token, row, tile_rows, EXPERTS_PER_TOKEN, SPLIT

@@ -1,10 +1,10 @@
 """How a Triton kernel is given what is fixed when it is compiled, when it may start, and how the last of its programs
 knows that it is.
 
-From sm_90 on a kernel of a decode step is launched while the one before it still runs (programmatic dependent launch):
-what it does before `gdc_wait` overlaps with the other's end. That may be: read weights, and what the kernel before the
-last has written, since each of these kernels waits before it lets the next one start. A kernel must not write before it
-has waited.
+From sm_90 on a kernel of a decode step is launched while those before it still run (programmatic dependent launch), as
+soon as all programs of the last one have begun: what it does before `gdc_wait` overlaps with them. That may be: read
+weights, and what an earlier step has left. A kernel writes, and reads what this step has made, once it has waited: then
+all before it are over, since each of them has waited too. One exception: triton_decode._gate_up.
 """
 
 from functools import cache
@@ -61,16 +61,3 @@ def arrive(arrivals, expected):
     if last:
         tl.store(arrivals, 0)
     return last
-
-
-@triton.jit
-def prefetch(pointers):
-    """Ask for these lines of memory, so that they are in the L2 cache when they are read. Not for the interpreter."""
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants, early, prefetch, processors
+from .triton_launch import constants, early, processors
 from .triton_pages import operand
 from .triton_weight_only import several, stored
 from .weight_only import Quantized, Weight
@@ -29,7 +29,6 @@ from .weight_only import Quantized, Weight
 FEW_TOKENS = 16  # from here on torch's
 TILE_ROWS = 16
 STEP_COLUMNS = 32  # of a warp: 8 for each of the four lanes that share a row
-PREFETCHED_BYTES = 32 << 20
 MOST_WAYS = 8
 MOST_STEPS = 15  # whose loads a warp has in flight
 
@@ -85,15 +84,9 @@ def stay_shape(x: Tensor, weight: Tensor, how: Stay) -> dict[str, Any]:
         "COLUMNS": weight.shape[1],
         "BLOCK": how.warps * 512 // weight.element_size(),  # 16 bytes a lane
         "AHEAD": how.ahead,
-        "PREFETCH": prefetches(weight),
         "EARLY": early(x),
         "num_warps": how.warps,
     }
-
-
-def prefetches(weight: Tensor) -> bool:
-    """Whether all of a weight is asked for before x is waited for: it has to fit the L2 cache, beside what is in use."""
-    return early(weight) and weight.element_size() == 2 and weight.nbytes <= PREFETCHED_BYTES
 
 
 def few_cut(x_TI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:
@@ -126,7 +119,6 @@ def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, ways: int, unrol
 def few_shape(x_TI: Tensor, weight_OI: Tensor, ways: int, unroll: int) -> dict[str, Any]:
     return {
         "COLUMNS": x_TI.shape[1],
-        "PREFETCH": prefetches(weight_OI),
         "TOKENS": 8 if len(x_TI) <= 8 else 16,
         "WAYS": ways,
         "UNROLL": unroll,
@@ -145,15 +137,6 @@ def load_row(weight, row, there, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
         at = tl.cast(row, tl.int64) * COLUMNS + column
         parts += (tl.load(weight + at, mask=there & (column < COLUMNS), other=0),)
     return parts
-
-
-@triton.jit
-def prefetch_rows(weight, rows, COLUMNS: tl.constexpr):
-    """Ask for rows [R] of a weight of 16 bits; see `prefetch`."""
-    LINE: tl.constexpr = 64  # elements of 128 bytes
-    LINES: tl.constexpr = (COLUMNS + LINE - 1) // LINE
-    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
-    prefetch(weight + rows.to(tl.int64)[:, None] * COLUMNS + line[None, :] * LINE)
 
 
 @triton.jit
@@ -176,23 +159,20 @@ def _one(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
     FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     program, programs = tl.program_id(0), tl.num_programs(0)
     ahead = ()
     for i in tl.static_range(AHEAD):
         row = program + i * programs
         ahead += (load_row(weight, row, row < rows, COLUMNS, BLOCK),)
-    if PREFETCH:
-        for row in range(program + AHEAD * programs, rows, programs):
-            prefetch_rows(weight, row + tl.arange(0, 1), COLUMNS)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-        gdc_launch_dependents()
     x_parts = load_row(x, 0, True, COLUMNS, BLOCK)
     value = ()
     for i in tl.static_range(len(x_parts)):
@@ -251,6 +231,8 @@ def few_product(
     A step of a warp is 32 columns = (t q kh h): t < 4 lanes of a row, the rest in a lane. Neither load has a mask: with
     one Triton moves what was loaded between lanes.
     """
+    if EARLY:
+        gdc_launch_dependents()
     lane = tl.arange(0, WAYS * 32)
     column = (lane // 32 * 32 + lane % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
     left = weight + left_L.to(tl.int64)[:, None] * COLUMNS + column
@@ -269,7 +251,6 @@ def few_product(
         tl.debug_barrier()  # ptxas sinks loads to their use, but not across this
         if EARLY:
             gdc_wait()
-            gdc_launch_dependents()
         for i in tl.static_range(UNROLL):
             x_0, x_1 = _operands(tl.load(x + begin + i * (WAYS * 32)), WAYS, TOKENS)
             w_0, w_1 = _weights(lefts[i], rights[i], WAYS)
@@ -291,14 +272,11 @@ def _few(
     TOKENS: tl.constexpr,
     WAYS: tl.constexpr,
     UNROLL: tl.constexpr,
-    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     first = tl.program_id(0) * 16
-    if PREFETCH:
-        prefetch_rows(weight, tl.minimum(first + tl.arange(0, 16), rows - 1), COLUMNS)
     left_L = tl.minimum(first + group_rows(WAYS), rows - 1)
     right_L = tl.minimum(first + 8 + group_rows(WAYS), rows - 1)
     y = few_product(x, weight, left_L, right_L, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)

@@ -49,13 +49,14 @@ def _add_norm(
     ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     column = tl.arange(0, BLOCK)
     here = column < HIDDEN
     at = tl.program_id(0).to(tl.int64) * HIDDEN + column
     factor = tl.load(weight + column, mask=here, other=0.0)
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
     x = tl.load(residual + at, mask=here, other=0.0)
     if ADD:
         x = added(x, tl.load(delta + at, mask=here, other=0.0))

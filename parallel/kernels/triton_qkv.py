@@ -24,7 +24,6 @@ from .triton_linear import (
     group_rows,
     linear,
     load_row,
-    prefetch_rows,
     stay_programs,
     stay_shape,
 )
@@ -163,27 +162,23 @@ def _norm_qkv_one(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
     ADD: tl.constexpr,
     FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One token. All programs work out the norm, which is less than to wait for a kernel that does."""
     HALF: tl.constexpr = HEAD_DIM // 2
+    if EARLY:
+        gdc_launch_dependents()
     program, programs = tl.program_id(0), tl.num_programs(0)
     factor = load_row(norm, 0, True, COLUMNS, BLOCK)
     ahead = ()
     for i in tl.static_range(AHEAD):
         ahead += (_pair(weight, program + i * programs, pairs, HALF, COLUMNS, BLOCK),)
-    if PREFETCH:
-        for pair in range(program + AHEAD * programs, pairs, programs):
-            row = pair // HALF * HEAD_DIM + pair % HALF
-            prefetch_rows(weight, row + tl.arange(0, 2) * HALF, COLUMNS)
     slot = tl.load(slots)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-        gdc_launch_dependents()
     x = load_row(residual, 0, True, COLUMNS, BLOCK)
     if ADD:
         more = load_row(delta, 0, True, COLUMNS, BLOCK)
@@ -236,7 +231,6 @@ def _qkv_few(
     TOKENS: tl.constexpr,
     WAYS: tl.constexpr,
     UNROLL: tl.constexpr,
-    PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
@@ -244,9 +238,6 @@ def _qkv_few(
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0) // (HALF // 8)
     first = tl.program_id(0) % (HALF // 8) * 8
-    if PREFETCH:
-        row = head * HEAD_DIM + first + tl.arange(0, 16) % 8 + tl.arange(0, 16) // 8 * HALF
-        prefetch_rows(weight, row, COLUMNS)
     row_L = head * HEAD_DIM + first + group_rows(WAYS)
     y = few_product(x, weight, row_L, row_L + HALF, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)
     left, right = y.reshape(2, 8, TOKENS).permute(1, 2, 0).split()
@@ -278,6 +269,8 @@ def _rotate_and_write(
     EARLY: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
+    if EARLY:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER))[:, None]  # of q, then k, then v
     dim = tl.arange(0, HALF)[None, :]
@@ -287,7 +280,6 @@ def _rotate_and_write(
     slot = tl.load(slots + token)
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
     left = tl.load(qkv + at, mask=here, other=0.0)
     right = tl.load(qkv + at + HALF, mask=here, other=0.0)
     turns = head < HEADS + KV_HEADS

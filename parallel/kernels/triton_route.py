@@ -48,6 +48,8 @@ def _route(
 ):
     """partial: fp32 [parts, T, EXPERTS_2]. Equal logits go to the lower number. NaN is never chosen before a number,
     but what is chosen is always a valid expert."""
+    if EARLY:
+        gdc_launch_dependents()
     group, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = group * TOKENS + tl.arange(0, TOKENS)
     expert = block * EXPERT_BLOCK + tl.arange(0, EXPERT_BLOCK)
@@ -58,7 +60,6 @@ def _route(
     acc = tl.zeros((TOKENS, EXPERT_BLOCK), tl.float32)
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
     for begin in range(part * share, tl.minimum((part + 1) * share, width), STEP):
         at = begin + column[None, :]
         value = tl.load(x_TK + at, mask=(token < tokens)[:, None] & (at < width), other=0.0)
@@ -100,6 +101,8 @@ def _norm_route(
     EARLY: tl.constexpr,
 ):
     """One token, a program for each expert: all of them work out the norm, which is less than to wait for it."""
+    if EARLY:
+        gdc_launch_dependents()
     expert = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     here = column < HIDDEN
@@ -108,7 +111,6 @@ def _norm_route(
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-        gdc_launch_dependents()
     x = added(tl.load(residual + column, mask=here, other=0.0), tl.load(delta + column, mask=here, other=0.0))
     value = normalised(x, factor, eps, HIDDEN).to(normed.dtype.element_ty)
     if expert == 0:

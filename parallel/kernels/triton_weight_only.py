@@ -81,6 +81,8 @@ def _few(
     FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0) * OUT + tl.arange(0, OUT)
     is_row = row < rows
     token = tl.arange(0, TOKENS)
@@ -90,7 +92,6 @@ def _few(
     acc = tl.zeros([PARTS, OUT, TOKENS], tl.float32)
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
     for start in range(0, COLUMNS, PARTS * BLOCK):
         column = start + tl.arange(0, PARTS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         is_column = column < COLUMNS

@@ -29,12 +29,14 @@ class Attention:
 
     prepare: (bounds, window tokens or None, device) -> whatever `attend` wants to know of a pack, once for all layers
     of a kind. attend: (q, k and v side by side [T, (N + 2 K) D], cos and sin to rotate q and k with, sinks_N, prepared)
-    -> [T, N * D], differentiable in the first and in sinks.
+    -> [T, N * D], differentiable in the first and in sinks. tensors: prepared -> all by which it differs from that of
+    another pack, in shapes that do not; None where there are other differences.
     """
 
     name: str
     prepare: Callable[[Bounds, int | None, torch.device], Any]
     attend: Callable[[Tensor, Turn, Tensor, Any], Tensor]
+    tensors: Callable[[Any], list[Tensor]] | None = None
 
 
 # --- plain
@@ -148,6 +150,9 @@ PLAIN = Attention("plain", lambda bounds, window_tokens, device: (bounds, window
 BLOCK = 128  # tokens of which flex_attention leaves out what nobody sees
 
 
+_LISTS = ("num_blocks", "indices")  # of a BlockMask, for keys of queries and for queries of keys
+
+
 def blocks(document_T: Tensor, window_tokens: int | None) -> tuple[Tensor, Tensor]:
     """[blocks of queries, blocks of keys] bool: those in which some query may see some key, and those in which every
     query sees every key. document_T: of each token, ascending; on the host, as all of this is."""
@@ -191,16 +196,22 @@ def flex(capacity_tokens: int) -> Attention:
         some, every = blocks(host, window_tokens)
         ordered = (part[None, None] for blocks in (some & ~every, every) for part in _ordered(blocks))
         mask = BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(size, size))
-        return mask.to(str(device))
+        return mask.to(str(device)), document
 
-    def attend(qkv_TQ: Tensor, turn: Turn, sinks_N: Tensor, mask: Any) -> Tensor:
+    def tensors(prepared: Any) -> list[Tensor]:
+        mask, document = prepared
+        names = [f"{full}{side}_{what}" for full in ("", "full_") for side in "kv q".split() for what in _LISTS]
+        return [document, *(getattr(mask, name) for name in names)]
+
+    def attend(qkv_TQ: Tensor, turn: Turn, sinks_N: Tensor, prepared: Any) -> Tensor:
+        mask, _ = prepared
         heads = len(sinks_N)
         kv_heads = (qkv_TQ.shape[1] // (2 * turn[0].shape[1]) - heads) // 2
         q, k, v = (part[None] for part in turned(qkv_TQ, turn, heads, kv_heads, size))
         out, aux = compiled(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
         return sunk(out.squeeze(0), aux.lse.squeeze(0), sinks_N, len(qkv_TQ))
 
-    return Attention("flex", prepare, attend)
+    return Attention("flex", prepare, attend, tensors)
 
 
 # --- the choice

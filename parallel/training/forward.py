@@ -4,6 +4,7 @@ functions that serving calls; a test holds the two passes equal.
 T tokens, H hidden, N query heads, K KV heads, D head_dim, X experts a token, E experts.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.rope import concentration, inverse_frequencies, rotation
-from ..planning.spec import Spec
+from ..planning.spec import LayerKind, Spec
 from .attention import Attention
 from .batch import Pack
 from .loss import cross_entropy
@@ -30,32 +31,49 @@ class Precision:
     residual: torch.dtype
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the layers see of a pack. turn: cos and sin [T, D / 2]. masks: as `attention` has prepared them."""
+
+    tokens_T: Tensor
+    turn: tuple[Tensor, Tensor]
+    masks: Mapping[LayerKind, Any]
+
+
+def inputs_of(spec: Spec, pack: Pack, attention: Attention) -> Inputs:
+    device = pack.tokens_T.device
+    turn = rotation(pack.positions_T, inverse_frequencies(spec).to(device), concentration(spec))
+    windows: dict[LayerKind, int | None] = {"window": spec.window_tokens, "full": None}
+    masks: dict[LayerKind, Any] = {
+        kind: attention.prepare(pack.bounds, tokens, device)
+        for kind, tokens in windows.items()
+        if kind in spec.layer_kinds
+    }
+    return Inputs(pack.tokens_T, turn, masks)
+
+
 def forward(
     spec: Spec,
     model: Model,
-    pack: Pack,
+    inputs: Inputs,
     attention: Attention,
     precision: Precision,
     recompute: bool = True,
     ops: Operations = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """(normalised last hidden state [T, H] in the compute dtype, how many tokens each expert got [layers, E] int64).
+    """(normalised last hidden state [T, H] in the compute dtype, experts of every token [layers, T, X]).
 
     recompute: keep only what enters each layer and compute the layer again for its gradient.
     """
-    device = pack.tokens_T.device
-    turn = rotation(pack.positions_T, inverse_frequencies(spec).to(device), concentration(spec))
-    windows = {"window": spec.window_tokens, "full": None}
-    masks = {kind: attention.prepare(pack.bounds, windows[kind], device) for kind in set(spec.layer_kinds)}
     residual_TH: Tensor = model.within(
-        "embed", lambda: torch.nn.functional.embedding(pack.tokens_T, model.embed_VH).to(precision.residual)
+        "embed", lambda: torch.nn.functional.embedding(inputs.tokens_T, model.embed_VH).to(precision.residual)
     )
-    loads: list[Tensor] = []
+    experts: list[Tensor] = []
     again = _Again()
     for number, (kind, layer) in enumerate(zip(spec.layer_kinds, model.layers, strict=True)):
 
-        def inside(x_TH: Tensor, layer: Layer = layer, mask: Any = masks[kind]) -> tuple[Tensor, Tensor]:
-            return _layer(spec, layer, x_TH, turn, attention, mask, ops, precision, wanted=not again.now)
+        def inside(x_TH: Tensor, layer: Layer = layer, mask: Any = inputs.masks[kind]) -> tuple[Tensor, Tensor]:
+            return _layer(spec, layer, x_TH, inputs.turn, attention, mask, ops, precision, wanted=not again.now)
 
         run = partial(model.within, f"layers.{number}", inside)
         # nothing in a layer draws random numbers, so there is no state to keep for the second time
@@ -70,29 +88,30 @@ def forward(
             if recompute
             else run(residual_TH)
         )
-        residual_TH, load_E = result
-        loads.append(load_E)
+        residual_TH, experts_TX = result
+        experts.append(experts_TX)
     x_TH: Tensor = model.within(
         "norm", lambda x_TH: ops.add_norm(x_TH, None, model.norm_H, spec.norm_eps, precision.compute)[1], residual_TH
     )
-    return x_TH, torch.stack(loads)
+    return x_TH, torch.stack(experts)
 
 
-def summed_loss(
-    spec: Spec,
-    model: Model,
-    pack: Pack,
-    attention: Attention,
-    precision: Precision,
-    recompute: bool = True,
-    ops: Operations = PLAIN,
-) -> tuple[Tensor, Tensor]:
-    """(sum of a pack's weighted losses, fp32; tokens of each expert as from `forward`)."""
-    x_TH, load_LE = forward(spec, model, pack, attention, precision, recompute, ops)
+def summed_loss(model: Model, pack: Pack, x_TH: Tensor) -> Tensor:
+    """Sum of a pack's weighted losses, fp32. x_TH: from `forward`."""
     loss: Tensor = model.within(
-        "head", lambda x_RH: cross_entropy(x_RH, model.head_VH, pack.targets_R, pack.weights_R), x_TH[pack.learnt_R]
+        "head",
+        lambda x_RH: cross_entropy(x_RH, model.head_VH, pack.targets_R, pack.weights_R),
+        x_TH[pack.learnt_R],
     )
-    return loss, load_LE
+    return loss
+
+
+def loads(spec: Spec, experts_LTX: Tensor) -> Tensor:
+    """Tokens of each expert [layers, E], fp32; the host does not wait for it."""
+    chosen = experts_LTX.flatten(1)
+    return chosen.new_zeros((spec.layers, spec.experts), dtype=torch.float32).scatter_add_(
+        1, chosen, torch.ones_like(chosen, dtype=torch.float32)
+    )
 
 
 def _layer(
@@ -106,15 +125,15 @@ def _layer(
     precision: Precision,
     wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """wanted: whether anybody reads the result."""
+    """(hidden state, experts of every token). wanted: whether anybody reads the hidden state."""
     _, x_TH = ops.add_norm(residual_TH, None, layer.attn_norm_H, spec.norm_eps, precision.compute)
     parts = [part(x_TH) for part in layer.qkv]
     qkv_TQ = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     delta_TH = layer.o(attention.attend(qkv_TQ, turn, layer.sinks_N, mask))
     residual_TH, x_TH = ops.add_norm(residual_TH, delta_TH, layer.mlp_norm_H, spec.norm_eps, precision.compute)
     weights_TX, experts_TX = ops.route(x_TH, layer.router_EH, layer.router_bias_E, spec.experts_per_token)
-    delta_TH, load_E = ops.mix(layer.gate_up, layer.down, x_TH, weights_TX, experts_TX, spec.swiglu_limit, wanted)
-    return residual_TH + delta_TH.to(residual_TH.dtype), load_E
+    delta_TH = ops.mix(layer.gate_up, layer.down, x_TH, weights_TX, experts_TX, spec.swiglu_limit, wanted)
+    return residual_TH + delta_TH.to(residual_TH.dtype), experts_TX
 
 
 class _Again:

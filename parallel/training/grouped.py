@@ -112,7 +112,7 @@ class _AtOnce(torch.autograd.Function):
         limit: float,
         wanted: bool,
         *trained: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         order = sort(experts_TX, len(gate_up.base.bias))
         first, second = _Product(gate_up, order), _Product(down, order)
         rows_PW = gather(x_TH, order, first.rank)
@@ -124,13 +124,11 @@ class _AtOnce(torch.autograd.Function):
         kept = matrix if matrix.nbytes <= KEPT_LIMIT_BYTES else None
         ctx.save_for_backward(weights_TX, order.pairs_P, order.rows_P, order.starts_E, rows_PW, kept, h_PO, inner_PW)
         ctx.experts, ctx.limit = (gate_up, down), limit
-        load_E = order.starts_E.diff()
-        ctx.mark_non_differentiable(load_E)
         if not wanted:
-            return torch.empty_like(x_TH), load_E
+            return torch.empty_like(x_TH)
         del matrix, kept
         y_PH = grouped_mm(inner_PW, second.matrix(x_TH.dtype).transpose(1, 2), offs=order.ends_E)
-        return gather_back(y_PH, y_PH.shape[1], order, len(x_TH), weights_TX), load_E
+        return gather_back(y_PH, y_PH.shape[1], order, len(x_TH), weights_TX)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -171,7 +169,7 @@ def at_once(
     experts_TX: Tensor,
     limit: float,
     wanted: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """`products.one_by_one`, in bf16 on a GPU."""
     out: Any = _AtOnce.apply(
         x_TH, weights_TX, experts_TX, gate_up, down, limit, wanted, *_trained(gate_up), *_trained(down)

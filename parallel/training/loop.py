@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -20,15 +20,14 @@ from torch import Tensor
 from ..errors import CheckError
 from ..model.dtypes import TORCH_DTYPE
 from ..planning.flops import peak_flops, training_flops
-from . import gate, operations
+from . import captured, gate, operations
 from .attention import Attention, choose
 from .batch import Pack, blank_pack, make_pack
 from .checkpoints import write_save
-from .forward import Precision, summed_loss
+from .forward import Inputs, Precision, forward, inputs_of, loads, summed_loss
 from .job import Job
-from .operations import Operations
 from .order import Mixture, pack, steps
-from .samples import Sample
+from .samples import Sample, sample
 from .saves import saves
 from .trainee import Trainee
 from .world import World
@@ -78,7 +77,11 @@ def train(
     choice = choose(job.spec, world.device, dtype, job.sequence_tokens)
     ranks = (job.expert_rank,) if job.mode == "lora" and job.expert_rank else ()
     layers = operations.choose(world.device, dtype, ranks)
-    pass_ = Pass(job, world, trainee, choice.attention, layers.ops, Precision(dtype, dtype))
+
+    def through(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return forward(job.spec, trainee.model, inputs, choice.attention, Precision(dtype, dtype), True, layers.ops)
+
+    pass_ = Pass(job, world, trainee, choice.attention, through)
     if world.first:
         if trainee.steps:
             say(f"going on after step {trainee.steps} of {job.steps}")
@@ -94,6 +97,11 @@ def train(
         epoch, groups = next(stream)
         if number == 1 and job.check_first_loss:
             pass_.check_first_loss([samples[index] for index in groups[0]])
+        if number == trainee.steps + 1:
+            passes = pass_.captured()
+            pass_ = replace(pass_, through=passes.run)
+            if world.first:
+                say(passes.why)
         rate = job.recipe.rate(number, job.steps)
         loss, load_LE, stopping = pass_.add_up(samples, groups, stop)
         norm = trainee.updates.step(rate)
@@ -144,8 +152,16 @@ class Pass:
     world: World
     trainee: Trainee
     attention: Attention
-    ops: Operations
-    precision: Precision
+    through: captured.Run
+
+    def captured(self) -> captured.Choice:
+        """How packs of the job may be run, once this is known to be right."""
+        job = self.job
+        blank = make_pack([sample([0] * job.sequence_tokens, [0] * job.sequence_tokens)], self.world.device)
+        # neither DeepSpeed's weights nor those that wait in host memory are where they were
+        allowed = self.world.device.type == "cuda" and job.deepspeed is None and not job.host_layers
+        inputs = inputs_of(job.spec, blank, self.attention)
+        return captured.choose(self.through, inputs, self.attention.tensors, self.trainee.leaves.values(), allowed)
 
     def add_up(
         self, samples: Sequence[Sample], groups: Sequence[Sequence[int]], stop: Callable[[], bool]
@@ -156,19 +172,19 @@ class Pass:
         Every trained token of the step counts by its own weight, in whichever pack and on whichever rank it is.
         """
         weight = math.fsum(math.fsum(samples[index].weights) for group in groups for index in group)
-        losses, loads = [], []
+        losses, of_packs = [], []
         packs = self._mine(samples, groups)
         for place, one in enumerate(packs):
 
             def share(one: Pack = one) -> tuple[Tensor, Tensor]:
-                loss, load_LE = self._loss(one, recompute=True)
+                loss, load_LE = self._loss(one)
                 return loss / weight, load_LE
 
             loss, load_LE = self.trainee.updates.add(share, last=place == len(packs) - 1)
             losses.append(loss)
             # a blank's tokens are nobody's
-            loads.append(load_LE if one.weight else torch.zeros_like(load_LE))
-        load_LE = torch.stack(loads).sum(0).double()
+            of_packs.append(load_LE if one.weight else torch.zeros_like(load_LE))
+        load_LE = torch.stack(of_packs).sum(0).double()
         told = torch.cat([torch.stack(losses).double().sum()[None], load_LE.flatten()]).cpu()
         told = torch.cat([told, torch.tensor([float(stop())], dtype=torch.float64)])
         self.world.add([told])
@@ -179,7 +195,7 @@ class Pass:
         """Mean over loss weights of all samples in `groups`."""
         told = torch.zeros(2, dtype=torch.float64)
         for one in self._mine(samples, groups):
-            loss, _ = self.trainee.updates.look(lambda one=one: self._loss(one, recompute=False))
+            loss, _ = self.trainee.updates.look(lambda one=one: self._loss(one))
             told += torch.tensor([loss.item(), one.weight], dtype=torch.float64)
         self.world.add([told])
         return (told[0] / told[1]).item()
@@ -188,15 +204,17 @@ class Pass:
     def check_first_loss(self, samples: Sequence[Sample]) -> None:
         """Every rank looks at the same document."""
         document = gate.first_document(samples, self.world.device)
-        summed, _ = self.trainee.updates.look(lambda: self._loss(document, recompute=False))
+        summed, _ = self.trainee.updates.look(lambda: self._loss(document))
         serving = self.trainee.serving(document) if self.trainee.serving else None
         try:
             gate.check_first_loss(summed.item() / document.weight, serving, self.job.spec.vocab)
         except CheckError as error:
             self.world.refuse(error)
 
-    def _loss(self, one: Pack, recompute: bool) -> tuple[Tensor, Tensor]:
-        return summed_loss(self.job.spec, self.trainee.model, one, self.attention, self.precision, recompute, self.ops)
+    def _loss(self, one: Pack) -> tuple[Tensor, Tensor]:
+        """(sum of a pack's weighted losses, tokens of each expert)."""
+        x_TH, experts_LTX = self.through(inputs_of(self.job.spec, one, self.attention))
+        return summed_loss(self.trainee.model, one, x_TH), loads(self.job.spec, experts_LTX)
 
     def _mine(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Pack]:
         rounds = zip_longest(*(groups[rank :: self.world.size] for rank in range(self.world.size)))

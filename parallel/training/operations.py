@@ -91,9 +91,9 @@ def largest_error(candidate: Operations, device: torch.device, dtype: torch.dtyp
             both = [Experts(base, LowRank(a, b, 0.5)) for base, (a, b) in zip(packed, pairs, strict=True)]
         else:
             both = [Experts(Dense(weight, bias, False)) for weight, bias in pairs]
-        out, load_E = ops.mix(both[0], both[1], leaves[0], leaves[1], chosen, LIMIT, True)
+        out = ops.mix(both[0], both[1], leaves[0], leaves[1], chosen, LIMIT, True)
         out.backward(grad.to(wanted))
-        return [out.detach(), load_E, *_gradients(leaves)]
+        return [out.detach(), *_gradients(leaves)]
 
     def run_norm(ops: Operations, wanted: torch.dtype, frozen: bool) -> list[Tensor]:
         leaves = [x.to(wanted, copy=True), delta.to(wanted, copy=True), norm.clone()]

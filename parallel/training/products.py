@@ -136,10 +136,10 @@ class Experts:
         return lambda expert, x_TI: product(expert, x_TI) + low_rank(x_TI, a[expert], b[expert], added.scale)
 
 
-Mix = Callable[[Experts, Experts, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
-"""(gate_up, down, x [T, H], weights [T, X], experts [T, X], limit of SwiGLU, wanted) -> (weighted sum over a token's
-experts [T, H], tokens of each expert [E]), differentiable in x, weights and what is trained. wanted: False where
-nobody reads the sum, since all is computed again for its gradients alone: it may then be anything."""
+Mix = Callable[[Experts, Experts, Tensor, Tensor, Tensor, float, bool], Tensor]
+"""(gate_up, down, x [T, H], weights [T, X], experts [T, X], limit of SwiGLU, wanted) -> weighted sum over a token's
+experts [T, H], differentiable in x, weights and what is trained. wanted: False where nobody reads the sum, since all is
+computed again for its gradients alone: it may then be anything."""
 
 
 def one_by_one(
@@ -150,7 +150,7 @@ def one_by_one(
     experts_TX: Tensor,
     limit: float,
     wanted: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """One expert after the other: in any dtype, on any device.
 
     Rows are brought into the order of their experts and back by permutations, and a token's rows are added in one sum:
@@ -169,7 +169,7 @@ def one_by_one(
     back[order] = torch.arange(len(order), device=order.device)
     y_TXH = torch.cat(outputs)[back].view(tokens, per_token, -1)
     y_TH = (y_TXH.to(wide(x_TH.dtype)) * weights_TX[..., None]).sum(1)
-    return y_TH.to(x_TH.dtype), load_E
+    return y_TH.to(x_TH.dtype)
 
 
 class _PackedLinear(torch.autograd.Function):

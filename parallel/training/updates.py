@@ -75,7 +75,7 @@ class Replicated:
         if math.isfinite(norm):
             self._set_rate(rate)
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=False)  # CUDA graphs add to them where they are
         return norm
 
     def read(self, name: str) -> Kept:

@@ -1,19 +1,23 @@
-"""What a step of training takes on one GPU: `python training.py CHECKPOINT --case CASE [--packs 1,8] [--out FILE]`.
+"""What a step of training takes on one GPU: `python training.py CHECKPOINT --case CASE [--packs 1,8] [--out FILE]`;
+on several, with DeepSpeed: `torchrun --nproc-per-node 2 training.py CHECKPOINT --case full --deepspeed NAME ...`
 
 lora       adapters of rank 32 on attention and experts
+lora-120b  adapters of rank 32 on attention and of rank 8 on experts
 attention  adapters of rank 16 on attention
-full       all weights of the first --layers layers, which fit one GPU without ZeRO
+full       all weights of the first --layers layers
 
 Packs of --pack-tokens, filled with documents of at most 2,048 tokens, whose lengths are spread as those of real
 conversations (log-normal, median 400 tokens, the second half learnt). Tokens are random: speed and memory do not depend
 on them, but for how evenly experts are used. The loop is the one that `finetune` runs. Prints one JSON object a line;
-the first steps, which compile, are left out.
+the first steps, which compile, are left out. --cap GIB: torch gets no more memory than a GPU of so much would leave it.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
+import os
 import random
 import shutil
 import statistics
@@ -24,22 +28,26 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
+from gptoss_launch.launch.finetune_settings import read_deepspeed
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
 from gptoss_launch.parallel.planning.machine import format_size
 from gptoss_launch.parallel.planning.spec import Spec, read_config
-from gptoss_launch.parallel.training.job import Job, Recipe
+from gptoss_launch.parallel.training.job import AdapterDtype, Job, OptimizerKind, Recipe
 from gptoss_launch.parallel.training.loop import Step, train
+from gptoss_launch.parallel.training.place import read_place
 from gptoss_launch.parallel.training.samples import Sample, sample
 from gptoss_launch.parallel.training.trainee import load_trainee
-from gptoss_launch.parallel.training.world import World
+from gptoss_launch.parallel.training.world import World, joined
 from torch._C._autograd import DeviceType
 
+GIB = 1 << 30
 DOCUMENT_TOKENS = 2048
 WARM_STEPS = 4
 PROFILED_STEPS = 3  # at the end: one while the profiler begins, one that is recorded, one while it ends
-CASES = {"lora": (32, 32), "attention": (16, 0), "full": (0, 0)}  # ranks of attention and experts
+CASES = {"lora": (32, 32), "lora-120b": (32, 8), "attention": (16, 0), "full": (0, 0)}  # ranks of attention and experts
 RECIPE = Recipe(
     learning_rate=1e-4,
     schedule="cosine",
@@ -67,21 +75,23 @@ def documents(spec: Spec, tokens: int, seed: int = 0) -> Iterator[Sample]:
 
 
 def first_layers(folder: Path, layers: int, into: Path) -> tuple[Spec, Path]:
+    """The checkpoint itself where it has no more."""
     spec = read_config(folder / "config.json")
+    if layers >= spec.layers:
+        return spec, folder
     spec = dataclasses.replace(spec, layers=layers, layer_kinds=spec.layer_kinds[:layers])
     write_checkpoint(into, spec, folder / "tokenizer.json", 1, torch.device("cuda"))
     return spec, into
 
 
-def measure(
-    folder: Path, spec: Spec, case: str, pack_tokens: int, packs: int, steps: int, run: Path, profile: bool
-) -> dict:
-    attention_rank, expert_rank = CASES[case]
+def measure(folder: Path, spec: Spec, packs: int, run: Path, world: World, asked: argparse.Namespace) -> dict[str, Any]:
+    attention_rank, expert_rank = CASES[asked.case]
+    pack_tokens, steps, profile = asked.pack_tokens, asked.steps, asked.profile
     job = Job(
         model=folder.name,
         checkpoint=str(folder),
         spec=spec,
-        mode="full" if case == "full" else "lora",
+        mode="full" if asked.case == "full" else "lora",
         attention_rank=attention_rank,
         attention_alpha=32.0,
         expert_rank=expert_rank,
@@ -99,9 +109,13 @@ def measure(
         keep_last=1,
         eval_every=0,
         check_first_loss=False,
+        ranks=world.size,
+        deepspeed=None if asked.deepspeed is None else read_deepspeed(asked.deepspeed, "bf16"),
+        optimizer=asked.optimizer,
+        adapter_dtype=asked.adapter_dtype,
+        host_layers=asked.host_layers,
     )
     torch.cuda.reset_peak_memory_stats()
-    world = World(0, 1, torch.device("cuda", torch.cuda.current_device()))
     trainee = load_trainee(job, world, None, lambda done, total: None)
     samples = list(documents(spec, packs * (steps + 1) * pack_tokens))
     seen: list[Step] = []
@@ -115,19 +129,29 @@ def measure(
         used_bytes.append(total - free)
         if isinstance(profiler, torch.profiler.profile):
             profiler.step()
-        if step.step == steps:
+        if step.step == steps and world.size == 1:
             raise Enough
+
+    passes = itertools.count(1)
+
+    def stop() -> bool:
+        """Asked on every rank, in every step."""
+        if next(passes) > steps:
+            raise Enough
+        return False
 
     said: list[str] = []
     with profiler, suppress(Enough):
-        train(job, run, world, trainee, samples, [], lambda: False, report, said.append)
-    warm = seen[WARM_STEPS:]
+        train(job, run, world, trainee, samples, [], stop, report, said.append)
+    if not world.first:
+        return {}
+    warm = seen[asked.warm :]
     if isinstance(profiler, torch.profiler.profile):
         warm = warm[:-PROFILED_STEPS]
         print_profile(profiler, statistics.median(step.step_s for step in warm))
     tokens = sum(step.tokens for step in warm)
     return {
-        "bench": f"train-{case}",
+        "bench": f"train-{asked.case}",
         "model": folder.name,
         "layers": spec.layers,
         "device": torch.cuda.get_device_name(),
@@ -141,6 +165,13 @@ def measure(
         "step_s_median": statistics.median(step.step_s for step in warm),
         "reserved_bytes": max(step.memory_bytes for step in seen),
         "used_bytes": max(used_bytes),
+        "mfu": statistics.median(step.mfu or 0.0 for step in warm),  # planning.flops; 0: no peak is known
+        "ranks": world.size,
+        "deepspeed": asked.deepspeed,
+        "optimizer": asked.optimizer,
+        "adapter_dtype": asked.adapter_dtype,
+        "host_layers": asked.host_layers,
+        "cap_bytes": asked.cap * GIB if asked.cap else None,
         "trained_values": sum(trainee.values.values()),
         "losses": [step.loss for step in seen],
         "said": said,
@@ -189,6 +220,12 @@ def print_profile(profiler: torch.profiler.profile, step_s: float) -> None:
     sys.stdout.flush()
 
 
+def cap_memory(cap_bytes: int) -> None:
+    """Of all that this process may take on the device, its context included."""
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((cap_bytes - (total - free)) / total)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
@@ -196,30 +233,47 @@ def main() -> None:
     parser.add_argument("--pack-tokens", type=int, default=2048)
     parser.add_argument("--packs", default="1,8")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm", type=int, default=WARM_STEPS, help="first steps that are left out")
     parser.add_argument("--layers", type=int, default=6, help="of --case full")
+    parser.add_argument("--deepspeed", metavar="NAME", help="a configuration of configs/deepspeed, or a file")
+    parser.add_argument("--optimizer", choices=get_args(OptimizerKind), default="adamw")
+    parser.add_argument("--adapter-dtype", choices=get_args(AdapterDtype), default="fp32")
+    parser.add_argument("--host-layers", type=int, default=0)
+    parser.add_argument("--cap", type=float, metavar="GIB", help="GPU memory that may be taken")
     parser.add_argument("--profile", action="store_true", help="print what a step's time goes to")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    if asked.steps < WARM_STEPS + 4:
-        parser.error(f"--steps is at least {WARM_STEPS + 4}")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        folder, spec = asked.checkpoint, read_config(asked.checkpoint / "config.json")
-        if asked.case == "full":
-            spec, folder = first_layers(folder, asked.layers, Path(name) / "first-layers")
-        for packs in map(int, asked.packs.split(",")):
-            run = Path(name) / "run"
-            run.mkdir()
-            row = measure(folder, spec, asked.case, asked.pack_tokens, packs, asked.steps, run, asked.profile)
-            shutil.rmtree(run)
-            torch.cuda.empty_cache()
-            print(json.dumps(row), flush=True)
-            sizes = " reserved, ".join(format_size(row[key]) for key in ("reserved_bytes", "used_bytes"))
-            print(
-                f"{row['bench']} {packs} x {asked.pack_tokens}: {row['tok_s']:,.0f} tokens/s, {sizes} used", flush=True
-            )
-            if asked.out is not None:
-                with asked.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+    least = asked.warm + 1 + (PROFILED_STEPS if asked.profile else 0)
+    if asked.steps < least:
+        parser.error(f"--steps is at least {least}")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as finetune sets it
+    with joined(read_place(os.environ), "cuda", asked.deepspeed is not None) as world:
+        if asked.cap:
+            cap_memory(round(asked.cap * GIB))
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+            run_cases(asked, world, Path(name))
+        world.wait()
+
+
+def run_cases(asked: argparse.Namespace, world: World, scratch: Path) -> None:
+    folder, spec = asked.checkpoint, read_config(asked.checkpoint / "config.json")
+    if asked.case == "full":
+        spec, folder = first_layers(folder, asked.layers, scratch / "first-layers")
+    for packs in map(int, asked.packs.split(",")):
+        run = scratch / "run"
+        run.mkdir()
+        row = measure(folder, spec, packs, run, world, asked)
+        shutil.rmtree(run)
+        torch.cuda.empty_cache()
+        if not world.first:
+            continue
+        print(json.dumps(row), flush=True)
+        sizes = " reserved, ".join(format_size(row[key]) for key in ("reserved_bytes", "used_bytes"))
+        speed = f"{row['tok_s']:,.0f} tokens/s, {row['mfu']:.1%} of peak"
+        print(f"{row['bench']} {packs} x {asked.pack_tokens}: {speed}, {sizes} used", flush=True)
+        if asked.out is not None:
+            with asked.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from gptoss_launch.parallel.training.adapters import from_peft, new_adapter, to_
 from gptoss_launch.parallel.training.batch import make_pack
 from gptoss_launch.parallel.training.checkpoints import ranks_of, write_save
 from gptoss_launch.parallel.training.export import export_adapter
-from gptoss_launch.parallel.training.forward import Precision, forward
+from gptoss_launch.parallel.training.forward import Precision, forward, inputs_of
 from gptoss_launch.parallel.training.gate import serving_logits
 from gptoss_launch.parallel.training.job import Job, Recipe, write_job
 from gptoss_launch.parallel.training.samples import sample
@@ -62,7 +62,8 @@ def saved_run(base: Path, folder: Path, mode: str = "lora", attention_rank: int 
 @torch.no_grad()
 def trained_logits(trainee: Trainee) -> Tensor:
     pack = make_pack([sample(TOKENS, [0.0] * len(TOKENS))], CPU)
-    hidden, _ = forward(SPECS[NAME], trainee.model, pack, attention.PLAIN, Precision(torch.float32, torch.float32))
+    inputs = inputs_of(SPECS[NAME], pack, attention.PLAIN)
+    hidden, _ = forward(SPECS[NAME], trainee.model, inputs, attention.PLAIN, Precision(torch.float32, torch.float32))
     return hidden @ trainee.model.head_VH.T
 
 

@@ -21,7 +21,7 @@ from gptoss_launch.parallel.training.adapters import (
     to_peft,
 )
 from gptoss_launch.parallel.training.batch import Pack, make_pack
-from gptoss_launch.parallel.training.forward import Precision, forward
+from gptoss_launch.parallel.training.forward import Precision, forward, inputs_of, loads
 from gptoss_launch.parallel.training.gate import serving_logits
 from gptoss_launch.parallel.training.loss import cross_entropy
 from gptoss_launch.parallel.training.model import full_model, lora_model
@@ -71,7 +71,7 @@ def adapter(name: str) -> dict[str, Tensor]:
 def loss_of(name: str, folder: Path, tensors: dict[str, Tensor], pack: Pack, recompute: bool = True) -> Tensor:
     spec = SPECS[name]
     model = lora_model(spec, load_frozen(spec, folder, "fp32", CPU, quiet), pairs(tensors, RANKS))
-    hidden, _ = forward(spec, model, pack, attention.PLAIN, FP32, recompute)
+    hidden, _ = forward(spec, model, inputs_of(spec, pack, attention.PLAIN), attention.PLAIN, FP32, recompute)
     return cross_entropy(hidden[pack.learnt_R], model.head_VH, pack.targets_R, pack.weights_R)
 
 
@@ -94,13 +94,14 @@ def test_hidden_states_give_the_logits_of_serving(name: str, checkpoints: Path) 
     }
     for way, model in models.items():
         with torch.no_grad():
-            hidden, loads = forward(spec, model, pack, attention.PLAIN, FP32)
+            hidden, chosen = forward(spec, model, inputs_of(spec, pack, attention.PLAIN), attention.PLAIN, FP32)
             logits = hidden @ model.head_VH.T
         error = ((logits - serving).abs().max() / serving.abs().max()).item()
         print(f"{name}, {way}: largest error {error:.1e} of the largest logit")
         assert error <= 1e-5 and torch.equal(logits.argmax(-1), serving.argmax(-1))
-        assert loads.shape == (spec.layers, spec.experts)
-        assert (loads.sum(1) == len(tokens) * spec.experts_per_token).all()
+        load = loads(spec, chosen)
+        assert load.shape == (spec.layers, spec.experts)
+        assert all(load[layer, expert] == (chosen[layer] == expert).sum() for layer in (0, -1) for expert in (0, 5))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,7 +179,7 @@ def test_full_gradients_are_those_of_transformers(checkpoints: Path) -> None:
     (one,) = documents("three_blocks", (70,))
     pack = make_pack([one], CPU)
     model = full_model(spec, parameters)
-    hidden, _ = forward(spec, model, pack, attention.PLAIN, FP32)
+    hidden, _ = forward(spec, model, inputs_of(spec, pack, attention.PLAIN), attention.PLAIN, FP32)
     cross_entropy(hidden[pack.learnt_R], model.head_VH, pack.targets_R, pack.weights_R).backward()
     theirs = oracles.load_transformers(folder)
     logits = theirs(torch.tensor([list(one.tokens)]), use_cache=False).logits[0, :-1]

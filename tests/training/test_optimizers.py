@@ -1,7 +1,9 @@
 """AdamW in 8 bits, as torchao has it, through `Replicated`: against fp32, in bf16, and read and written."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from gptoss_launch.parallel.training.updates import Kept, Replicated
 from gptoss_launch.parallel.training.world import ALONE
 from small_models import SPECS
 from torch import Tensor
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch's own, about itself, as it compiles
 
 RECIPE = Recipe(
     learning_rate=1e-4,
@@ -29,6 +33,11 @@ JOB = Job(
 )  # fmt: skip
 
 
+def need_torchao(skip_or_fail: Callable[[str], NoReturn]) -> None:
+    if find_spec("torchao") is None:
+        skip_or_fail("torchao, which optimizer=adamw8bit wants")
+
+
 def updates(leaf: Tensor, job: Job = JOB) -> Replicated:
     return Replicated({"a": leaf}, job.recipe, make_optimizer(job, [leaf]), ALONE)
 
@@ -39,9 +48,8 @@ def take(of: Replicated, leaf: Tensor, seed: int) -> None:
     of.step(1e-4)
 
 
-@pytest.mark.slow
-def test_moments_of_8_bits_go_nearly_where_those_of_32_go() -> None:
-    pytest.importorskip("torchao")
+def test_moments_of_8_bits_go_nearly_where_those_of_32_go(skip_or_fail: Callable[[str], NoReturn]) -> None:
+    need_torchao(skip_or_fail)
     leaves = [torch.ones(64, 256).requires_grad_() for _ in range(3)]
     small, exact, resumed = (updates(leaf, job) for leaf, job in zip(
         leaves, (JOB, dataclasses.replace(JOB, optimizer="adamw"), JOB), strict=True))  # fmt: skip
@@ -62,10 +70,9 @@ def test_moments_of_8_bits_go_nearly_where_those_of_32_go() -> None:
     assert ((leaves[2] - leaves[0]).norm() / (leaves[0] - 1).norm()).item() < 0.02
 
 
-@pytest.mark.slow
-def test_bf16_gets_what_is_less_than_its_step() -> None:
+def test_bf16_gets_what_is_less_than_its_step(skip_or_fail: Callable[[str], NoReturn]) -> None:
     """20 steps of 1e-4 are half a step of bf16 below one, in which rounding to the nearest would lose each."""
-    pytest.importorskip("torchao")
+    need_torchao(skip_or_fail)
     torch.manual_seed(0)
     leaf = torch.ones(64, 256, dtype=torch.bfloat16).requires_grad_()
     of = updates(leaf)
