@@ -140,6 +140,9 @@ class Settings:
         one_of(MISSES),
         "Experts that a small GPU has not: copied to it, or left to the CPU.",
     )
+    look_ahead: int = _key(
+        0, "look-ahead", "N", _number(0, 8), "Experts of the next layer that are copied before it asks for them."
+    )
     rest: Rest = _key(
         "bf16",
         "rest",

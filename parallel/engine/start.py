@@ -14,7 +14,7 @@ from ..kernels.choose import operations
 from ..model.calibrate import connect
 from ..model.checkpoint import load
 from ..model.comm import Alone, Comm, Marked, Sums
-from ..offload.experts import offloaded
+from ..offload.experts import offloaded, tell_layers
 from ..offload.mapped import mapped
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
@@ -89,6 +89,7 @@ def start(
             f"no host memory is left after {read_bytes} bytes of the checkpoint were read",
             "end what else uses it; --host-memory SIZE, less than was found, leaves experts in the file",
         ) from None
+    tell_layers(ops, weights.layers)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()

@@ -92,6 +92,8 @@ class Stats:
     expert_moved_bytes_total: int
     expert_waited_s_total: float
     expert_stalled_s_total: float
+    expert_ahead_total: int
+    expert_ahead_hits_total: int
     decode_step_s: float
     communication_s: float
     slow_paths: tuple[str, ...]

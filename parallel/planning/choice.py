@@ -36,7 +36,7 @@ class Asked:
     kv_dtype: of the KV cache, the compute dtype unless given. sequences: that run at the same time in a replica.
     kernels: must be for the device and the dtype. longest_context: also where it takes memory from experts.
     misses: what is done about experts that the device has not; computed is all that the CPU as device can. rest,
-    rest_kl: as in a Plan.
+    rest_kl: as in a Plan. look_ahead: as Offload.ahead.
     """
 
     dtype: DType | None = None
@@ -55,6 +55,7 @@ class Asked:
     misses: Misses | None = None
     rest: Rest = "bf16"
     rest_kl: float = REST_KL
+    look_ahead: int = 0
 
 
 FREE = Asked()  # all left to the planner

@@ -71,6 +71,13 @@ def hot_experts(routing: Routing | None, slots: int) -> tuple[tuple[int, ...], .
     return tuple(tuple(order[:slots]) for order in ordered)
 
 
+def ahead(spec: Spec, way: Way, asked: Asked) -> int:
+    """As Offload.ahead: of what was asked for, so many as a layer has slots for beside a token's own."""
+    if way.misses != "copied":
+        return 0
+    return max(0, min(asked.look_ahead, way.slots - spec.experts_per_token))
+
+
 def known(speeds: Speeds) -> Speeds:
     """With what is assumed in place of what is not known."""
     given = {name: value for name, value in dataclasses.asdict(speeds).items() if value is not None}

@@ -91,11 +91,14 @@ class Way:
 @dataclass(frozen=True)
 class Offload:
     """The way that was taken, and those that were not. hot: for each layer the experts that the device keeps from the
-    start, the most used first; () where nothing is known of their use: the first ones."""
+    start, the most used first; () where nothing is known of their use: the first ones. ahead: of the next layer's
+    experts that the device has not, so many are copied before that layer says which it needs, as its router would
+    choose from what this layer's experts are given."""
 
     taken: Way
     others: tuple[Way, ...]
     hot: tuple[tuple[int, ...], ...] = ()
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,4 +199,5 @@ def _offload(fields: Any) -> Any:
     if not isinstance(fields, dict):
         return fields
     others = tuple(Way(**way) for way in fields["others"])
-    return Offload(Way(**fields["taken"]), others, tuple(tuple(layer) for layer in fields["hot"]))
+    hot = tuple(tuple(layer) for layer in fields["hot"])
+    return Offload(Way(**fields["taken"]), others, hot, fields["ahead"])

@@ -9,7 +9,7 @@ from ..errors import UserError
 from .choice import FREE, Asked, check_layout, choose, find_place, on_cpu, with_overrides
 from .layouts import RESIDUAL, SMALLEST_CONTEXT_TOKENS, Place, memories, shortfall, widest
 from .machine import Machine
-from .offload import hot_experts, in_memory, one_rank, room_for, ways
+from .offload import ahead, hot_experts, in_memory, one_rank, room_for, ways
 from .placement import Order, Routing, place_experts
 from .plan import Offload, Plan, Way
 from .reasons import no_plan, why, why_offloaded, with_rest
@@ -106,7 +106,7 @@ def _offloaded(
         others += () if on_the_cpu is None else (on_the_cpu,)
     taken, narrow = here[0], dataclasses.replace(place, rest="int8")
     in_8_bits = () if asked.rest != "bf16" or narrow.unpacks else ways(spec, narrow, machine.speeds, asked)
-    chosen = Offload(taken.way, others, hot_experts(asked.routing, taken.way.slots))
+    chosen = Offload(taken.way, others, hot_experts(asked.routing, taken.way.slots), ahead(spec, taken.way, asked))
     nodes = place.nodes if asked.dp is None else 1  # a replica, which is one rank, on each
     return Plan(
         model=model,

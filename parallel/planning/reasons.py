@@ -275,6 +275,10 @@ def why_offloaded(
         f"offload: {format_size(experts)} of experts do not fit; {taken.name}: {_way(taken)}"
         + (f", the most of {len(offload.others) + 1} ways" if offload.others else ", the only way that fits")
     )
+    if asked.look_ahead:
+        lines.append(
+            f"look-ahead: {offload.ahead} experts of the next layer, asked for; the estimate knows nothing of it"
+        )
     lines += [f"instead: {way.name}: {_way(way)}" for way in offload.others]
     lines.append(_bandwidths(machine, place))
     if taken.slots:

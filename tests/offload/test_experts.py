@@ -24,7 +24,7 @@ from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
 from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.comm import Alone
 from gptoss_launch.parallel.offload.counts import Counts
-from gptoss_launch.parallel.offload.experts import offloaded
+from gptoss_launch.parallel.offload.experts import Copied, Held, offloaded, tell_layers
 from gptoss_launch.parallel.offload.pinned import NotPinnedError, pinned
 from gptoss_launch.parallel.planning.headers import read_inventory
 from gptoss_launch.parallel.planning.plan import Misses, Offload, Plan, Way
@@ -52,6 +52,7 @@ def offloaded_engine(
     inventory = read_inventory(Path(plan.checkpoint))
     weights = load(plan, 0, inventory, torch.device(plan.device), pack=ops.pack, experts=offload.taken.kept)
     assert slow == []
+    tell_layers(ops, weights.layers)
     return Engine(plan, 0, weights, ops, Alone(), graph_sizes), counts
 
 
@@ -92,6 +93,57 @@ def test_all_slots_never_miss(folder: Path) -> None:
     engine, counts = offloaded_engine(plain_plan(folder), Offload(way(SPEC.experts, "copied"), ()))
     logits(engine)
     assert counts.misses == 0 and counts.moved_bytes == 0 and counts.hits > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_experts_that_come_ahead_change_no_bit(device: Literal["cpu", "cuda"], folder: Path) -> None:
+    """Steps of many tokens, which guess nothing, in between."""
+    plan = plain_plan(folder, device=device)
+    wanted = greedy(plain_engine(plan))
+    engine, counts = offloaded_engine(plan, Offload(way(6, "copied"), (), ahead=2))
+    assert greedy(engine) == wanted
+    assert 0 < counts.ahead_hits <= counts.ahead
+
+
+def test_a_look_ahead_is_the_next_routers_choice(folder: Path) -> None:
+    """Of this layer's input; what the guess has already stays, and what is brought takes the place of the oldest."""
+    engine, counts = offloaded_engine(
+        plain_plan(folder), Offload(way(6, "copied"), (), ((7, 6, 5, 4, 3, 2),) * SPEC.layers, 2)
+    )
+    assert isinstance(engine.ops.experts, Copied)
+    layers = engine.ops.experts.layers
+    for place in (0, 1):  # those of random weights are ones
+        layers[place] = dataclasses.replace(
+            engine.weights.layers[place], mlp_norm_H=torch.rand(SPEC.hidden) * (torch.arange(SPEC.hidden) != 7)
+        )
+    first, second = layers[:2]
+    assert isinstance(second.gate_up, Held) and SPEC.experts == 8
+    before = list(second.gate_up.slots.places)  # the oldest first
+    r_TH = torch.randn((1, SPEC.hidden), generator=torch.Generator().manual_seed(3))
+    call = engine.ops.experts
+    call(r_TH * first.mlp_norm_H, torch.ones((1, 1)), torch.tensor([[7]]), first.gate_up, first.down, 0, 7.0)
+    r_TH[:, 7] = 0  # nothing is known of it
+    logits_TE = PLAIN.linear(r_TH * second.mlp_norm_H, second.router_EH, second.router_bias_E)
+    guessed = logits_TE[0].topk(4).indices.tolist()
+    missing = [expert for expert in guessed if expert not in before][:2]
+    assert counts.ahead == len(missing) > 0 and counts.ahead_hits == 0
+    kept = [expert for expert in before if expert not in guessed][len(missing) :]
+    assert set(second.gate_up.slots.places) == {*kept, *missing, *(one for one in guessed if one in before)}
+    moved = counts.moved_bytes
+    asked = torch.tensor([missing])
+    call(r_TH, torch.ones(asked.shape), asked, second.gate_up, second.down, 0, 7.0)
+    assert counts.ahead_hits == len(missing)
+    assert counts.moved_bytes - moved in (
+        0,
+        *(count * moved // len(missing) for count in (1, 2)),
+    )  # what came ahead next
+    packed, place = second.gate_up.packed, second.gate_up.slots.places[missing[0]]
+    whole = plain_engine(plain_plan(folder)).weights.layers[1].gate_up
+    assert torch.equal(packed.blocks[place], whole.blocks[missing[0]])
+    many_TH = torch.randn((5, SPEC.hidden))
+    ahead = counts.ahead
+    call(many_TH, torch.ones((5, 1)), torch.full((5, 1), 7), first.gate_up, first.down, 0, 7.0)
+    assert counts.ahead == ahead
 
 
 def test_what_was_unused_for_longest_makes_room(folder: Path) -> None:
