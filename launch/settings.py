@@ -107,6 +107,15 @@ def one_of(choices: Sequence[str]) -> Callable[[Any], Any]:
     return read
 
 
+def _rest(value: Any) -> Any:
+    if value == "nf4":
+        raise UserError(
+            "nf4 needs a scale for each 64 values of a row, and the kernels that read weights here have one a row: "
+            "int8 is the least"
+        )
+    return one_of(RESTS)(value)
+
+
 _MOST = 2**31 - 1
 
 
@@ -147,7 +156,7 @@ class Settings:
         "bf16",
         "rest",
         "|".join(RESTS),
-        one_of(RESTS),
+        _rest,
         "What is not experts: as it is, or in 8 bits, compared at the start.",
     )
     rest_kl: float = _key(

@@ -20,7 +20,7 @@ from ..model.originals import originals
 from ..planning.headers import Entry
 from .engine import Engine
 
-ROWS = 16  # whose logits are compared at a time
+ROWS = 8  # whose logits are compared at a time
 PROMPTS = """\
 <|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.
 Reasoning: low<|end|><|start|>user<|message|>What is 17 plus 25?<|end|><|start|>assistant<|channel|>analysis<|message|>\
