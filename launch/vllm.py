@@ -180,6 +180,8 @@ def _check(plan: Plan, settings: ServeSettings) -> None:
         raise UserError(f"--engine vllm: {plan.nodes} nodes", "one server a node, each with its own command")
     if plan.dtype not in DTYPES:
         raise UserError(f"--engine vllm: dtype {plan.dtype}", f"--dtype of {', '.join(DTYPES)}")
+    if plan.rest != "bf16":
+        raise UserError(f"--engine vllm: --rest {plan.rest}", "leave --rest out")
     if plan.expert_order:
         raise UserError("--engine vllm: experts placed by --routing", "leave --routing out")
     if settings.tool_server:

@@ -8,7 +8,8 @@ Signature and meaning are those of attention.norm_qkv_write. fp8 pages hold the 
 plain version, by torch's conversion, would hold NaN.
 """
 
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
 
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_launch import constants, early, processors
-from .triton_linear import few_cut, few_product, few_shape, group_rows
+from .triton_linear import few_cut, few_product, few_shape, group_rows, linear
 from .triton_norm import add_norm, added
-from .triton_pages import as_stored, entry, to_stored
+from .triton_pages import as_stored, entry, operand, to_stored
+from .triton_weight_only import stored
+from .weight_only import Quantized, Weight
 
 HEADS_TOGETHER = 8  # of a program that rotates and writes
 WARPS = 2
@@ -48,7 +51,7 @@ def norm_qkv_write(
     norm_H: Tensor,
     eps: float,
     dtype: torch.dtype,
-    weight_QH: Tensor,
+    weight_QH: Weight,
     bias_Q: Tensor,
     rotation: tuple[Tensor, Tensor],
     kv_PCSKD: Tensor,
@@ -64,29 +67,31 @@ def norm_qkv_write(
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PAGE_TOKENS": page_tokens}
     after = (*rotation, slots_T, q_TND, kv_PCSKD)
     if tokens == 1:
-        pairs = len(weight_QH) // 2
+        pairs, (values, scales, factor) = len(weight_QH) // 2, stored(weight_QH)
         sum_TH = residual_TH if delta_TH is None else torch.empty_like(residual_TH)
         _norm_qkv_one[(_programs(residual_TH, pairs, how),)](
             residual_TH,
             residual_TH if delta_TH is None else delta_TH,
             norm_H,
             sum_TH,
-            weight_QH,
+            values,
+            scales,
             bias_Q,
             *after,
             eps,
             pairs,
-            **constants(**shape, **_stay_shape(residual_TH, weight_QH, how), ADD=delta_TH is not None),
+            **constants(**shape, **_stay_shape(residual_TH, values, how), ADD=delta_TH is not None, FACTOR=factor),
         )
         return sum_TH, q_TND
     residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
-    cut = few_cut(x_TH, weight_QH)
-    if cut is not None and head_dim % (2 * TOGETHER) == 0:
+    narrow = isinstance(weight_QH, Quantized)
+    cut = None if narrow else few_cut(x_TH, weight_QH)
+    if not narrow and cut is not None and head_dim % (2 * TOGETHER) == 0:
         _qkv_few[(len(weight_QH) // (2 * TOGETHER),)](
             x_TH, weight_QH, bias_Q, *after, tokens, **constants(**shape, **few_shape(x_TH, weight_QH, *cut))
         )
         return residual_TH, q_TND
-    qkv_TQ = torch.nn.functional.linear(x_TH, weight_QH, bias_Q)
+    qkv_TQ = (linear if narrow else torch.nn.functional.linear)(x_TH, weight_QH, bias_Q)
     _rotate_and_write[(tokens, -(-(heads + 2 * kv_heads) // HEADS_TOGETHER))](
         qkv_TQ,
         *after,
@@ -104,7 +109,7 @@ def _programs(x: Tensor, units: int, how: Stay) -> int:
 def _stay_shape(x: Tensor, weight: Tensor, how: Stay) -> dict[str, Any]:
     return {
         "COLUMNS": weight.shape[1],
-        "BLOCK": how.warps * 256,  # 16 bytes a lane
+        "BLOCK": how.warps * 512 // weight.element_size(),  # 16 bytes a lane
         "AHEAD": how.ahead,
         "EARLY": early(x),
         "num_warps": how.warps,
@@ -118,16 +123,16 @@ def _row(weight, row, there, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     for begin in tl.static_range(0, COLUMNS, BLOCK):
         column = begin + tl.arange(0, BLOCK)
         at = tl.cast(row, tl.int64) * COLUMNS + column
-        parts += (tl.load(weight + at, mask=there & (column < COLUMNS), other=0.0),)
+        parts += (tl.load(weight + at, mask=there & (column < COLUMNS), other=0),)
     return parts
 
 
 @triton.jit
 def _dot(w, x):
     """The sum over the products of two rows in parts, the second in fp32."""
-    total = w[0].to(tl.float32) * x[0]
+    total = operand(w[0], tl.float32) * x[0]
     for i in tl.static_range(1, len(w)):
-        total += w[i].to(tl.float32) * x[i]
+        total += operand(w[i], tl.float32) * x[i]
     return tl.sum(total, 0)
 
 
@@ -184,6 +189,7 @@ def _norm_qkv_one(
     norm,
     summed,
     weight,
+    row_scale,
     bias,
     cos,
     sin,
@@ -200,6 +206,7 @@ def _norm_qkv_one(
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
     ADD: tl.constexpr,
+    FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One token. All programs work out the norm, which is less than to wait for a kernel that does."""
@@ -238,8 +245,12 @@ def _norm_qkv_one(
         ahead = ahead[1:] + (_pair(weight, pair + AHEAD * programs, pairs, HALF, COLUMNS, BLOCK),)
         head, dim = pair // HALF, pair % HALF
         row = head * HEAD_DIM + dim
-        left = _dot(w[0], value) + tl.load(bias + row).to(tl.float32)
-        right = _dot(w[1], value) + tl.load(bias + row + HALF).to(tl.float32)
+        left, right = _dot(w[0], value), _dot(w[1], value)
+        if FACTOR > 0:
+            left *= tl.load(row_scale + row) * FACTOR
+            right *= tl.load(row_scale + row + HALF) * FACTOR
+        left += tl.load(bias + row).to(tl.float32)
+        right += tl.load(bias + row + HALF).to(tl.float32)
         c, s = tl.load(cos + dim), tl.load(sin + dim)
         _store(left, right, c, s, head, dim, 0, slot, True, q, kv, HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
 

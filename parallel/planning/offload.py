@@ -12,10 +12,10 @@ from functools import cache
 from math import prod
 
 from .choice import Asked
-from .estimate import LAYER_S, bandwidth, read_bytes
-from .layouts import PAGE_TOKENS, RESIDUAL, Place, context_choices, memories
+from .estimate import LAYER_S, bandwidth, read_bytes, unpacked_bytes
+from .layouts import PAGE_TOKENS, Place, context_choices, memories
 from .machine import Speeds
-from .memory import PROCESS, Room, rank_memory, stored_element_bytes
+from .memory import PROCESS, Room, stored_element_bytes
 from .placement import Routing
 from .plan import DType, RankMemory, Way
 from .shards import Mesh, table
@@ -71,6 +71,13 @@ def hot_experts(routing: Routing | None, slots: int) -> tuple[tuple[int, ...], .
     return tuple(tuple(order[:slots]) for order in ordered)
 
 
+def ahead(spec: Spec, way: Way, asked: Asked) -> int:
+    """As Offload.ahead: of what was asked for, so many as a layer has slots for beside a token's own."""
+    if way.misses != "copied":
+        return 0
+    return max(0, min(asked.look_ahead, way.slots - spec.experts_per_token))
+
+
 def known(speeds: Speeds) -> Speeds:
     """With what is assumed in place of what is not known."""
     given = {name: value for name, value in dataclasses.asdict(speeds).items() if value is not None}
@@ -104,8 +111,8 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         return
     host_free = place.host_free_bytes - PROCESS["cuda"].host_bytes
     share = hit_share(spec, asked, slots)
-    dense = read_bytes(spec, Mesh(), place.dtype, 1, room.context_tokens) - spec.layers * spec.experts_per_token * one
     needed = float(spec.layers * spec.experts_per_token * one)
+    dense = _token_bytes(spec, place, room.context_tokens) - needed
     gpu_speed = bandwidth(gpu.name)
     for misses in ("copied", "computed"):
         if misses == "copied" and not slots:
@@ -152,9 +159,7 @@ def _on_cpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
     one = expert_bytes(spec, place.dtype)
     packed = spec.layers * spec.experts * _mapped_bytes(spec)
     for room in _rooms(spec, asked):
-        row = rank_memory(
-            *(spec, Mesh(), 0, "cpu", place.dtype, RESIDUAL[place.dtype], place.kv_dtype, place.kernels, room)
-        )
+        row = memories(spec, place, Mesh(), room)[0]
         row = dataclasses.replace(row, weights_bytes=row.weights_bytes - packed)
         spare = place.host_free_bytes - row.device_bytes - row.host_bytes
         if spare >= 0:
@@ -162,7 +167,7 @@ def _on_cpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
     else:
         return
     needed = float(spec.layers * spec.experts_per_token * one)
-    read = read_bytes(spec, Mesh(), place.dtype, 1, room.context_tokens)
+    read = _token_bytes(spec, place, room.context_tokens)
     disk = needed * max(0.0, 1 - spare / packed)
     took_s = read / (speeds.host * CPU_SHARE) + disk / speeds.disk
     yield Found(
@@ -187,10 +192,16 @@ def in_memory(spec: Spec, place: Place, speeds: Speeds, context_tokens: int) -> 
     """The way of a plan that holds all on the CPU, to compare others with."""
     speeds = known(speeds)
     assert speeds.host
-    read = read_bytes(spec, Mesh(), place.dtype, 1, context_tokens)
+    read = _token_bytes(spec, place, context_tokens)
     packed = spec.layers * spec.experts * expert_bytes(spec, place.dtype)
     tok_s = round(speeds.host * CPU_SHARE / read, 2)
     return Way("cpu", 0, "memory", "computed", packed, 0.0, 0.0, read, 0.0, tok_s)
+
+
+def _token_bytes(spec: Spec, place: Place, context_tokens: int) -> float:
+    """What one rank reads for a token of a single stream."""
+    read = read_bytes(spec, Mesh(), place.dtype, 1, context_tokens, place.rest)
+    return read + (unpacked_bytes(spec, place.dtype) if place.unpacks else 0)
 
 
 def _mapped_bytes(spec: Spec) -> int:

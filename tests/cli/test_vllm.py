@@ -75,6 +75,7 @@ def test_what_has_no_equivalent_is_refused_by_name() -> None:
         ({"device": "cpu"}, "a CPU"),
         ({"kv_dtype": "fp32"}, "a KV cache of fp32 beside bf16"),
         ({"expert_order": ((1, 0),)}, "--routing"),
+        ({"rest": "int8"}, "--rest int8"),
     ):
         with pytest.raises(UserError, match=named):
             vllm_arguments(replace(plan, **change), LOCAL, "x", 1)
