@@ -22,7 +22,6 @@ from ..parallel.errors import NoPlanError, RankDiedError, UserError
 TAIL_LINES = 15
 SETTLE_S = 0.3  # from the first sign of a failure to naming its cause
 WATCH_EVERY_S = 0.5
-CAUSE, FOLLOWS = 0, 1  # weights of reasons: what follows from another failure is only named if nothing else is known
 KILL_S = 1.0  # a killed process is gone by then, unless the kernel itself is stuck
 
 
@@ -43,29 +42,31 @@ class _Member:
 class Crew:
     """A command under supervision.
 
-    control: where its processes reach us. size: how many Ready messages make it ready. log_of: a rank's log file (-1:
+    control: where its processes reach us. ranks: those that make it ready once each is. log_of: a rank's log file (-1:
     the command's own), read only to say why it died; None when the log went to the terminal. step_limit_s: a rank that
-    is longer in one step hangs; None for a command without ranks. `ready` and `failed` are futures; `failed` holds the
-    error as a value.
+    is longer in one step hangs; None for a command without ranks. others: whether the ranks work with some of other
+    crews. `ready` and `failed` are futures; `failed` holds the error as a value.
     """
 
     def __init__(
         self,
         control: Path,
-        size: int,
+        ranks: Sequence[int],
         log_of: Callable[[int], Path | None],
         on_progress: Callable[[Progress], None] = lambda progress: None,
         step_limit_s: float | None = None,
+        others: bool = False,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[tuple[Ready, ...]] = loop.create_future()
         self.failed: asyncio.Future[UserError] = loop.create_future()
         self.control = control
-        self._size = size
+        self._ranks = ranks
+        self._others = others
         self._log_of = log_of
         self._on_progress = on_progress
         self._step_limit_s = step_limit_s
-        self._reasons: list[tuple[int, UserError]] = []
+        self._reasons: list[UserError] = []
         self._members: list[_Member] = []
         self._greeted: set[int] = set()
         self._answers: dict[int, Ready] = {}
@@ -148,7 +149,7 @@ class Crew:
 
     async def _wait_for(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
-        self._fail(RankDiedError(f"{self.control.stem} ended with exit code {code}", self._tail(-1)), FOLLOWS)
+        self._fail(RankDiedError(f"{self.control.stem} ended with exit code {code}", self._tail(-1), follows=True))
 
     async def _watch_steps(self, limit_s: float) -> None:
         """Fails the crew when a rank is longer in one step than limit_s, and names who holds up the others: the rank
@@ -163,13 +164,15 @@ class Crew:
                 continue
             least = min(where.progress for where in working.values())
             stuck = [member for member in working if working[member].progress == least]
-            stuck = [member for member in stuck if _is_stopped(member.hello)] or stuck
+            stopped = [member for member in stuck if _is_stopped(member.hello)]
+            stuck = stopped or stuck
+            waits = self._others and not stopped and all(working[one].phase == "collective" for one in stuck)
             names = " and ".join(member.name for member in stuck)
             others = "; ".join(f"{member.name} is {where}" for member, where in working.items() if member not in stuck)
             hint = "\n".join(part for part in (others, self._tail(stuck[0].hello.rank)) if part)
             verb = "hangs" if len(stuck) == 1 else "hang"
             message = f"{names} {verb} {working[stuck[0]]}: a step may take {limit_s:.0f} s"
-            self._fail(RankDiedError(message, hint), CAUSE)
+            self._fail(RankDiedError(message, hint, follows=waits))
             return
 
     def _where(self, rank: int) -> Where | None:
@@ -202,8 +205,9 @@ class Crew:
             writer.close()
             if member is not None:
                 self._members.remove(member)
-                died = RankDiedError(f"{member.name} died {self._doing(member)}", self._tail(member.hello.rank))
-                self._fail(died, CAUSE if member.hello.role == "rank" else FOLLOWS)
+                message = f"{member.name} died {self._doing(member)}"
+                tail = self._tail(member.hello.rank)
+                self._fail(RankDiedError(message, tail, follows=member.hello.role != "rank"))
 
     def _take(self, member: _Member, message: Message) -> None:
         if isinstance(message, Progress):
@@ -212,7 +216,7 @@ class Crew:
         elif isinstance(message, Ready):
             member.doing = "serving"
             self._answers[message.rank] = message
-            if len(self._answers) == self._size and not self.ready.done():
+            if len(self._answers) == len(self._ranks) and not self.ready.done():
                 self.ready.set_result(tuple(self._answers[rank] for rank in sorted(self._answers)))
         elif isinstance(message, Failed):
             # What a person can put right speaks for itself; anything else needs the log.
@@ -221,26 +225,29 @@ class Crew:
             if speaks:
                 error = UserError(message.message, hint)
                 error.exit_code = message.exit_code
+            elif message.exit_code == RankDiedError.exit_code:  # of another rank than the one that says it
+                error = RankDiedError(message.message, message.hint, message.follows)
             else:
-                error = RankDiedError(f"{member.name} failed {self._doing(member)}: {message.message}", hint)
-            self._fail(error, CAUSE if speaks or not message.follows else FOLLOWS)
+                said = f"{member.name} failed {self._doing(member)}: {message.message}"
+                error = RankDiedError(said, hint, message.follows)
+            self._fail(error)
 
-    def _fail(self, error: UserError, weight: int) -> None:
+    def _fail(self, error: UserError) -> None:
         """Keeps the first cause; what follows from it is noise. When one rank dies, what the others say about their
         broken collective can come first, so the cause has SETTLE_S to turn up."""
         if self._stopping or self.failed.done():
             return
-        self._reasons.append((weight, error))
+        self._reasons.append(error)
         if len(self._reasons) == 1:
             asyncio.get_running_loop().call_later(SETTLE_S, self._settle)
 
     def _settle(self) -> None:
         if not self.failed.done():
-            self.failed.set_result(min(self._reasons, key=lambda reason: reason[0])[1])
+            self.failed.set_result(min(self._reasons, key=lambda reason: reason.follows))
 
     def _tail(self, rank: int) -> str:
         """The last lines of a rank's log. -1: of a rank that ended before it said hello, else the command's own."""
-        silent = [one for one in range(self._size) if one not in self._greeted]
+        silent = [one for one in self._ranks if one not in self._greeted]
         for one in [rank] if rank >= 0 else [*silent, -1]:
             path = self._log_of(one)
             if path is not None and (lines := _last_lines(path)):

@@ -4,6 +4,7 @@
 built for stands in its files. Does not measure speed, and does not try kernels.
 """
 
+import os
 import re
 import shutil
 import socket
@@ -39,7 +40,8 @@ INSTALL = "pip install 'gptoss-launch[serve]'"
 class Facts:
     """What was seen. packages: name -> version or None. torch_cuda: the CUDA that torch was built for, None for a build
     without. driver: (its version, the newest CUDA that it runs), None where no driver answers; driver_error says why.
-    nvidia_devices: character devices of GPUs, which are there without a driver that answers, too. checkpoint: what is
+    nvidia_devices: character devices of GPUs, which are there without a driver that answers, too. given_gpus: how many
+    Slurm says that this job has here, None outside of a job. checkpoint: what is
     wrong with MODEL and its hint, or None; tokenizer likewise."""
 
     python: tuple[int, int]
@@ -49,6 +51,7 @@ class Facts:
     driver: tuple[str, tuple[int, int]] | None
     driver_error: str
     nvidia_devices: int
+    given_gpus: int | None
     gpus: tuple[Gpu, ...]
     health: tuple[Health, ...]
     host_free_bytes: int | None
@@ -122,6 +125,10 @@ def _driver(facts: Facts) -> Iterable[Check]:
 
 
 def _gpus(facts: Facts) -> Iterable[Check]:
+    if facts.given_gpus is not None:
+        hint = "one fell off the bus, or CUDA_VISIBLE_DEVICES hides it: leave this node out until it is seen to"
+        enough = len(facts.gpus) >= facts.given_gpus
+        yield Check("GPU count", str(len(facts.gpus)), f"{facts.given_gpus}, as Slurm gave", enough, hint)
     for number, gpu in enumerate(facts.gpus):
         dtype = dtype_of(gpu)
         found = f"{gpu.name}, {sm(gpu)}, {format_size(gpu.free_bytes)} free of {format_size(gpu.memory_bytes)}"
@@ -226,6 +233,7 @@ def look(model: str | None) -> Facts:
     temporary = tempfile.gettempdir()
     checkpoint, tokenizer = _look_at_model(model) if model is not None else (None, None)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return Facts(
         python=sys.version_info[:2],
         packages={name: _version(name) for name in SERVE},
@@ -234,6 +242,7 @@ def look(model: str | None) -> Facts:
         driver=driver,
         driver_error=error,
         nvidia_devices=len(list(Path("/dev").glob("nvidia[0-9]*"))),
+        given_gpus=int(given) if given.isdigit() else None,
         gpus=gpus,
         health=health,
         host_free_bytes=available_host_bytes(),

@@ -1,8 +1,8 @@
 """A node of several that is not the first: it is told the plan, runs its own replicas, and puts the head through to
-them.
+them; or its part of a replica whose leader is elsewhere.
 
-When the head is lost, its replicas stay for a while, until it is there again. Runs until the head says that nothing is
-asked of it any more. Knows no HTTP, and of requests only that they pass.
+When the head is lost, its replicas stay for a while, until it is there again; a part of one ends. Runs until the head
+says that nothing is asked of it any more. Knows no HTTP, and of requests only that they pass.
 """
 
 import asyncio
@@ -13,17 +13,17 @@ from typing import Any
 
 import click
 
-from ..parallel.engine.wire import Assigned, Leave, Stop, encode
+from ..parallel.engine.wire import Assigned, Failed, Leave, Stop, encode
 from ..parallel.errors import RankDiedError, UserError
 from ..parallel.planning.plan import Plan
 from .engine_client import Connection
 from .loading import memory_lines, note_lines, progress_bar
 from .node_link import join_head, keep_linked, next_message
-from .nodes import Nodes, replica_names
+from .nodes import Meeting, Nodes, work_names
 from .resolve import check_gpus, resolve
 from .restarts import RESTARTS, Restarts
 from .stop import StopSignals, until
-from .supervise import Supervisor
+from .supervise import ELSEWHERE_S, Supervisor
 from .version import own_version
 
 JOIN_LIMIT_S = 600.0  # for the first time, as torchrun's rendezvous
@@ -31,21 +31,49 @@ REJOIN_LIMIT_S = 60.0  # GPUs are held for nobody meanwhile
 
 
 class Membership:
-    """This node's place at the head, which gave it `assigned`."""
+    """This node's place at the head, which gave it `assigned`. part: whether it has a part of a replica, which is over
+    when the head is lost."""
 
-    def __init__(self, nodes: Nodes, connection: Connection, assigned: Assigned, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        connection: Connection,
+        assigned: Assigned,
+        say: Callable[[str], None],
+        part: bool = False,
+    ) -> None:
         self._nodes = nodes
+        self._part = part
+        self._failure: UserError | None = None
         self._connection: Connection | None = connection  # None while the head is lost
         self._assigned = assigned
         self._say = say
 
     async def keep(self) -> None:
-        """Returns once nothing is asked of this node any more. Raises RankDiedError when the head stays lost."""
+        """Returns once nothing is asked of this node any more. Raises RankDiedError when the head stays lost, or what
+        was told it."""
         try:
-            while self._connection is not None and not isinstance(await next_message(self._connection[0]), Stop):
+            while self._connection is not None:
+                word = await next_message(self._connection[0])
+                if self._failure is not None:
+                    raise self._failure
+                if isinstance(word, Stop):
+                    return
+                if isinstance(word, Failed):
+                    raise RankDiedError(word.message, word.hint)
+                if self._part:
+                    message = f"head {self._nodes.head} is lost, and with it the other ranks of the replica"
+                    raise RankDiedError(message, "start all nodes again")
                 await self._rejoin()
         finally:
             self._hang_up()
+
+    def tell(self, error: UserError) -> None:
+        """The head: why this node's part is over."""
+        self._failure = error
+        if self._connection is not None:
+            failed = Failed(-1, error.message, error.hint, error.exit_code, error.follows)
+            self._connection[1].write(encode(failed))
 
     async def _rejoin(self) -> None:
         head = self._nodes.head
@@ -89,13 +117,20 @@ async def follow(
         joined = await until(join_head(nodes, JOIN_LIMIT_S, say), stop.first)
         if joined is None:
             return
-        membership = Membership(nodes, *joined, say)
-        plan, own = plan_here(joined[1], nodes, model)
-        say(f"node {nodes.rank} of {nodes.count} has joined head {nodes.head}: {replica_names(own)} of {plan.dp}")
-        async with Supervisor(plan, worker, bar.show, worker_arguments, say, restarts, own) as supervisor:
+        plan = plan_here(joined[1], nodes, model)
+        membership = Membership(nodes, *joined, say, plan.span > 1)
+        say(
+            f"node {nodes.rank} of {nodes.count} has joined head {nodes.head}: "
+            f"{work_names(plan, nodes.rank)} of {plan.dp}"
+        )
+        meeting = Meeting(nodes.host, joined[1].meeting_port) if plan.span > 1 else None
+        async with Supervisor(
+            plan, worker, bar.show, worker_arguments, say, restarts, nodes.rank, meeting
+        ) as supervisor:
             await supervisor.start_replicas()
-            links = [keep_linked(nodes, replica, supervisor.engine_socket(replica)) for replica in own]
-            works = [membership.keep(), _run(supervisor, plan, own, say, bar.stop), *links]
+            leads = plan.replicas_of(nodes.rank) if 0 in plan.ranks_of(nodes.rank) else ()
+            links = [keep_linked(nodes, replica, supervisor.engine_socket(replica)) for replica in leads]
+            works = [membership.keep(), _run(supervisor, plan, nodes.rank, membership, say, bar.stop), *links]
             ended = asyncio.ensure_future(_first(works))
             await asyncio.wait({ended, stop.first}, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done() and membership.leave():
@@ -108,8 +143,8 @@ async def follow(
                 ended.result()
 
 
-def plan_here(assigned: Assigned, nodes: Nodes, model: str) -> tuple[Plan, range]:
-    """The head's plan with the weights of this node, and which replicas run here. Raises UserError."""
+def plan_here(assigned: Assigned, nodes: Nodes, model: str) -> Plan:
+    """The head's plan with the weights of this node. Raises UserError."""
     if assigned.version != own_version():
         message = f"head {nodes.head} runs gptoss-launch {assigned.version}, this node {own_version()}"
         raise UserError(message, "install the same version on every node")
@@ -119,20 +154,30 @@ def plan_here(assigned: Assigned, nodes: Nodes, model: str) -> tuple[Plan, range
     spec, folder = resolve(model, need_weights=True)
     if spec != plan.spec:
         raise UserError(f"{model} here is another model than {plan.model} of the head", "the same on every node")
-    own = plan.replicas_of(nodes.rank)
-    check_gpus(plan, len(own), "nodes must be alike; --dp N or --ranks R on the head asks for less")
-    return replace(plan, checkpoint=str(folder)), own
+    check_gpus(plan, nodes.rank, "nodes must be alike; --dp N or --ranks R on the head asks for less")
+    return replace(plan, checkpoint=str(folder))
 
 
 async def _run(
-    supervisor: Supervisor, plan: Plan, own: range, say: Callable[[str], None], loaded: Callable[[], None]
+    supervisor: Supervisor,
+    plan: Plan,
+    node: int,
+    membership: Membership,
+    say: Callable[[str], None],
+    loaded: Callable[[], None],
 ) -> None:
     """Raises what keeps the replicas from starting, or ends the last of them."""
-    answers = await supervisor.ready()
-    loaded()
-    for line in (*memory_lines(plan, answers, own.start), *note_lines(answers)):
-        say(line)
-    raise await supervisor.failed()
+    try:
+        answers = await supervisor.ready()
+        loaded()
+        for line in (*memory_lines(plan, answers, node), *note_lines(answers)):
+            say(line)
+        raise await supervisor.failed()
+    except UserError as error:
+        if plan.span > 1:
+            membership.tell(error)
+            await asyncio.sleep(ELSEWHERE_S)  # the head ends this node meanwhile
+        raise
 
 
 async def _first(works: Sequence[Coroutine[Any, Any, None]]) -> None:

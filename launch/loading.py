@@ -49,13 +49,14 @@ def say_tiny(plan: Plan) -> None:
         click.echo(f"note: tiny shows that everything works: {what}", err=True)
 
 
-def memory_lines(plan: Plan, answers: Sequence[Ready], first_replica: int = 0) -> list[str]:
+def memory_lines(plan: Plan, answers: Sequence[Ready], node: int = 0) -> list[str]:
     """One line a rank: bytes as measured, beside those of the plan where it has the part, and the times of a step.
 
-    answers: of replicas from first_replica on.
+    answers: of the ranks on this node, in order.
     """
     lines = []
-    for place, answer in enumerate(answers, first_replica * plan.ranks):
+    first = plan.replicas_of(node).start * plan.ranks + plan.ranks_of(node).start
+    for place, answer in enumerate(answers, first):
         planned = plan.memory[place] if place < len(plan.memory) else None
         parts = []
         for name, size in answer.memory.items():

@@ -3,13 +3,16 @@
 Read from --nnodes, --node-rank, --head and --node-key-file, as torchrun has the first three. Opens no connection.
 """
 
+import fcntl
 import ipaddress
 import re
 import socket
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..parallel.errors import UserError
+from ..parallel.planning.plan import Plan
 from .settings import ServeSettings
 
 PORT = 29500  # torchrun's own for its first node
@@ -87,6 +90,56 @@ def refuse_loopback(nodes: Nodes) -> None:
             )
 
 
-def replica_names(replicas: range) -> str:
-    last = replicas.stop - 1
-    return f"replica {last}" if len(replicas) == 1 else f"replicas {replicas.start} to {last}"
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of a replica meet that lies on several nodes: at the head, on a port of its own."""
+
+    host: str
+    port: int
+
+
+def reserve_port(host: str) -> socket.socket:
+    """Holds a free port of `host`, an address of this node, as long as the socket is open: nobody gets it by chance,
+    and whoever asks for it by number, and may reuse addresses as torchrun does, can listen on it."""
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    held = socket.socket(family, socket.SOCK_STREAM)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(address)
+    return held
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface by which this node reaches `host`, an IPv4 address or the name of one; None where that
+    cannot be told. Its own interface, where that is this node's address."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probing:
+            probing.connect((host, PORT))  # sends nothing
+            own = socket.inet_aton(probing.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                if _address_of(probing, name) == own:
+                    return name
+    except OSError:
+        pass
+    return None
+
+
+def _address_of(probing: socket.socket, interface: str) -> bytes | None:
+    """netdevice(7)"""
+    SIOCGIFADDR = 0x8915
+    try:
+        found = fcntl.ioctl(probing.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+    except OSError:  # it has none
+        return None
+    return found[20:24]
+
+
+def work_names(plan: Plan, node: int) -> str:
+    """What runs on this node, in words."""
+    replicas, ranks = plan.replicas_of(node), plan.ranks_of(node)
+    names = _names("replica", replicas)
+    return names if plan.span == 1 else f"{_names('rank', ranks)} of {names}"
+
+
+def _names(what: str, numbers: range) -> str:
+    last = numbers.stop - 1
+    return f"{what} {last}" if len(numbers) == 1 else f"{what}s {numbers.start} to {last}"

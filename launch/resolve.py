@@ -59,13 +59,13 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
     )
     plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)
     if need_weights and settings.machine:
-        check_gpus(plan, len(plan.replicas_of(0)), "leave out --machine")
+        check_gpus(plan, 0, "leave out --machine")
     return plan
 
 
-def check_gpus(plan: Plan, replicas: int, hint: str) -> None:
-    """Raises UserError if so many replicas of `plan` do not have their GPUs here."""
-    needed = replicas * plan.ranks if plan.device == "cuda" else 0
+def check_gpus(plan: Plan, node: int, hint: str) -> None:
+    """Raises UserError if what `plan` gives to this node does not have its GPUs here."""
+    needed = plan.gpus_of(node)
     if needed and needed > (here := len(probe().gpus)):
         message = f"the plan for {plan.machine} does not run here: GPUs needed {needed}, found {here}"
         raise UserError(message, hint)

@@ -1,5 +1,5 @@
-"""Everything that runs for one command: a torchrun for each replica of this node, and on the first node the HTTP
-process, in one private run folder.
+"""Everything that runs for one command: a torchrun for each replica of this node, or for its part of one that lies on
+several, and on the first node the HTTP process, in one private run folder.
 
 Starts them, says when they are ready or which died first, restarts replicas that die while others serve (`restarts`),
 and ends them. Nothing outlives the command: every process holds a lifeline (`lifeline`) on a control socket in the run
@@ -34,17 +34,19 @@ from ..parallel.planning.limits import step_limit_s
 from ..parallel.planning.plan import Plan
 from .crew import Crew
 from .keys import KEYS_VARIABLE
+from .nodes import Meeting, interface_to
 from .restarts import NO_RESTARTS, RESTARTS, Restarts
 
 WORKER = "gptoss_launch.parallel.engine.worker"
 SOCKET_PATH_BYTES = 107  # sun_path is 108 bytes with its closing zero (unix(7))
+ELSEWHERE_S = 1.0  # from a failure that follows from another to the other node's word for it
 STOP_S = 2.5  # ranks have this long to end by themselves; with drain and kill the whole stays under 5 s
 
 
 class Supervisor:
     """Use as `async with`: leaving it ends every process and removes the run folder.
 
-    replicas: those of the plan that run here; all of them unless given.
+    node: whose part of the plan runs here. meeting: of the ranks of a replica that lies on several nodes.
     worker: the module that every rank runs. worker_arguments: of its command line, beside those that every rank gets.
     on_progress: called with bytes read and bytes to read, over all ranks. say: takes what a person should read about
     replicas that die and come back. restarts: how often they may.
@@ -58,9 +60,12 @@ class Supervisor:
         worker_arguments: Sequence[str] = (),
         say: Callable[[str], None] = lambda line: None,
         restarts: Restarts = RESTARTS,
-        replicas: range | None = None,
+        node: int = 0,
+        meeting: Meeting | None = None,
     ) -> None:
-        self._own = range(plan.dp) if replicas is None else replicas
+        self._own, self._ranks = plan.replicas_of(node), plan.ranks_of(node)
+        self._node = node
+        self._meeting = meeting
         self._say = say
         # With one replica nobody would be served meanwhile, and whoever started us can restart all of it.
         self._restarts = restarts if plan.dp > 1 else NO_RESTARTS
@@ -100,13 +105,14 @@ class Supervisor:
         """Hands `listener` over to the HTTP process: it is closed here. arguments: more of its command line. nodes:
         where other nodes come in, handed over likewise."""
         control = self.folder / "http.sock"
-        self._http = Crew(control, 1, lambda rank: None)
+        self._http = Crew(control, range(1), lambda rank: None)
         command = [sys.executable, "-m", "gptoss_launch.launch.api", "--control", str(control)]
         command += ["--fd", str(listener.fileno()), "--plan", str(self.plan_file), *arguments]
         for replica in self._own:
             command += ["--engine", str(self.engine_socket(replica))]
         with listener, nodes or nullcontext():
             command += [] if nodes is None else ["--nodes-fd", str(nodes.fileno())]
+            command += [] if self._meeting is None else ["--meeting-port", str(self._meeting.port)]
             passed = [one.fileno() for one in (listener, nodes) if one is not None]
             await self._http.start(command, log=None, pass_fds=passed)
 
@@ -125,7 +131,10 @@ class Supervisor:
     async def failed(self) -> UserError:
         """Waits until the command cannot go on, and says why; to be called once all are ready. Restarts replicas
         meanwhile: it goes on while one that may live remains, and on the first of several nodes as long as the HTTP
-        process lives, since others may come back at any time. With nothing wrong it waits for ever."""
+        process lives, since others may come back at any time. A replica that lies on several nodes is not restarted.
+        With nothing wrong it waits for ever."""
+        if self._plan.span > 1:
+            return await self.first_failure()
         kept: dict[asyncio.Future[UserError], int] = {
             asyncio.create_task(self._keep(replica)): replica for replica in self._own
         }
@@ -150,10 +159,13 @@ class Supervisor:
             await asyncio.gather(*kept, return_exceptions=True)
 
     async def first_failure(self) -> UserError:
-        """Waits until any process ends that should not have, and says why."""
+        """Waits until any process ends that should not have, and says why. The cause may lie on another node, of which
+        the HTTP process is told."""
         failures = {crew.failed for crew in self._crews()}
-        done, _ = await asyncio.wait(failures, return_when=asyncio.FIRST_COMPLETED)
-        return next(iter(done)).result()
+        done, left = await asyncio.wait(failures, return_when=asyncio.FIRST_COMPLETED)
+        if self._plan.span > 1 and left and all(one.result().follows for one in done):
+            done |= (await asyncio.wait(left, timeout=ELSEWHERE_S, return_when=asyncio.FIRST_COMPLETED))[0]
+        return min((one.result() for one in done), key=lambda error: error.follows)
 
     async def _keep(self, replica: int) -> UserError:
         """Restarts one replica whenever it dies; returns why it died when that was too often."""
@@ -213,14 +225,19 @@ class Supervisor:
         life.mkdir()
         control = life / f"replica-{replica}.sock"
         life.with_name(f"{life.name}.sock").symlink_to(control)
-        return Crew(control, self._plan.ranks, _log_finder(life), self._count(replica), step_limit_s(self._plan))
+        limit_s, others = step_limit_s(self._plan), self._plan.span > 1
+        return Crew(control, self._ranks, _log_finder(life, self._ranks), self._count(replica), limit_s, others)
 
     async def _start(self, replica: int, crew: Crew) -> None:
         life = crew.control.parent
         control, listen = life.with_name(f"{life.name}.sock"), self.engine_socket(replica)
-        command = torchrun_command(self._worker, self._plan.ranks, self.plan_file, control, crew.control, listen, life)
-        place = replica - self._own.start
-        environment = os.environ | replica_environment(self._plan, place, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        meeting = self._meeting and meeting_arguments(self._plan, self._node, self._meeting)
+        command = torchrun_command(
+            self._worker, len(self._ranks), self.plan_file, control, crew.control, listen, life, meeting or MEETING_HERE
+        )
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        own = replica_environment(self._plan, len(self._ranks), replica - self._own.start, visible)
+        environment = (meeting_environment(self._meeting) if self._meeting else {}) | os.environ | own
         environment.pop(KEYS_VARIABLE, None)  # no business of a rank's
         await crew.start([*command, *self._worker_arguments], life / "torchrun.log", environment=environment)
 
@@ -251,25 +268,58 @@ class Supervisor:
         return count
 
 
+# Port 0: the rendezvous takes a free port of its own, so replicas never meet.
+MEETING_HERE = (
+    "--nnodes",
+    "1",
+    "--rdzv-backend",
+    "c10d",
+    "--rdzv-endpoint",
+    "127.0.0.1:0",
+    "--local-addr",
+    "127.0.0.1",
+)
+
+
+def meeting_arguments(plan: Plan, node: int, meeting: Meeting) -> Sequence[str]:
+    """Of torchrun, for the part of a replica on this node. Static: ranks are numbered in the order of the nodes."""
+    place = node % plan.span
+    where = ("--master-addr", meeting.host, "--master-port", str(meeting.port))
+    return ("--nnodes", str(plan.span), "--node-rank", str(place), *where)
+
+
+def meeting_environment(meeting: Meeting) -> dict[str, str]:
+    """Which network gloo and NCCL take, unless they are told: the one that the nodes share. By themselves they go by
+    the host's name, which often is an address that no other node reaches."""
+    interface = interface_to(meeting.host)
+    return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+
+
 def torchrun_command(
-    worker: str, ranks: int, plan: Path, torchrun_control: Path, control: Path, listen: Path, logs: Path
+    worker: str,
+    ranks: int,
+    plan: Path,
+    torchrun_control: Path,
+    control: Path,
+    listen: Path,
+    logs: Path,
+    meeting: Sequence[str] = MEETING_HERE,
 ) -> list[str]:
-    """The command line of one replica. Port 0: the rendezvous takes a free port of its own, so replicas never meet.
+    """The command line of one replica, or of its `ranks` on this node.
 
     torchrun_control, control: the control socket, as torchrun and as its ranks reach it.
     """
     return [
         *(sys.executable, "-m", "gptoss_launch.launch.lifeline", str(torchrun_control), "torch.distributed.run"),
-        *("--nnodes", "1", "--nproc-per-node", str(ranks), "--max-restarts", "0"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
+        *(*meeting, "--nproc-per-node", str(ranks), "--max-restarts", "0"),
         *("--rdzv-id", control.stem, "--log-dir", str(logs), "--redirects", "3"),
         *("-m", worker, "--plan", str(plan), "--control", str(control), "--listen", str(listen)),
     ]
 
 
-def replica_environment(plan: Plan, place: int, visible: str | None) -> dict[str, str]:
+def replica_environment(plan: Plan, ranks: int, place: int, visible: str | None) -> dict[str, str]:
     """Environment variables that give a replica its own GPUs, of those in `visible` (CUDA_VISIBLE_DEVICES) or of all.
-    place: its place among the replicas of this node.
+    ranks: of it on this node. place: its place among the replicas of this node.
 
     GPUs are numbered by bus, as the plan's machine has them; CUDA alone would put the fastest first. With
     expandable segments torch's allocator holds no freed blocks of sizes that do not come again, which no plan foresees.
@@ -278,7 +328,7 @@ def replica_environment(plan: Plan, place: int, visible: str | None) -> dict[str
     if plan.device != "cuda":
         return {"OMP_WAIT_POLICY": "passive"}
     here = [str(index) for index in range(plan.world_size)] if visible is None else visible.split(",")
-    own = here[place * plan.ranks : (place + 1) * plan.ranks]
+    own = here[place * ranks : (place + 1) * ranks]
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": ",".join(own),
@@ -300,12 +350,12 @@ def run_folder() -> Path:
     raise AssertionError("/tmp is short enough")
 
 
-def _log_finder(logs: Path) -> Callable[[int], Path | None]:
+def _log_finder(logs: Path, ranks: range) -> Callable[[int], Path | None]:
     """torchrun names the file LOGS/<id>_<random>/attempt_0/<local rank>/stderr.log."""
 
     def find(rank: int) -> Path | None:
         if rank < 0:
             return logs / "torchrun.log"
-        return next(logs.glob(f"*/attempt_0/{rank}/stderr.log"), None)
+        return next(logs.glob(f"*/attempt_0/{rank - ranks.start}/stderr.log"), None)
 
     return find

@@ -3,6 +3,8 @@
 It does not know conversations (see `harmony.py`) and needs the `tokenizers` library only when a file is loaded.
 """
 
+import base64
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +105,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     for token, token_id in vocab.items():
         bytes_by_id[token_id] = token.encode() if token in special else _token_bytes(token, alphabet)
     return Tokenizer(MappingProxyType(special), len(bytes_by_id), tuple(bytes_by_id), library)
+
+
+def tiktoken_vocabulary(folder: Path) -> bytes:
+    """The ordinary tokens of a checkpoint folder as tiktoken has them: one a line, its bytes in base64 and its id.
+
+    Needs no library. Raises UserError.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        vocab: dict[str, int] = json.loads(path.read_bytes())["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no tokenizer: {error}", _FOLDER_HINT) from None
+    alphabet = _byte_alphabet()
+    return b"".join(
+        base64.b64encode(_token_bytes(token, alphabet)) + f" {token_id}\n".encode()
+        for token, token_id in sorted(vocab.items(), key=lambda entry: entry[1])
+    )
 
 
 def _token_bytes(token: str, alphabet: Mapping[int, int]) -> bytes:

@@ -6,7 +6,10 @@ refused by name, never left out. Knows vLLM's flags (0.26 to 0.33) and imports n
 
 import asyncio
 import ctypes
+import hashlib
 import json
+import math
+import os
 import shutil
 import signal
 import ssl
@@ -22,11 +25,15 @@ from ..parallel.planning.plan import DType, KvDType, Plan
 from .keys import KEYS_VARIABLE, Key, first_key
 from .settings import ServeSettings
 from .stop import StopSignals
+from .tokenizer import tiktoken_vocabulary
 
 DTYPES: Mapping[DType, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 TENSOR_PARALLEL = (1, 2, 4, 8)  # vLLM gives each rank whole KV heads, and as many as the others
 KEY_VARIABLE = "VLLM_API_KEY"  # not on the command line, which everyone on the machine can read
 POLL_S = 0.5  # between looks whether it answers
+# Where openai-harmony, by which vLLM renders, looks for its vocabulary before it downloads it; it takes this one alone.
+VOCABULARY_VARIABLE, VOCABULARY_FILE = "TIKTOKEN_ENCODINGS_BASE", "o200k_base.tiktoken"
+VOCABULARY_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 
 
 def vllm_arguments(plan: Plan, settings: ServeSettings, served_name: str, port: int) -> list[str]:
@@ -39,10 +46,13 @@ def vllm_arguments(plan: Plan, settings: ServeSettings, served_name: str, port: 
     arguments += ["--data-parallel-size", str(plan.dp)] if plan.dp > 1 else []
     arguments += ["--dtype", DTYPES[plan.dtype], "--kv-cache-dtype", _kv_dtype(plan.dtype, plan.kv_dtype)]
     arguments += ["--kv-cache-memory-bytes", str(min(row.kv_bytes for row in plan.memory))]
+    # The plan has counted what is free: with more than this left, vLLM does not refuse a GPU that others use as well.
+    arguments += ["--gpu-memory-utilization", "0.01"]
     arguments += ["--max-model-len", str(plan.context_tokens), "--max-num-seqs", str(plan.sequences)]
     arguments += ["--max-num-batched-tokens", str(plan.step_tokens)]  # and pages as its attention wants them
     # Harmony's calls and its analysis, which other servers read without being told.
-    arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "openai"]
+    arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "openai", "--reasoning-parser", "openai_gptoss"]
+    arguments += ["--shutdown-timeout", str(math.ceil(settings.drain_s))]  # at 0, vLLM's own, SIGTERM cuts answers off
     options = {"--ssl-certfile": settings.tls_cert, "--ssl-keyfile": settings.tls_key}
     options |= {"--otlp-traces-endpoint": settings.otlp}
     for flag, value in options.items():
@@ -50,9 +60,21 @@ def vllm_arguments(plan: Plan, settings: ServeSettings, served_name: str, port: 
     return arguments
 
 
-def vllm_notes(plan: Plan, keys: Sequence[Key]) -> list[str]:
-    """What is not the same, in words."""
+def write_vocabulary(checkpoint: Path, folder: Path) -> bool:
+    """Writes the vocabulary that openai-harmony would download into `folder`, from the checkpoint's own tokenizer, so
+    that nodes without a network answer too. False where that tokenizer is another one, such as tiny's."""
+    vocabulary = tiktoken_vocabulary(checkpoint)
+    if hashlib.sha256(vocabulary).hexdigest() != VOCABULARY_SHA256:
+        return False
+    (folder / VOCABULARY_FILE).write_bytes(vocabulary)
+    return True
+
+
+def vllm_notes(plan: Plan, keys: Sequence[Key], vocabulary: bool = True) -> list[str]:
+    """What is not the same, in words. vocabulary: whether openai-harmony finds its own here."""
     notes = []
+    if not vocabulary:
+        notes.append("warning: this tokenizer is not gpt-oss's, so vLLM downloads one to render and read chats with")
     if keys:
         notes.append("warning: vLLM asks for the key under /v1; /invocations, which answers as well, is open")
     if plan.dp > 1:
@@ -73,8 +95,10 @@ def vllm_program() -> list[str]:
 
 
 def vllm_environment(environment: Mapping[str, str], keys: Sequence[Key], key_file: Path | None) -> dict[str, str]:
-    """With the key that clients must send, if there is one. Raises UserError for what vLLM cannot do with keys."""
+    """With the key that clients must send, if there is one, and GPUs numbered by bus, as the plan's machine has them.
+    Raises UserError for what vLLM cannot do with keys."""
     ours = {name: value for name, value in environment.items() if name not in (KEYS_VARIABLE, KEY_VARIABLE)}
+    ours["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if not keys:
         return ours
     if len(keys) > 1 or keys[0].per_minute is not None or keys[0].at_once is not None:
@@ -91,10 +115,13 @@ async def run_vllm(
     on_ready: Callable[[], None],
 ) -> None:
     """Runs it until the first signal; then it may take drain_s, or until the second. on_ready: called once it answers.
+    Whatever it started ends with it.
 
     Raises RankDiedError if it ends by itself.
     """
-    process = await asyncio.create_subprocess_exec(*command, env=dict(environment), preexec_fn=_end_with_parent)
+    process = await asyncio.create_subprocess_exec(
+        *command, env=dict(environment), preexec_fn=_end_with_parent, start_new_session=True
+    )
     ended = asyncio.ensure_future(process.wait())
     asking = asyncio.ensure_future(_answers(url))
     try:
@@ -109,9 +136,11 @@ async def run_vllm(
             await asyncio.wait({ended, stop.second}, timeout=drain_s + 1, return_when=asyncio.FIRST_COMPLETED)
     finally:
         asking.cancel()
-        if not ended.done():
-            process.kill()
-            await ended
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, with all of its engines' processes
+        except ProcessLookupError:
+            pass  # nothing is left
+        await ended
 
 
 def _end_with_parent() -> None:

@@ -22,6 +22,7 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+    follows = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -52,9 +53,14 @@ class CheckError(UserError):
 
 
 class RankDiedError(UserError):
-    """A rank ended or hung while it was needed; the message names the rank, the host and what it was doing."""
+    """A rank ended or hung while it was needed; the message names the rank, the host and what it was doing. follows: it
+    was waiting for others, whose end may be the cause."""
 
     exit_code = 7
+
+    def __init__(self, message: str, hint: str = "", follows: bool = False) -> None:
+        super().__init__(message, hint)
+        self.follows = follows
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

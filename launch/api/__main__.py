@@ -6,7 +6,6 @@ running answers finish for --drain-s seconds; those that remain end with an erro
 
 import argparse
 import asyncio
-import gc
 import resource
 import signal
 import socket
@@ -39,6 +38,7 @@ from .protocol import connection
 from .record import AccessLog, make_tracer
 from .replicas import REQUEST_LIMIT, Replicas
 from .served import Served
+from .tidy import keep_tidy, settle
 from .tool_server import find_tools
 
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--engine", type=Path, action="append", help="a leader's socket, one a replica of this node")
     parser.add_argument("--nodes-fd", type=int, help="where other nodes come in, inherited")
     parser.add_argument("--node-key-file", type=Path)
+    parser.add_argument("--meeting-port", type=int, default=0, help="where ranks of several nodes meet")
     parser.add_argument("--served-name", required=True)
     parser.add_argument("--api-key-file", type=Path)
     parser.add_argument("--tls-cert", type=Path)
@@ -84,7 +85,13 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
     dials = [local(path) for path in arguments.engine]
     door = None
     if arguments.nodes_fd is not None:
-        door = NodeDoor(plan, read_node_key(arguments.node_key_file), partial(print, file=sys.stderr, flush=True))
+        door = NodeDoor(
+            plan,
+            read_node_key(arguments.node_key_file),
+            partial(print, file=sys.stderr, flush=True),
+            lambda failed: lifeline.sendall(encode(failed)),
+            arguments.meeting_port,
+        )
         dials += [door.dial(replica) for replica in range(len(dials), plan.dp)]
     dispatch = Dispatch(len(dials))
     metrics = Metrics(CollectorRegistry(), arguments.served_name, len(dials))
@@ -134,20 +141,20 @@ async def _serve(arguments: argparse.Namespace, lifeline: socket.socket) -> None
         lifeline.sendall(encode(Ready(-1, plan.digest, {}, {}, 0.0)))
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
-    # What is there now stays: looking through it again and again would hold up every stream.
-    gc.collect()
-    gc.freeze()
+    settle()
     if door is not None:
         await door.open(socket.socket(fileno=arguments.nodes_fd), engines)
-    works = announce(), watch_lag(metrics.lag), *(one.keep_connected() for one in engines)
+    works = [announce(), watch_lag(metrics.lag), keep_tidy(lambda: sum(one.running for one in engines))]
+    works += [one.keep_connected() for one in engines]
     background = [asyncio.create_task(work) for work in works]
     with socket.socket(fileno=arguments.fd) as listener:
         await server.serve(sockets=[listener])
     for task in background:
         task.cancel()
+    died = any(engine.dead for engine in engines)  # before it is us who closes them
     close_all()
     if door is not None:
-        await door.close()
+        await door.close(died)
 
 
 if __name__ == "__main__":

@@ -84,11 +84,13 @@ class RunOutput:
 
 @dataclass(frozen=True)
 class End:
-    """The last piece. reasoning_tokens: those of reasoning messages after their header, their end included."""
+    """The last piece. reasoning_tokens: those of reasoning messages after their header, their end included.
+    tool_tokens: of what tools said that were run for the answer, which the model read like its prompt."""
 
     finish_reason: Literal["stop", "length", "tool_calls"]
     completion_tokens: int
     reasoning_tokens: int
+    tool_tokens: int = 0
 
 
 Piece = Reasoning | Content | Call | Arguments | Run | RunInput | RunBegun | RunOutput | End

@@ -77,10 +77,11 @@ class Head:
     def usage(self, ends: Sequence[End]) -> dict[str, Any]:
         """ends: of all choices."""
         completion = sum(end.completion_tokens for end in ends)
+        read = self.prompt_tokens + sum(end.tool_tokens for end in ends)
         return {
-            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens": read,
             "completion_tokens": completion,
-            "total_tokens": self.prompt_tokens + completion,
+            "total_tokens": read + completion,
             "completion_tokens_details": {"reasoning_tokens": sum(end.reasoning_tokens for end in ends)},
         }
 

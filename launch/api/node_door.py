@@ -1,7 +1,8 @@
 """Where the other nodes come in, on the first one: each with a connection of its own, and one for each of its replicas.
 
 A node is told the plan and, at the end, to stop; what its replicas say is `engine_client`'s business. A node that is
-lost may come back at any time. Knows nothing of HTTP.
+lost may come back at any time, unless it had some ranks of a replica that lies on others too: then that is over. Knows
+nothing of HTTP.
 """
 
 import asyncio
@@ -11,11 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from ...parallel.engine.wire import Assigned, Decoder, Failed, Hello, Leave, Stop, encode
+from ...parallel.errors import RankDiedError
 from ...parallel.planning.plan import Plan
 from ..engine_client import READ_BYTES, Connection, Dial, EngineClient
 from ..handshake import HandshakeError, admit
 from ..node_link import notice_loss
-from ..nodes import replica_names
+from ..nodes import work_names
 from ..version import own_version
 
 TELL_EVERY_S = 60.0  # of strangers
@@ -24,10 +26,20 @@ CLOSE_S = 1.0
 
 
 class NodeDoor:
-    """Use it from one event loop. say: takes what a person should read."""
+    """Use it from one event loop. say: takes what a person should read. Of a replica that lies on several nodes: fail
+    takes why it is over, and meeting_port is where its ranks meet."""
 
-    def __init__(self, plan: Plan, key: bytes, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        key: bytes,
+        say: Callable[[str], None],
+        fail: Callable[[Failed], None] = lambda failed: None,
+        meeting_port: int = 0,
+    ) -> None:
         self._plan = plan
+        self._fail = fail
+        self._meeting_port = meeting_port
         self._key = key
         self._say = say
         self._engines: Sequence[EngineClient] = ()
@@ -35,7 +47,7 @@ class NodeDoor:
         self._nodes: dict[int, asyncio.StreamWriter] = {}
         self._open: set[asyncio.StreamWriter] = set()  # of those that are not an engine's client yet
         self._server: asyncio.Server | None = None
-        self._closing = False
+        self._closing = self._failed = False
         self._told_s = float("-inf")
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop alone would forget them
 
@@ -56,13 +68,17 @@ class NodeDoor:
         self._engines = engines
         self._server = await asyncio.start_server(self._serve, sock=listener)
 
-    async def close(self) -> None:
-        """Tells every node to stop."""
+    async def close(self, died: bool = False) -> None:
+        """Tells every node to stop. died: a leader has, so that a replica on several nodes is over."""
         self._closing = True
+        word = Stop()
+        if self._plan.span > 1 and (died or self._failed):
+            message = "ranks of the replica have ended on another node"
+            word = Failed(-1, message, "the head says which, and why", RankDiedError.exit_code)
         if self._server is not None:
             self._server.close()
         for writer in self._nodes.values():
-            writer.write(encode(Stop()))
+            writer.write(encode(word))
         for writer in self._open:
             writer.close()
         deadline_s = time.monotonic() + CLOSE_S
@@ -99,17 +115,19 @@ class NodeDoor:
             writer.write(encode(Failed(-1, reason, "each node needs a --node-rank of its own", 2)))
             writer.close()
             return
-        writer.write(encode(Assigned(own_version(), json.dumps(self._plan.to_json()))))
+        writer.write(encode(Assigned(own_version(), json.dumps(self._plan.to_json()), self._meeting_port)))
         if not 0 < rank < self._plan.nodes:  # it sees that in the plan
             writer.close()
             return
         self._nodes[rank] = writer
-        self._say(f"{name} has joined: {replica_names(self._plan.replicas_of(rank))}")
+        self._say(f"{name} has joined: {work_names(self._plan, rank)}")
         decoder, left = Decoder(), False
         try:
             while data := await reader.read(READ_BYTES):
                 for message in decoder.feed(data):
-                    if isinstance(message, Leave) and not left:
+                    if isinstance(message, Failed):
+                        self._give_up(message)
+                    elif isinstance(message, Leave) and not left:
                         left = True
                         self._say(f"{name} leaves: it gets no further requests")
                         task = asyncio.create_task(self._let_go(rank, writer))
@@ -120,9 +138,18 @@ class NodeDoor:
         finally:
             del self._nodes[rank]
             writer.close()
-        if not self._closing:
-            others = "has left" if left else "is lost"
-            self._say(f"{name} {others}: the other nodes answer, until it joins again")
+        if self._closing:
+            return
+        what = "has left" if left else "is lost"
+        if self._plan.span > 1:
+            message = f"{name} {what}, and with it {work_names(self._plan, rank)}"
+            self._give_up(Failed(-1, message, "start all nodes again", RankDiedError.exit_code))
+        else:
+            self._say(f"{name} {what}: the other nodes answer, until it joins again")
+
+    def _give_up(self, failed: Failed) -> None:
+        self._failed = True
+        self._fail(failed)
 
     async def _let_go(self, rank: int, writer: asyncio.StreamWriter) -> None:
         """Stop, once what its replicas are at has ended."""

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from .completions import CompletionRequest
 from .gate import OPEN
-from .responses_schema import ResponsesRequest
+from .responses_schema import CompactRequest, ResponsesRequest
 from .schema import ChatRequest
 from .tokens import DetokenizeRequest, TokenizeRequest
 
@@ -24,6 +24,7 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/responses/input_tokens": ResponsesRequest,
+    "/v1/responses/compact": CompactRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

@@ -5,6 +5,7 @@
     DELETE  /v1/responses/{id}
     POST    /v1/responses/{id}/cancel        ends one in the background
     POST    /v1/responses/input_tokens       how many tokens the same body would send to the model
+    POST    /v1/responses/compact            a conversation made short, to go on from
     GET     /v1/responses/{id}/input_items   what it was asked, the conversation before it included
 
 A response ends with its client, unless it is made in the background. What is said of one that fails before its first
@@ -34,6 +35,7 @@ from .generation import Job, begin
 from .logprobs import chat_logprobs
 from .respond import Begun, ClientGoneError, EventStream, event, read_body, unless_gone
 from .responses_chat import Item, count_tokens, response_job
+from .responses_compact import compacted, question, read_compact_request
 from .responses_events import Draft, Event, place_of_item, response_id
 from .responses_query import Page, page_of, read_page, read_retrieval
 from .responses_schema import ResponsesRequest, echo, input_items, parse_responses_request
@@ -41,6 +43,8 @@ from .responses_store import Kept, Recording, Store
 from .served import Served
 
 _LOG = logging.getLogger(__name__)
+
+Parse = Callable[[bytes], tuple[ResponsesRequest, list[Item]]]
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,11 @@ def responses_routes(served: Served) -> APIRouter:
     def find(http: HttpRequest, id: str) -> Kept:
         return store.find(id, _owner(http))
 
-    async def read(http: HttpRequest) -> tuple[ResponsesRequest, list[Item], list[Item]]:
+    async def read(http: HttpRequest, parse: Parse = _read) -> tuple[ResponsesRequest, list[Item], list[Item]]:
         """A body, the items of the conversation before it, and its own, without references."""
         body = await read_body(http, served.body_limit_bytes)
         # In a thread, like the tokens later: a long prompt would hold up the streams of everyone else.
-        request, items = await asyncio.to_thread(_read, body)
+        request, items = await asyncio.to_thread(parse, body)
         served.check_model(request.model)
         before = [item for kept in store.chain(request.previous_response_id, _owner(http)) for item in _said(kept)]
         return request, before, [_followed(item, place, http, store) for place, item in enumerate(items)]
@@ -124,6 +128,18 @@ def responses_routes(served: Served) -> APIRouter:
         except ClientGoneError:
             return Response(status_code=499)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
+
+    @routes.post("/compact")
+    async def compact(http: HttpRequest) -> Response:
+        try:
+            request, before, items = await read(http, read_compact_request)
+            served.replicas.choose(())
+            job = await asyncio.to_thread(response_job, request, before, [*items, question()], served)
+            return await _compact(http, served, request, [*before, *items], job)
+        except ClientGoneError:
+            return Response(status_code=499)
+        except (EngineDiedError, UserError) as error:
+            raise explain(error) from None
 
     @routes.get("/{id}")
     async def retrieve(http: HttpRequest, id: str) -> Response:
@@ -190,6 +206,24 @@ async def _answer(
             return JSONResponse(await unless_gone(http.receive, making.whole()))
         close = stack.pop_all().aclose  # the stream closes it
         return _stream(making.events(), close, served)
+
+
+async def _compact(
+    http: HttpRequest, served: Served, request: ResponsesRequest, items: Sequence[Item], job: Job
+) -> Response:
+    """items: of the conversation, the question for the summary left out."""
+    [choice] = job.choices
+    id, created_s = choice.request.id, int(time.time())
+    head = {"id": response_id(id)} | echo(request, served.name)
+    draft = Draft(head, len(choice.request.prompt_tokens), lambda tokens: [])
+    making = _Making(draft, *begin(choice, served))
+    try:
+        response = await unless_gone(http.receive, making.whole())
+    finally:
+        await making.close()
+    output = compacted(_named(items, id), response["output"], id)
+    about = {"id": draft.id, "object": "response.compaction", "created_at": created_s}
+    return JSONResponse(about | {"output": output, "usage": response["usage"]})
 
 
 def _in_background(kept: Kept, making: _Making, served: Served, stream: bool) -> Response:
@@ -282,7 +316,7 @@ def _followed(item: Item, place: int, http: HttpRequest, store: Store) -> Item:
 def _named(items: Sequence[Item], request_id: str) -> list[Item]:
     """With an id each, and a status, as lists of them have."""
     prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
-    prefix |= {"code_interpreter_call": "ci", "web_search_call": "ws"}
+    prefix |= {"code_interpreter_call": "ci", "web_search_call": "ws", "compaction": "cmp"}
     return [
         {"id": f"{prefix[item['type']]}_{request_id}_in{place}", "status": "completed"} | item
         for place, item in enumerate(items)

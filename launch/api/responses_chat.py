@@ -14,6 +14,7 @@ from .chat import demands
 from .chat_completions import chat_job, chat_prompt
 from .errors import ApiError
 from .generation import Job
+from .responses_compact import unpack
 from .responses_schema import SAME_AS_CHAT, CodeInterpreter, FunctionTool, NamedFunction, ResponsesRequest, WebSearch
 from .schema import ChatRequest, parse_chat_request
 from .served import Served
@@ -163,11 +164,20 @@ def _message(items: Sequence[Item], place: int) -> dict[str, Any]:
             return {"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])}
         case "code_interpreter_call" | "web_search_call":
             return {"role": "assistant"}  # said while it was thinking, and left out of what comes later, as that is
+        case "compaction":
+            return {"role": "user", "content": f"Summary of the conversation before this:\n\n{_summary(item)}"}
         case "reasoning":
             return {"role": "assistant", "reasoning_content": _text(item.get("content", ()))}
         case _:
             said = {"role": item["role"], "content": _text(item["content"])}
             return said | ({"phase": _phase(items, place)} if item["role"] == "assistant" else {})
+
+
+def _summary(item: Item) -> str:
+    try:
+        return unpack(item["encrypted_content"])
+    except ValueError as error:
+        raise ApiError(400, f"input: a compaction item with {error}", "input", "invalid_value") from None
 
 
 def _phase(items: Sequence[Item], place: int) -> str:

@@ -212,13 +212,14 @@ class Draft:
     def _finish(self, end: End) -> list[Event]:
         whole = end.finish_reason != "length"
         events = self._leave("completed" if whole else "incomplete")
+        read = self._prompt_tokens + end.tool_tokens
         usage = {
-            "input_tokens": self._prompt_tokens,
+            "input_tokens": read,
             # Clients read these two in any case. What the prefix cache held is known to the engine alone.
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": end.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": end.reasoning_tokens},
-            "total_tokens": self._prompt_tokens + end.completion_tokens,
+            "total_tokens": read + end.completion_tokens,
         }
         if whole:
             return events + self._end("completed", "response.completed", usage=usage, completed_at=int(time.time()))

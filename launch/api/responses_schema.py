@@ -106,6 +106,14 @@ class WebSearchCall(Strict):
     action: dict[str, Any]
 
 
+class CompactionItem(_Item):
+    """A summary that /v1/responses/compact made. It is looked at where it becomes a message."""
+
+    type: Literal["compaction"]
+    encrypted_content: str
+    created_by: None = None
+
+
 class ItemReference(Strict):
     """An item of the output of a kept response."""
 
@@ -128,12 +136,13 @@ InputItem = Annotated[
     | Annotated[ReasoningItem, Tag("reasoning")]
     | Annotated[CodeInterpreterCall, Tag("code_interpreter_call")]
     | Annotated[WebSearchCall, Tag("web_search_call")]
+    | Annotated[CompactionItem, Tag("compaction")]
     | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(
         _kind,
         "unsupported_item",
         "type: items are message, function_call, function_call_output, reasoning, code_interpreter_call, "
-        "web_search_call and item_reference",
+        "web_search_call, compaction and item_reference",
     ),
 ]
 
@@ -256,6 +265,20 @@ class ResponsesRequest(Strict):
     @property
     def shows_outputs(self) -> bool:
         return OUTPUTS in (self.include or ())
+
+
+class CompactRequest(Strict):
+    """Of /v1/responses/compact: what there is to be made short."""
+
+    model: str
+    input: str | Annotated[Items[InputItem], Field(min_length=1)] | None = None
+    instructions: str | None = None
+    previous_response_id: Id | None = None
+    prompt_cache_key: Any = None
+    service_tier: Any = None
+    image: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
 
 
 SAME_AS_CHAT = (

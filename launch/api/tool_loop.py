@@ -2,8 +2,8 @@
 
 Each turn is a request of its own to the engine. Its prompt is all that came before, which the prefix cache holds; its
 draws are those of one long answer, since they depend on seed and position alone. max_tokens, max_reasoning_tokens and
-deadline_s hold for all turns together; what tools say counts as neither. A function call is for the client: it ends the
-answer, whatever else the turn has called. Knows no route, and tools only by their names.
+deadline_s hold for all turns together; what tools say counts as neither, but as read. A function call is for the
+client: it ends the answer, whatever else the turn has called. Knows no route, and tools only by their names.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ async def in_turns(
 ) -> AsyncGenerator[Piece]:
     """The pieces of the whole answer; its End counts all turns. request, tokens, watch: of the first one."""
     tokenizer, begun_s = served.tokenizer, time.monotonic()
-    completion = reasoning = runs = 0
+    completion = reasoning = runs = told = 0
     try:
         async with servers.session() as session:
             while True:
@@ -72,7 +72,8 @@ async def in_turns(
                 assert turn.end is not None
                 completion += turn.end.completion_tokens
                 reasoning += turn.end.reasoning_tokens
-                whole = replace(turn.end, completion_tokens=completion, reasoning_tokens=reasoning)
+                counts = {"completion_tokens": completion, "reasoning_tokens": reasoning, "tool_tokens": told}
+                whole = replace(turn.end, **counts)
                 if turn.run is None or turn.called or turn.ids[-1] != tokenizer.special["<|call|>"]:
                     yield whole
                     return
@@ -89,6 +90,7 @@ async def in_turns(
                 if following is None:
                     yield replace(whole, finish_reason="length")
                     return
+                told += len(said)
                 request, begun_s = following, time.monotonic()
                 watch = served.replicas.watch(request)
                 tokens = served.replicas.generate(request, prompt_blocks(request.prompt_tokens), watch)

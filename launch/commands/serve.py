@@ -14,7 +14,7 @@ import click
 
 from ...parallel.errors import UserError
 from ...parallel.planning.plan import Plan
-from ..nodes import HEAD_HINT, Nodes, read_nodes, refuse_loopback
+from ..nodes import HEAD_HINT, Meeting, Nodes, read_nodes, refuse_loopback, reserve_port
 from ..restarts import RESTARTS, Restarts
 from ..settings import ServeSettings, load_settings, settings_options
 
@@ -51,7 +51,8 @@ def command(
     once it can answer. SIGTERM or Ctrl-C lets running answers finish for --drain-s seconds; a second one ends at once.
 
     On several nodes run the same command on each, with its own --node-rank: replicas of all nodes answer through
-    node 0, which alone has the port and prints the URL. Traffic between nodes is not encrypted.
+    node 0, which alone has the port and prints the URL. A replica that no node holds lies on several; it is over when
+    one of them is lost. Traffic between nodes is not encrypted.
     """
     from ..extras import need_serve_extra
     from ..resolve import make_plan
@@ -94,19 +95,28 @@ def command(
         print_plan(plan, to_stderr=True)
         if nodes is not None:
             click.echo(f"other nodes join at {nodes.head}, by the same command with a --node-rank of theirs", err=True)
-        asyncio.run(serve(plan, door, WORKER, worker_arguments=watching, json=json))
+        asyncio.run(serve(plan, door, WORKER, worker_arguments=watching, json=json, nodes=nodes))
 
 
 def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
     """The plan through vLLM, until a signal. The URL comes on stdout once it answers, as with our own engine."""
     import os
     import shlex
+    import tempfile
 
     from ..keys import read_keys
     from ..resolve import make_plan
     from ..stop import StopSignals
     from ..tables import print_plan
-    from ..vllm import run_vllm, vllm_arguments, vllm_environment, vllm_notes, vllm_program
+    from ..vllm import (
+        VOCABULARY_VARIABLE,
+        run_vllm,
+        vllm_arguments,
+        vllm_environment,
+        vllm_notes,
+        vllm_program,
+        write_vocabulary,
+    )
 
     program = vllm_program()
     door = open_door(model, settings)
@@ -117,8 +127,6 @@ def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
         keys = read_keys(settings.api_key_file)
         environment = vllm_environment(os.environ, keys, settings.api_key_file)
     print_plan(plan, to_stderr=True)
-    for line in (*vllm_notes(plan, keys), shlex.join(command)):
-        click.echo(line, err=True)
 
     def ready() -> None:
         click.echo(json_text.dumps({"url": door.url, "plan": plan.to_json()}) if json else door.url)
@@ -127,7 +135,13 @@ def serve_vllm(model: str, settings: ServeSettings, json: bool) -> None:
         with StopSignals().caught() as stop:
             await run_vllm(command, environment, door.url, settings.drain_s, stop, ready)
 
-    asyncio.run(run())
+    with tempfile.TemporaryDirectory(prefix="gptoss-") as folder:
+        assert plan.checkpoint is not None
+        if VOCABULARY_VARIABLE not in environment and write_vocabulary(Path(plan.checkpoint), Path(folder)):
+            environment[VOCABULARY_VARIABLE] = folder
+        for line in (*vllm_notes(plan, keys, VOCABULARY_VARIABLE in environment), shlex.join(command)):
+            click.echo(line, err=True)
+        asyncio.run(run())
 
 
 def open_door(model: str, settings: ServeSettings, nodes: Nodes | None = None) -> Door:
@@ -182,8 +196,10 @@ async def serve(
     worker_arguments: Sequence[str] = (),
     json: bool = False,
     restarts: Restarts = RESTARTS,
+    nodes: Nodes | None = None,
 ) -> None:
-    """Runs until a signal. worker: the module that every rank runs. restarts: of replicas, if there are several.
+    """Runs until a signal. worker: the module that every rank runs. restarts: of replicas, if there are several. nodes:
+    where there are several, of which this is the first.
 
     Raises UserError for what keeps it from starting, RankDiedError when the HTTP process or the last replica dies.
     """
@@ -194,10 +210,10 @@ async def serve(
     def say(text: str) -> None:
         click.echo(text, err=True)
 
-    with StopSignals().caught() as stop, progress_bar() as bar:
-        async with Supervisor(
-            plan, worker, bar.show, worker_arguments, say, restarts, plan.replicas_of(0)
-        ) as supervisor:
+    held = reserve_port(nodes.host) if nodes is not None and plan.span > 1 else None
+    meeting = None if nodes is None or held is None else Meeting(nodes.host, held.getsockname()[1])
+    with StopSignals().caught() as stop, progress_bar() as bar, held or nullcontext():
+        async with Supervisor(plan, worker, bar.show, worker_arguments, say, restarts, meeting=meeting) as supervisor:
             # The HTTP process first: alive, not ready, while the ranks load.
             await supervisor.start_http(door.listener, door.arguments, door.nodes)
             await supervisor.start_replicas()

@@ -194,8 +194,11 @@ def with_plan(job: Job) -> tuple[Job, dict[str, Any] | None]:
     nodes = str(job.option("nodes"))
     settings = ServeSettings(**given, nnodes=int(nodes) if nodes.isdigit() else 1)
     plan = make_plan(job.command[1], settings, need_weights=False)
-    needed = len(plan.replicas_of(0)) * plan.ranks
-    if plan.device == "cuda":
+    if plan.nodes < settings.nnodes:
+        message = f"the plan for {plan.machine} gives work to {plan.nodes} of {settings.nnodes} nodes"
+        raise UserError(message, f"--nodes={plan.nodes}, or more replicas: --set run.dp=...")
+    needed = plan.gpus_of(0)
+    if needed:
         asked = str(job.option("gpus-per-node") or "")
         count = asked.rpartition(":")[2]
         if not asked and not any(job.option(name) for name in ("gpus", "gres")):

@@ -1,7 +1,7 @@
 """How the leader's step records reach the other ranks of its replica: a few slots of a mapped file that all can read.
 
-Every rank does what the record says and draws the same tokens, so nothing has to come back. Works inside one host,
-where a replica stays. Knows records as words; knows nothing of what they mean.
+Every rank does what the record says and draws the same tokens, so nothing has to come back. Works inside one host;
+`lockstep_network` is for a replica that lies on several. Knows records as words; knows nothing of what they mean.
 """
 
 import mmap
@@ -10,6 +10,7 @@ import zlib
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from .record import WORD_BYTES, Record, read
 
@@ -23,7 +24,14 @@ SPIN_S = 200e-6  # for so long a rank looks without pause, then ever more rarely
 LONGEST_PAUSE_S = 1e-3
 
 
-class Ring:
+class Steps(Protocol):
+    """What the leader tells every other rank, one record after the other; steps count from 1."""
+
+    def publish(self, record: Record) -> None: ...
+    def wait(self, number: int) -> Record: ...
+
+
+class Ring(Steps):
     """All slots. The leader makes the file before any other rank opens it."""
 
     def __init__(self, path: Path, words: int, *, create: bool) -> None:

@@ -20,6 +20,8 @@ from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
 from . import rest
 from .engine import Engine
+from .lockstep import Ring, Steps
+from .lockstep_network import Broadcasts
 from .measure import Meter, capture, step_times, warm_up
 from .routes import Recorder, checked
 from .trace import Trace
@@ -41,11 +43,34 @@ class Options:
     check_ranks: bool = False
     record_routing: Path | None = None
 
+    @property
+    def watched(self) -> bool:
+        return self.check_ranks or self.record_routing is not None
+
 
 def join(plan: Plan) -> None:
     """Make the process group of the replica, from the addresses that torchrun put into the environment."""
     if plan.ranks > 1:
         dist.init_process_group("gloo" if plan.device == "cpu" else "cpu:gloo,cuda:nccl")
+
+
+def join_in_step(plan: Plan, rank: int, options: Options, file: Path, words: int) -> Steps | None:
+    """Joins, and how the leader tells the other ranks what to do, in records of at most so many words; None for a rank
+    that is alone.
+
+    file: that all ranks of a node share. Raises UserError where another node was started with other flags.
+    """
+    ring = Ring(file, words, create=True) if plan.ranks > 1 and plan.span == 1 and rank == 0 else None
+    join(plan)  # nobody comes out of it before the leader has come in
+    if plan.ranks == 1:
+        return None
+    if plan.span == 1:
+        return ring or Ring(file, words, create=False)
+    everyone: list[bool] = [False] * plan.ranks
+    dist.all_gather_object(everyone, options.watched)
+    if any(watched != everyone[0] for watched in everyone):
+        raise UserError("--check-ranks or --record-routing on some nodes only", "the same command on every node")
+    return Broadcasts(words)
 
 
 def start(
@@ -108,8 +133,7 @@ def start(
         if rank == 0:
             recorder = Recorder(options.record_routing, plan, device)
             ops = recorder.counted(ops)
-    watched = options.check_ranks or options.record_routing is not None
-    in_graphs = plan.kernels == "triton" and plan.offload == "none" and not watched
+    in_graphs = plan.kernels == "triton" and plan.offload == "none" and not options.watched
     engine = Engine(
         plan, rank, weights, ops, comm, graph_sizes(plan.sequences) if in_graphs else (), offload_counts, files
     )

@@ -3,7 +3,7 @@
 Three conversations use it. Front end and leader rank: Generate and Cancel one way; Tokens, Refused, Done and Stats
 back. Every process and the supervisor: Hello, then Progress, Ready or Failed; a process whose supervisor connection
 ends must end too, so that nothing outlives the command, not even after kill -9. A node and the head: Hello and Leave
-one way; Assigned, Failed and Stop back.
+one way; Assigned, Failed and Stop back. Where a replica lies on several nodes, Failed one way as well.
 
 Knows nothing of sockets or event loops: bytes in, values out.
 """
@@ -140,7 +140,7 @@ class Ready:
 @dataclass(frozen=True)
 class Failed:
     """Any process -> supervisor, last: why it ends (exit_code 2: the user can put it right). And head -> node: why it
-    cannot join now.
+    cannot join now. And node -> head -> supervisor: why a part of the replica that it has a part of has ended.
 
     follows: it was waiting for another process when it failed, so that one is the likely cause.
     """
@@ -154,10 +154,12 @@ class Failed:
 
 @dataclass(frozen=True)
 class Assigned:
-    """Head -> node, first: what all nodes run. version: of gptoss-launch. plan: as JSON."""
+    """Head -> node, first: what all nodes run. version: of gptoss-launch. plan: as JSON. meeting_port: of the head,
+    where the ranks of a replica meet that lies on several nodes; 0 without one."""
 
     version: str
     plan: str
+    meeting_port: int = 0
 
 
 @dataclass(frozen=True)

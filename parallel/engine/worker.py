@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .grammars import Grammars
     from .leader import Launched
-    from .lockstep import Ring
+    from .lockstep import Steps
     from .profile import Profiler
     from .record import Record
     from .routes import Recorder
@@ -64,8 +64,8 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
     """Load, report, serve; returns never."""
     from .engine import sizes_of
     from .grammars import grammars_of
-    from .lockstep import Ring, steps_file
-    from .start import Options, join, start
+    from .lockstep import steps_file
+    from .start import Options, join_in_step, start
 
     last_s = 0.0
 
@@ -76,12 +76,10 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
             control.sendall(encode(Progress(rank, done_bytes, total_bytes)))
 
     options = Options(arguments.check_ranks, arguments.record_routing)
-    steps, words = steps_file(arguments.control), sizes_of(plan).words
-    ring = Ring(steps, words, create=True) if plan.ranks > 1 and rank == 0 else None
     grammars = grammars_of(plan.checkpoint, plan.spec.vocab) if rank == 0 else None
     if grammars is not None:
         grammars.load()  # while the weights are read
-    join(plan)  # nobody comes out of it before the leader has come in
+    steps = join_in_step(plan, rank, options, steps_file(arguments.control), sizes_of(plan).words)
     engine, recorder, ready = start(plan, rank, options, trace, progress)
     if grammars is not None:
         front_ends = FrontEnds(arguments.listen)
@@ -91,16 +89,16 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
             from .profile import Profiler
 
             profiler = Profiler(arguments.profile, engine.device)
-        lead(engine, front_ends, ring, grammars, trace, recorder, ready, profiler)
-    ring = Ring(steps, words, create=False)
+        lead(engine, front_ends, steps, grammars, trace, recorder, ready, profiler)
     control.sendall(encode(ready))
-    follow(engine, ring, trace)
+    assert steps is not None, "only the leader is alone"
+    follow(engine, steps, trace)
 
 
 def lead(
     engine: "Engine",
     front_ends: FrontEnds,
-    ring: "Ring | None",
+    steps: "Steps | None",
     grammars: "Grammars",
     trace: Trace,
     recorder: "Recorder | None",
@@ -116,8 +114,8 @@ def lead(
         trace.step()
         if profiler is not None:
             profiler.step(record.head)
-        if ring is not None:
-            ring.publish(record)
+        if steps is not None:
+            steps.publish(record)
         return launch_step(engine, record)
 
     times = ready.times
@@ -168,12 +166,12 @@ def launch_step(engine: "Engine", record: "Record") -> "Launched":
     raise StepError(f"no memory {where} for a step of {record.head.tokens} tokens: {wanted}")
 
 
-def follow(engine: "Engine", ring: "Ring", trace: Trace) -> None:
+def follow(engine: "Engine", steps: "Steps", trace: Trace) -> None:
     """Do what the leader's records say, for as long as the process lives."""
     number = 1
     while True:
         trace.idle()
-        record = ring.wait(number)
+        record = steps.wait(number)
         trace.step()
         engine.launch(record)
         number += 1

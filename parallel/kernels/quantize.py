@@ -20,7 +20,7 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     """[..., B * 32] -> (blocks [..., B, 16] uint8, scales [..., B] uint8), as gpt-oss stores a weight."""
     x = values.float().unflatten(-1, (-1, MXFP4_BLOCK))
     largest = x.abs().amax(-1)
-    exponent = torch.where(largest > 0, largest.log2().floor() - LARGEST_EXPONENT, 0.0)
+    exponent = torch.where(largest > 0, largest.frexp().exponent - 1 - LARGEST_EXPONENT, 0)
     tried = []
     for more in (0, 1):
         scales = (exponent + SCALE_BIAS + more).clamp(0, 254).to(torch.uint8)

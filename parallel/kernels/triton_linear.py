@@ -1,9 +1,9 @@
 """Matrix products for a few tokens in Triton, where what counts is to read the weight once and fast; torch's for more.
 
-For one token a few programs stay for the whole product: each takes row after row, with the loads of the next ones in
-flight. For two to FEW_TOKENS a program owns 16 rows, whose columns its warps share; what a lane loads is its own share
-of the operands of mma.m16n8k16, so that no weight changes lanes or passes through shared memory. Both ask for weights
-before they wait for x. Weights of 8 bits go the same way for one token, and one of their own for more.
+For one token a warp owns a row. For two to FEW_TOKENS a program owns 16 rows, whose columns its warps share; what a
+lane loads is its own share of the operands of mma.m16n8k16, so that no weight changes lanes or passes through shared
+memory. Both ask for weights before they wait for x: for as many as registers hold, which can be all. Weights of 8 bits
+go the same way for one token, and one of their own for more.
 
 T tokens, I columns in, O rows out. Sums are in fp32 and always in the same order.
 """
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants, early, processors
+from .triton_launch import constants, early
 from .triton_pages import operand
 from .triton_weight_only import several, stored
 from .weight_only import Quantized, Weight
@@ -29,20 +29,21 @@ from .weight_only import Quantized, Weight
 FEW_TOKENS = 16  # from here on torch's
 TILE_ROWS = 16
 STEP_COLUMNS = 32  # of a warp: 8 for each of the four lanes that share a row
+PART_BYTES = 512  # of a row: 16 a lane
 MOST_WAYS = 8
 MOST_STEPS = 15  # whose loads a warp has in flight
 
 
 @dataclass(frozen=True)
-class Stay:
+class Rows:
     """How the product for one token is cut: constants from a benchmark (tests/benchmarks/kernels_attention.py)."""
 
-    warps: int  # of a program
-    programs: int  # of a multiprocessor, which all run at once
-    ahead: int  # rows, or pairs of rows, that are asked for before they are needed
+    warps: int  # of a program, each with a row of its own
+    ahead: int  # parts of PART_BYTES whose loads are in flight before the first is used
+    registers: int | None = None  # the most of a lane: fewer, and more programs are there at a time
 
 
-ONE = Stay(warps=4, programs=5, ahead=2)
+ONE = Rows(warps=4, ahead=16, registers=96)
 
 
 def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
@@ -57,35 +58,31 @@ def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Ten
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
 
 
-def one(x_1I: Tensor, weight_OI: Weight, bias_O: Tensor | None, how: Stay) -> Tensor:
+def one(x_1I: Tensor, weight_OI: Weight, bias_O: Tensor | None, how: Rows) -> Tensor:
     """linear for one token: multiply and add, no tensor core."""
     rows, (values, scales, factor) = len(weight_OI), stored(weight_OI)
     out_1O = torch.empty((1, rows), dtype=x_1I.dtype, device=x_1I.device)
-    _one[(stay_programs(x_1I, rows, how),)](
+    _one[(-(-rows // how.warps),)](
         x_1I,
         values,
         scales,
         values if bias_O is None else bias_O,
         out_1O,
         rows,
-        **constants(**stay_shape(x_1I, values, how), BIAS=bias_O is not None, FACTOR=factor),
+        **constants(**rows_shape(x_1I, values, how), BIAS=bias_O is not None, FACTOR=factor),
     )
     return out_1O
 
 
-def stay_programs(x: Tensor, units: int, how: Stay) -> int:
-    """As many as run at once, or fewer if that needs no more rounds."""
-    rounds = -(-units // (processors(x.device) * how.programs))
-    return -(-units // rounds)
-
-
-def stay_shape(x: Tensor, weight: Tensor, how: Stay) -> dict[str, Any]:
+def rows_shape(x: Tensor, weight: Tensor, how: Rows) -> dict[str, Any]:
     return {
         "COLUMNS": weight.shape[1],
-        "BLOCK": how.warps * 512 // weight.element_size(),  # 16 bytes a lane
+        "ROWS": how.warps,
+        "PART": PART_BYTES // weight.element_size(),
         "AHEAD": how.ahead,
         "EARLY": early(x),
         "num_warps": how.warps,
+        **({} if how.registers is None or not x.is_cuda else {"maxnreg": how.registers}),
     }
 
 
@@ -129,23 +126,20 @@ def few_shape(x_TI: Tensor, weight_OI: Tensor, ways: int, unroll: int) -> dict[s
 
 
 @triton.jit
-def load_row(weight, row, there, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """A row in parts of BLOCK columns; zeros if it is not there."""
-    parts = ()
-    for begin in tl.static_range(0, COLUMNS, BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        at = tl.cast(row, tl.int64) * COLUMNS + column
-        parts += (tl.load(weight + at, mask=there & (column < COLUMNS), other=0),)
-    return parts
+def _part(weight, row, there, part: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr):
+    """[ROWS, PART] of a weight, a row for each warp; zeros past the columns and in rows that are not there."""
+    column = part * PART + tl.arange(0, PART)
+    here = there[:, None] & (column < COLUMNS)[None, :]
+    return tl.load(weight + row.to(tl.int64)[:, None] * COLUMNS + column[None, :], mask=here, other=0)
 
 
 @triton.jit
-def dot_row(w, x):
-    """The sum over the products of two rows in parts, the second in fp32."""
-    total = operand(w[0], tl.float32) * x[0]
-    for i in tl.static_range(1, len(w)):
-        total += operand(w[i], tl.float32) * x[i]
-    return tl.sum(total, 0)
+def _part_of_x(x, row, part: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr):
+    """[ROWS, PART] fp32: the same for each row, as each warp needs it whole and another layout would cost a way through
+    shared memory."""
+    column = part * PART + tl.arange(0, PART)
+    at = row[:, None] * 0 + column[None, :]
+    return tl.load(x + at, mask=at < COLUMNS, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -157,7 +151,8 @@ def _one(
     out,
     rows,
     COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,
     AHEAD: tl.constexpr,
     BIAS: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -165,28 +160,28 @@ def _one(
 ):
     if EARLY:
         gdc_launch_dependents()
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    ahead = ()
-    for i in tl.static_range(AHEAD):
-        row = program + i * programs
-        ahead += (load_row(weight, row, row < rows, COLUMNS, BLOCK),)
+    PARTS: tl.constexpr = (COLUMNS + PART - 1) // PART
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    w = ()
+    for i in tl.static_range(min(AHEAD, PARTS)):
+        w += (_part(weight, row, there, i, COLUMNS, PART),)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-    x_parts = load_row(x, 0, True, COLUMNS, BLOCK)
-    value = ()
-    for i in tl.static_range(len(x_parts)):
-        value += (x_parts[i].to(tl.float32),)
-    for row in range(program, rows, programs):
-        later = row + AHEAD * programs
-        w = ahead[0]
-        ahead = ahead[1:] + (load_row(weight, later, later < rows, COLUMNS, BLOCK),)
-        y = dot_row(w, value)
-        if FACTOR > 0:
-            y *= tl.load(scale + row) * FACTOR
-        if BIAS:
-            y += tl.load(bias + row).to(tl.float32)
-        tl.store(out + row, y.to(out.dtype.element_ty))
+    acc = tl.zeros([ROWS, PART], tl.float32)
+    for i in tl.static_range(PARTS):
+        if i % 4 == 0:
+            tl.debug_barrier()  # ptxas would read all of x at once, into registers that weights need
+        if i + AHEAD < PARTS:
+            w += (_part(weight, row, there, i + AHEAD, COLUMNS, PART),)
+        acc += operand(w[i], tl.float32) * _part_of_x(x, row, i, COLUMNS, PART)
+    y = tl.sum(acc, 1)
+    if FACTOR > 0:
+        y *= tl.load(scale + row, mask=there, other=0.0) * FACTOR
+    if BIAS:
+        y += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row, y.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -1,12 +1,19 @@
-"""q, k, v with RoPE and the write into pages: for one token one Triton kernel, the norm before it included; for a few
-two, norm and product; for more the norm, torch's product, and one kernel for all that follows it.
+"""Norm, then q, k, v with RoPE and the write into pages: for one token one Triton kernel, for up to 16 one for the norm
+and one for the rest, for more torch's product between the norm and a kernel for what follows it.
+
+With one token few programs stay for the whole product: each takes pair after pair of rows, with the loads of the next
+in flight, and works out the norm once.
 
 Signature and meaning are those of attention.norm_qkv_write. fp8 pages hold the largest number of e4m3 (448) where the
 plain version, by torch's conversion, would hold NaN.
 """
 
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,27 +21,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants, early
-from .triton_linear import (
-    Stay,
-    dot_row,
-    few_cut,
-    few_product,
-    few_shape,
-    group_rows,
-    linear,
-    load_row,
-    stay_programs,
-    stay_shape,
-)
+from .triton_launch import constants, early, processors
+from .triton_linear import few_cut, few_product, few_shape, group_rows, linear
 from .triton_norm import add_norm, added
-from .triton_pages import as_stored, entry, to_stored
+from .triton_pages import as_stored, entry, operand, to_stored
 from .triton_weight_only import stored
 from .weight_only import Quantized, Weight
 
 HEADS_TOGETHER = 8  # of a program that rotates and writes
 WARPS = 2
 TOGETHER = 8  # pairs of columns of a program for a few tokens
+
+
+@dataclass(frozen=True)
+class Stay:
+    """How the product for one token is cut: constants from a benchmark (tests/benchmarks/kernels_attention.py)."""
+
+    warps: int  # of a program
+    programs: int  # of a multiprocessor, which all run at once
+    ahead: int  # rows, or pairs of rows, that are asked for before they are needed
+
+
 ONE = Stay(warps=4, programs=5, ahead=1)
 
 
@@ -62,7 +69,7 @@ def norm_qkv_write(
     if tokens == 1:
         pairs, (values, scales, factor) = len(weight_QH) // 2, stored(weight_QH)
         sum_TH = residual_TH if delta_TH is None else torch.empty_like(residual_TH)
-        _norm_qkv_one[(stay_programs(residual_TH, pairs, how),)](
+        _norm_qkv_one[(_programs(residual_TH, pairs, how),)](
             residual_TH,
             residual_TH if delta_TH is None else delta_TH,
             norm_H,
@@ -73,7 +80,7 @@ def norm_qkv_write(
             *after,
             eps,
             pairs,
-            **constants(**shape, **stay_shape(residual_TH, values, how), ADD=delta_TH is not None, FACTOR=factor),
+            **constants(**shape, **_stay_shape(residual_TH, values, how), ADD=delta_TH is not None, FACTOR=factor),
         )
         return sum_TH, q_TND
     residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
@@ -91,6 +98,42 @@ def norm_qkv_write(
         **constants(**shape, TOGETHER=HEADS_TOGETHER, EARLY=early(x_TH), num_warps=WARPS),
     )
     return residual_TH, q_TND
+
+
+def _programs(x: Tensor, units: int, how: Stay) -> int:
+    """As many as run at once, or fewer if that needs no more rounds."""
+    rounds = -(-units // (processors(x.device) * how.programs))
+    return -(-units // rounds)
+
+
+def _stay_shape(x: Tensor, weight: Tensor, how: Stay) -> dict[str, Any]:
+    return {
+        "COLUMNS": weight.shape[1],
+        "BLOCK": how.warps * 512 // weight.element_size(),  # 16 bytes a lane
+        "AHEAD": how.ahead,
+        "EARLY": early(x),
+        "num_warps": how.warps,
+    }
+
+
+@triton.jit
+def _row(weight, row, there, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """A row in parts of BLOCK columns; zeros if it is not there."""
+    parts = ()
+    for begin in tl.static_range(0, COLUMNS, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        at = tl.cast(row, tl.int64) * COLUMNS + column
+        parts += (tl.load(weight + at, mask=there & (column < COLUMNS), other=0),)
+    return parts
+
+
+@triton.jit
+def _dot(w, x):
+    """The sum over the products of two rows in parts, the second in fp32."""
+    total = operand(w[0], tl.float32) * x[0]
+    for i in tl.static_range(1, len(w)):
+        total += operand(w[i], tl.float32) * x[i]
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -135,8 +178,8 @@ def _store(
 def _pair(weight, pair, pairs, HALF: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """The two rows of a pair of columns that turn together."""
     row = pair // HALF * (2 * HALF) + pair % HALF
-    left = load_row(weight, row, pair < pairs, COLUMNS, BLOCK)
-    return left, load_row(weight, row + HALF, pair < pairs, COLUMNS, BLOCK)
+    left = _row(weight, row, pair < pairs, COLUMNS, BLOCK)
+    return left, _row(weight, row + HALF, pair < pairs, COLUMNS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["eps", "pairs"], do_not_specialize_on_alignment=["slots"])
@@ -171,7 +214,7 @@ def _norm_qkv_one(
     if EARLY:
         gdc_launch_dependents()
     program, programs = tl.program_id(0), tl.num_programs(0)
-    factor = load_row(norm, 0, True, COLUMNS, BLOCK)
+    factor = _row(norm, 0, True, COLUMNS, BLOCK)
     ahead = ()
     for i in tl.static_range(AHEAD):
         ahead += (_pair(weight, program + i * programs, pairs, HALF, COLUMNS, BLOCK),)
@@ -179,9 +222,9 @@ def _norm_qkv_one(
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-    x = load_row(residual, 0, True, COLUMNS, BLOCK)
+    x = _row(residual, 0, True, COLUMNS, BLOCK)
     if ADD:
-        more = load_row(delta, 0, True, COLUMNS, BLOCK)
+        more = _row(delta, 0, True, COLUMNS, BLOCK)
         sums = ()
         for i in tl.static_range(len(x)):
             sums += (added(x[i], more[i]),)
@@ -202,7 +245,7 @@ def _norm_qkv_one(
         ahead = ahead[1:] + (_pair(weight, pair + AHEAD * programs, pairs, HALF, COLUMNS, BLOCK),)
         head, dim = pair // HALF, pair % HALF
         row = head * HEAD_DIM + dim
-        left, right = dot_row(w[0], value), dot_row(w[1], value)
+        left, right = _dot(w[0], value), _dot(w[1], value)
         if FACTOR > 0:
             left *= tl.load(row_scale + row) * FACTOR
             right *= tl.load(row_scale + row + HALF) * FACTOR

@@ -174,16 +174,21 @@ def check_layout(spec: Spec, machine: Machine, place: Place, asked: Asked) -> No
         Mesh(asked.ranks, asked.ep or 1)
     here = len(place.gpus)
     if place.device == "cuda":
-        if ranks > here:
+        each = "" if place.nodes == 1 else f" on each of {place.nodes} nodes"
+        if ranks > here * place.nodes:
             raise UserError(
-                f"{name} {ranks}: a replica stays inside one node, and one of {machine.name} has {_gpus(place)}",
-                f"{name} {here} is the most",
+                f"{name} {ranks}: {machine.name} has {_gpus(place)}{each}", f"{name} {here * place.nodes} is the most"
             )
-        if asked.dp is not None and asked.dp > here // ranks * place.nodes:
-            nodes = "" if place.nodes == 1 else f" on each of {place.nodes} nodes"
+        if ranks > here and not may_span(place, asked):
+            raise UserError(
+                f"--dp {asked.dp} with {name} {ranks}: a node of {machine.name} has {_gpus(place)}, and one replica "
+                "alone may lie on several nodes",
+                f"--dp 1, or {name} {here} at most",
+            )
+        if ranks <= here and asked.dp is not None and asked.dp > here // ranks * place.nodes:
             raise UserError(
                 f"--dp {asked.dp} with {ranks} rank{'s' * (ranks > 1)} each takes {asked.dp * ranks} GPUs, and "
-                f"{machine.name} has {_gpus(place)}{nodes}",
+                f"{machine.name} has {_gpus(place)}{each}",
                 f"--dp {here // ranks * place.nodes} is the most" + (f" with {name} {ranks}" if ranks > 1 else ""),
             )
     if not meshes(spec, _rank_choices(spec, place, asked), asked.ep):
@@ -212,17 +217,55 @@ def asked_per_node(place: Place, asked: Asked) -> int:
     return first.stop - first.start
 
 
-def candidates(spec: Spec, place: Place, asked: Asked) -> tuple[Mesh, ...]:
-    return meshes(spec, _rank_choices(spec, place, asked), asked.ep)
+def may_span(place: Place, asked: Asked) -> bool:
+    """Whether a replica may lie on several nodes: only where there is no other."""
+    return place.nodes > 1 and asked.dp in (None, 1)
+
+
+def span_of(place: Place, asked: Asked, ranks: int) -> int:
+    """Nodes that a replica of so many ranks lies on: as few as have the GPUs. On CPUs, where any number of ranks may
+    share a node, all of them if one replica alone is asked for and has a rank for each."""
+    if place.device == "cuda":
+        return -(-ranks // len(place.gpus))
+    return place.nodes if asked.dp == 1 and ranks >= place.nodes else 1
+
+
+def candidates(spec: Spec, place: Place, asked: Asked, context_tokens: int) -> tuple[Layout, ...]:
+    """Layouts to look at first: those inside a node, unless more ranks are asked for."""
+    return _layouts(spec, place, asked, _rank_choices(spec, place, asked), context_tokens)
+
+
+def spanning(spec: Spec, place: Place, asked: Asked, context_tokens: int) -> tuple[Layout, ...]:
+    """Layouts to look at if none of those fits: of more ranks than a node has GPUs."""
+    if place.device == "cpu" or asked.ranks is not None or not may_span(place, asked):
+        return ()
+    most = min(len(place.gpus) * place.nodes, spec.kv_heads)
+    return _layouts(spec, place, asked, tuple(range(len(place.gpus) + 1, most + 1)), context_tokens)
+
+
+def _layouts(spec: Spec, place: Place, asked: Asked, ranks: tuple[int, ...], context_tokens: int) -> tuple[Layout, ...]:
+    per_node = asked_per_node(place, asked)
+    return tuple(
+        Layout(mesh, per_node, context_tokens, span_of(place, asked, mesh.ranks))
+        for mesh in meshes(spec, ranks, asked.ep)
+    )
 
 
 def choose(spec: Spec, place: Place, asked: Asked) -> Choice | None:
-    """The layout; None if none fits."""
+    """The layout, one inside a node before any other; None if none fits."""
+    for looked_at in (candidates, spanning):
+        choice = choose_among(spec, place, asked, looked_at(spec, place, asked, spec.max_context_tokens))
+        if choice is not None:
+            return choice
+    return None
+
+
+def choose_among(spec: Spec, place: Place, asked: Asked, layouts: tuple[Layout, ...]) -> Choice | None:
+    """The best of `layouts`, in the longest context that fits; None if none does."""
     contexts = context_choices(spec.max_context_tokens) if asked.context_tokens is None else (asked.context_tokens,)
-    per_node = asked_per_node(place, asked)
     fitting: list[Layout] = []
-    for mesh in candidates(spec, place, asked):
-        layout = longest(spec, place, mesh, per_node, contexts)
+    for one in layouts:
+        layout = longest(spec, place, one, contexts)
         if layout is not None:
             contexts = tuple(context for context in contexts if context >= layout.context_tokens)
             fitting.append(layout)
@@ -230,7 +273,7 @@ def choose(spec: Spec, place: Place, asked: Asked) -> Choice | None:
         return None
     context = max(layout.context_tokens for layout in fitting)
     fitting = [layout for layout in fitting if layout.context_tokens == context]
-    if asked.dp is None and place.device == "cuda":
+    if asked.dp is None and place.device == "cuda" and fitting[0].span == 1:
         fitting = [most_replicas(spec, place, layout) for layout in fitting]
     batch = BATCH_TOKENS[asked.workload]
     by_ranks = {ranks: _best_ep(spec, fitting, ranks, batch) for ranks in {layout.mesh.ranks for layout in fitting}}
@@ -239,9 +282,12 @@ def choose(spec: Spec, place: Place, asked: Asked) -> Choice | None:
     steps: dict[int, Step] = {}
     if speed is not None:
         for layout in ordered:
-            step = decode_step(spec, layout.mesh, place.dtype, speed, place.link, batch, context, place.rest)
+            link = place.link if layout.span == 1 else "network"
+            step = decode_step(spec, layout.mesh, place.dtype, speed, link, batch, context, place.rest)
             steps[layout.mesh.ranks] = step
     layout = _best(ordered, steps, asked.workload)
+    if layout.span > 1:
+        return Choice(layout, 1, layout.span, steps, tuple(ordered))
     nodes = place.nodes if asked.dp is None else min(place.nodes, asked.dp)
     return Choice(layout, asked.dp or layout.per_node * nodes, nodes, steps, tuple(ordered))
 

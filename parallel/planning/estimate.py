@@ -10,6 +10,7 @@ None, never a guess.
 from dataclasses import dataclass
 from functools import cache
 from math import comb, prod
+from typing import Literal
 
 from .machine import Link
 from .memory import is_rest, stored_bytes
@@ -77,9 +78,12 @@ class LinkCost:
 # number of ranks, one-shot on H100s: 3.9 us with 2 and 5.7 us with 8 ranks (sgl-project/sglang pull request 2904).
 # pcie: NCCL on four GPUs under one switch, 20.3 us at 8 KB and 83.5 us at 384 KB, in haohervchb/sglang-V100 pull
 # request 2; a ring has two hops more for each rank, 1 us each by NCCL's own tuning table (src/graph/tuning.cc).
-LINK: dict[Link, LinkCost] = {
+# network, between nodes: NCCL on four nodes over RoCE, 54 to 64 us at 48 KB, in local-inference-lab/b12x pull request
+# 295; a ring's two hops more for each rank are 3 us each by the same tuning table. Plain TCP takes longer.
+LINK: dict[Link | Literal["network"], LinkCost] = {
     "nvlink": LinkCost(latency_s=6.6e-6, rank_s=0.4e-6, bytes_per_s=320e9),
     "pcie": LinkCost(latency_s=16e-6, rank_s=2e-6, bytes_per_s=9e9),
+    "network": LinkCost(latency_s=41e-6, rank_s=6e-6, bytes_per_s=12.5e9),
 }
 
 
@@ -110,7 +114,7 @@ def decode_step(
     mesh: Mesh,
     dtype: DType,
     bytes_per_s: float,
-    link: Link,
+    link: Link | Literal["network"],
     batch_tokens: int,
     context_tokens: int,
     rest: Rest = "bf16",
@@ -127,7 +131,7 @@ def decode_step(
     )
 
 
-def all_reduce_s(link: Link, ranks: int, message_bytes: int) -> float:
+def all_reduce_s(link: Link | Literal["network"], ranks: int, message_bytes: int) -> float:
     """Seconds of one all-reduce of message_bytes; 0 for one rank."""
     if ranks == 1:
         return 0.0

@@ -4,17 +4,20 @@ A layout is a mesh and a number of replicas on a node. Knows bytes and GPUs; doe
 (`choice`), nor how fast one is (`estimate`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import TypeVar
 
 from ..errors import UserError
 from .machine import Gpu, Link
 from .memory import Device, Room, rank_memory
 from .pages import page_bytes
 from .plan import DType, Kernels, KvDType, RankMemory, Rest
-from .shards import Mesh, local_slices, table
+from .shards import Mesh, local_slices, part, table
 from .spec import Spec
+
+T = TypeVar("T")
 
 PAGE_TOKENS = 16
 STEP_TOKENS: dict[Device, int] = {"cuda": 2048, "cpu": 512}
@@ -58,11 +61,25 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """mesh: of one replica. per_node: replicas on the fullest node. context_tokens: the longest sequence."""
+    """mesh: of one replica. per_node: replicas on the fullest node. context_tokens: the longest sequence. span: nodes
+    that a replica lies on; with several, the only replica on each of them."""
 
     mesh: Mesh
     per_node: int
     context_tokens: int
+    span: int = 1
+
+    def here(self, ranks: Sequence[T]) -> Sequence[T]:
+        """Of something for each rank of a replica, that on its fullest node, the first."""
+        return ranks[: part(self.mesh.ranks, 1, 0, self.span).stop]
+
+    def gpus(self, place: Place) -> tuple[Gpu, ...]:
+        """Of the fullest node, those of its replicas' ranks in order; of a replica on several nodes, those of all its
+        ranks."""
+        if self.span == 1:
+            return place.gpus[: self.per_node * self.mesh.ranks]
+        parts = (part(self.mesh.ranks, 1, node, self.span) for node in range(self.span))
+        return tuple(gpu for own in parts for gpu in place.gpus[: own.stop - own.start])
 
 
 def one_context(device: Device, context_tokens: int) -> Room:
@@ -130,26 +147,26 @@ def shortfall(spec: Spec, place: Place, layout: Layout, room: Room | None = None
     On the CPU all ranks share the host's memory. room: one context unless given.
     """
     rows = memories(spec, place, layout.mesh, room or one_context(place.device, layout.context_tokens))
-    on_gpu, on_host = 0, layout.per_node * sum(row.host_bytes for row in rows)
+    on_gpu, on_host = 0, layout.per_node * sum(row.host_bytes for row in layout.here(rows))
     if place.device == "cpu":
-        on_host += layout.per_node * sum(row.device_bytes for row in rows)
+        on_host += layout.per_node * sum(row.device_bytes for row in layout.here(rows))
     else:
-        used = place.gpus[: layout.per_node * layout.mesh.ranks]
+        used = layout.gpus(place)
         missing = (rows[i % layout.mesh.ranks].device_bytes - gpu.free_bytes for i, gpu in enumerate(used))
         on_gpu = max(0, *missing)
     return on_gpu + (0 if place.host_free_bytes is None else max(0, on_host - place.host_free_bytes))
 
 
-def longest(spec: Spec, place: Place, mesh: Mesh, per_node: int, contexts: Iterable[int]) -> Layout | None:
-    """The layout with the first of `contexts`, longest first, that fits; None if none does."""
-    layouts = (Layout(mesh, per_node, context) for context in contexts)
+def longest(spec: Spec, place: Place, layout: Layout, contexts: Iterable[int]) -> Layout | None:
+    """`layout` with the first of `contexts`, longest first, that fits; None if none does."""
+    layouts = (replace(layout, context_tokens=context) for context in contexts)
     return next((layout for layout in layouts if not shortfall(spec, place, layout)), None)
 
 
 def most_replicas(spec: Spec, place: Place, layout: Layout) -> Layout:
     """`layout`, which fits, with as many replicas on a node as fit."""
     for per_node in range(len(place.gpus) // layout.mesh.ranks, layout.per_node, -1):
-        more = Layout(layout.mesh, per_node, layout.context_tokens)
+        more = replace(layout, per_node=per_node)
         if not shortfall(spec, place, more):
             return more
     return layout
@@ -170,7 +187,7 @@ def widest(spec: Spec, place: Place, layout: Layout, sequences: int | None) -> R
     if place.device == "cpu" or shortfall(spec, place, layout, room):
         return room
     rows = memories(spec, place, layout.mesh, room)
-    used = place.gpus[: layout.per_node * layout.mesh.ranks]
+    used = layout.gpus(place)
     pages = min(
         int((gpu.free_bytes - rows[index % layout.mesh.ranks].device_bytes) * SPARE_SHARE)
         // page_bytes(spec, layout.mesh, index % layout.mesh.ranks, place.kv_dtype, PAGE_TOKENS)

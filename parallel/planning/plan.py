@@ -103,10 +103,11 @@ class Offload:
 
 @dataclass(frozen=True)
 class Plan:
-    """One resolved plan. `ep` divides `ranks`; a replica is `ranks` ranks of one node, `dp` the number of replicas.
+    """One resolved plan. `ep` divides `ranks`; a replica is `ranks` ranks, `dp` the number of replicas.
 
-    Replicas are spread over the nodes as `shards.part` spreads units. Replica i of a node takes its GPUs from
-    i * ranks on, in the order in which the machine shows them.
+    Replicas are spread over the nodes as `shards.part` spreads units; where there are fewer of them than nodes, the
+    ranks of each are spread so over its `span` nodes. Replica i of a node takes its GPUs from i * ranks on, in the
+    order in which the machine shows them.
     """
 
     model: str  # as the user named it
@@ -144,10 +145,24 @@ class Plan:
     def world_size(self) -> int:
         return self.dp * self.ranks
 
+    @property
+    def span(self) -> int:
+        """Nodes that one replica lies on."""
+        return max(1, self.nodes // self.dp)
+
     def replicas_of(self, node: int) -> range:
-        """The replicas that run on this node, counted from 0."""
-        own = part(self.dp, 1, node, self.nodes)
+        """The replicas that run on this node, counted from 0; or the one that has some of its ranks there."""
+        own = part(self.dp, 1, node // self.span, self.nodes // self.span)
         return range(own.start, own.stop)
+
+    def ranks_of(self, node: int) -> range:
+        """Those that run on this node, of each replica there, counted from 0 in the replica."""
+        own = part(self.ranks, 1, node % self.span, self.span)
+        return range(own.start, own.stop)
+
+    def gpus_of(self, node: int) -> int:
+        """How many GPUs this node needs."""
+        return len(self.replicas_of(node)) * len(self.ranks_of(node)) if self.device == "cuda" else 0
 
     @property
     def digest(self) -> str:

@@ -6,7 +6,17 @@ A pure function of (Spec, Machine, Asked). Probes nothing and starts nothing.
 import dataclasses
 
 from ..errors import UserError
-from .choice import FREE, Asked, check_layout, choose, find_place, on_cpu, with_overrides
+from .choice import (
+    FREE,
+    Asked,
+    candidates,
+    check_layout,
+    choose,
+    choose_among,
+    find_place,
+    on_cpu,
+    with_overrides,
+)
 from .layouts import RESIDUAL, SMALLEST_CONTEXT_TOKENS, Place, memories, shortfall, widest
 from .machine import Machine
 from .offload import ahead, hot_experts, in_memory, one_rank, room_for, ways
@@ -85,10 +95,10 @@ def plan(spec: Spec, machine: Machine, asked: Asked = FREE, *, model: str, check
 
 
 def nothing_fits(spec: Spec, place: Place, asked: Asked) -> bool:
-    """Whether no context, however short, would fit without offload, in any layout."""
+    """Whether no context, however short, would fit without offload, in any layout inside a node."""
     shortest = min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens, asked.context_tokens or SMALLEST_CONTEXT_TOKENS)
     free = dataclasses.replace(asked, context_tokens=shortest, ranks=None, ep=None, dp=None)
-    return choose(spec, place, free) is None
+    return choose_among(spec, place, free, candidates(spec, place, free, shortest)) is None
 
 
 def _offloaded(

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..errors import NoPlanError
-from .choice import WHOLE_EXPERTS, Asked, Choice, asked_per_node, candidates, dtype_of, on_cpu, sm, why_no_gpu
+from .choice import WHOLE_EXPERTS, Asked, Choice, candidates, dtype_of, on_cpu, sm, spanning, why_no_gpu
 from .estimate import BATCH_TOKENS, Step, expert_load
 from .layouts import (
     MOST_SEQUENCES,
@@ -62,7 +62,9 @@ def why(
     """A line for each decision. machine: as it was found, before --gpu-memory and --host-memory."""
     mesh, context = choice.layout.mesh, choice.layout.context_tokens
     lines = [_device(machine, place, asked), _memory(place, choice, replica)]
-    lines += [_ranks(place, asked, choice), _dp(place, asked, choice), _ep(spec, asked, choice)]
+    lines += [_ranks(place, asked, choice), _dp(place, asked, choice)]
+    lines += [_span(spec, place, asked, choice)] if choice.layout.span > 1 else []
+    lines += [_ep(spec, asked, choice)]
     if asked.routing is not None:
         lines.append(_placement(asked, mesh, orders))
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
@@ -133,13 +135,13 @@ def _device(machine: Machine, place: Place, asked: Asked) -> str:
 def _memory(place: Place, choice: Choice, replica: Sequence[RankMemory]) -> str:
     fullest = max(replica, key=lambda row: row.device_bytes)
     if place.device == "cuda":
-        free = min(gpu.free_bytes for gpu in place.gpus[: choice.layout.per_node * choice.layout.mesh.ranks])
+        free = min(gpu.free_bytes for gpu in choice.layout.gpus(place))
         return f"{_rank(choice.layout.mesh, fullest)}: {_parts(fullest)} are {_of(fullest.device_bytes, free)}"
     assert place.host_free_bytes is not None
-    total = choice.layout.per_node * sum(row.device_bytes + row.host_bytes for row in replica)
+    total = choice.layout.per_node * sum(row.device_bytes + row.host_bytes for row in choice.layout.here(replica))
     return (
         f"{_rank(choice.layout.mesh, fullest)}: {_parts(fullest)}; with {format_size(fullest.host_bytes)} a process "
-        f"all ranks take {_of(total, place.host_free_bytes)}"
+        f"all ranks{' of a node' * (choice.layout.span > 1)} take {_of(total, place.host_free_bytes)}"
     )
 
 
@@ -169,7 +171,8 @@ def _ranks(place: Place, asked: Asked, choice: Choice) -> str:
         return head + "more ranks would share the same memory and cores; --ranks N starts them all the same"
     if not others:
         fixed = "".join(f", with --{name} {value}" for name, value in (("dp", asked.dp), ("ep", asked.ep)) if value)
-        reason = "there is 1 GPU a node" if len(place.gpus) == 1 else "no other number of ranks holds this context"
+        alone = len(place.gpus) == 1 and choice.layout.span == 1
+        reason = "there is 1 GPU a node" if alone else "no other number of ranks holds this context"
         return head + reason + fixed + (f"; {_step(step)}" if step else "")
     if step is None:
         return head + f"the fewest that fit, as the memory bandwidth of {place.gpus[0].name} is not in the table"
@@ -205,12 +208,35 @@ def _dp(place: Place, asked: Asked, choice: Choice) -> str:
     gpus, nodes = len(place.gpus), place.nodes
     where = _count(gpus, "GPU") + (f" on each of {nodes} nodes" if nodes > 1 else "")
     idle = gpus * nodes - choice.dp * ranks
-    line = head + ("asked for, " if asked.dp else "") + f"{where}, {_count(ranks, 'rank')} a replica, inside one node"
+    inside = "inside one node" if layout.span == 1 else f"over {layout.span} nodes"
+    line = head + ("asked for, " if asked.dp else "") + f"{where}, {_count(ranks, 'rank')} a replica, {inside}"
     if idle:
         line += f"; {_count(idle, 'GPU')} stay{'s' * (idle == 1)} idle"
-        if asked.dp is None and layout.per_node < gpus // ranks:
+        if asked.dp is None and layout.span == 1 and layout.per_node < gpus // ranks:
             line += f", as a further replica does not fit in {layout.context_tokens} tokens of context"
     return line
+
+
+def _span(spec: Spec, place: Place, asked: Asked, choice: Choice) -> str:
+    """Why a replica lies on several nodes, and what that costs."""
+    span, ranks = choice.layout.span, choice.layout.mesh.ranks
+    if asked.ranks is None:
+        reason = "no layout inside one fits, but with experts in host memory (--ranks 1)"
+    else:
+        reason = f"{ranks} ranks were asked for" + ("" if place.device == "cpu" else f", and one has {_gpus(place)}")
+    line = (
+        f"nodes {span}: one replica lies on all of them, as {reason}; each of its {2 * spec.layers} all-reduces a step "
+    )
+    line += "goes over the network"
+    step = choice.steps.get(ranks)
+    if step is None:
+        return line
+    each, all_s = f"{step.reduce_s * 1e6:.0f} us by RDMA and more by TCP", step.reduces * step.reduce_s
+    return f"{line}, {each}: {_ms(all_s)} of {_ms(step.seconds)}"
+
+
+def _gpus(place: Place) -> str:
+    return _count(len(place.gpus), "GPU")
 
 
 def _ep(spec: Spec, asked: Asked, choice: Choice) -> str:
@@ -338,11 +364,10 @@ def no_plan(spec: Spec, found: Machine, machine: Machine, place: Place, asked: A
     """What was tried, by how much the nearest of it falls short, and what would fit. found: before overrides."""
     context = asked.context_tokens or min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
     nearest: dict[int, tuple[int, Layout]] = {}  # by ranks: bytes short, layout
-    for mesh in candidates(spec, place, asked):
-        layout = Layout(mesh, asked_per_node(place, asked), context)
-        short = shortfall(spec, place, layout)
-        if mesh.ranks not in nearest or short < nearest[mesh.ranks][0]:
-            nearest[mesh.ranks] = short, layout
+    for layout in (*candidates(spec, place, asked, context), *spanning(spec, place, asked, context)):
+        short, ranks = shortfall(spec, place, layout), layout.mesh.ranks
+        if ranks not in nearest or short < nearest[ranks][0]:
+            nearest[ranks] = short, layout
     tried = [_tried(spec, place, short, layout) for short, layout in nearest.values()]
     if place.device == "cuda":
         tried.append(f"experts in host memory: {_why_not_offloaded(spec, place, asked)}")
@@ -364,7 +389,7 @@ def _why_not_offloaded(spec: Spec, place: Place, asked: Asked) -> str:
     room = room_for(spec, asked)
     free = dataclasses.replace(asked, ranks=None, ep=None, dp=None)
     shortest = min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
-    if any(not shortfall(spec, place, Layout(mesh, 1, shortest)) for mesh in candidates(spec, place, free)):
+    if any(not shortfall(spec, place, layout) for layout in candidates(spec, place, free, shortest)):
         return "only where nothing fits without, and a shorter context or another layout would"
     row = memories(spec, place, Mesh(), room_for(spec, asked, min(room.context_tokens, SMALLEST_CONTEXT_TOKENS)))[0]
     one = expert_bytes(spec, place.dtype)
@@ -378,17 +403,18 @@ def _tried(spec: Spec, place: Place, short: int, layout: Layout) -> str:
     rows = memories(spec, place, mesh, one_context(place.device, context))
     row = max(rows, key=lambda one: one.device_bytes)
     where = f"on {place.gpus[0].name}" if place.device == "cuda" else "on the CPU"
+    where += f" over {layout.span} nodes" * (layout.span > 1)
     replicas = "" if layout.per_node == 1 else f"{layout.per_node} replicas of "
     cut = f" (ep {mesh.ep}, etp {mesh.etp})" if mesh.ranks > 1 else ""
     if place.device == "cuda":
-        free = min(gpu.free_bytes for gpu in place.gpus[: layout.per_node * mesh.ranks])
+        free = min(gpu.free_bytes for gpu in layout.gpus(place))
         needs = f"{_of(row.device_bytes, free)} ({_parts(row)})"
-        host_bytes = layout.per_node * sum(one.host_bytes for one in rows)
+        host_bytes = layout.per_node * sum(one.host_bytes for one in layout.here(rows))
         if place.host_free_bytes is not None and host_bytes > place.host_free_bytes:
             needs += f" and {_of(host_bytes, place.host_free_bytes)} in host memory"
     else:
         assert place.host_free_bytes is not None
-        total = layout.per_node * sum(one.device_bytes + one.host_bytes for one in rows)
+        total = layout.per_node * sum(one.device_bytes + one.host_bytes for one in layout.here(rows))
         needs = f"{_of(total, place.host_free_bytes)} ({_parts(row)}, process {format_size(row.host_bytes)})"
     ranks = _count(mesh.ranks, "rank")
     return f"{replicas}{ranks} {where}{cut}, {place.dtype}, {context} tokens: {_short(short)}; needs {needs}"
@@ -403,7 +429,7 @@ def _changes(spec: Spec, machine: Machine, place: Place, asked: Asked, layout: L
     changes = []
     mesh, context = layout.mesh, layout.context_tokens
     shorter = [tokens for tokens in context_choices(context) if tokens < context]
-    fits = longest(spec, place, mesh, layout.per_node, shorter)
+    fits = longest(spec, place, layout, shorter)
     if fits is not None:
         changes.append(f"--context {fits.context_tokens} fits")
     changes += _other_layouts(spec, place, asked, context)
@@ -411,9 +437,9 @@ def _changes(spec: Spec, machine: Machine, place: Place, asked: Asked, layout: L
         if not shortfall(spec, dataclasses.replace(place, dtype="bf16"), layout):
             changes.append("--dtype bf16 fits")
     rows = memories(spec, place, mesh, one_context(place.device, context))
-    host_bytes = layout.per_node * sum(row.host_bytes for row in rows)
+    host_bytes = layout.per_node * sum(row.host_bytes for row in layout.here(rows))
     if place.device == "cpu":
-        total = host_bytes + layout.per_node * sum(row.device_bytes for row in rows)
+        total = host_bytes + layout.per_node * sum(row.device_bytes for row in layout.here(rows))
         return [*changes, f"{_up(total)} of free host memory fit"]
     changes += _other_gpus(spec, machine, place, asked, context)
     need = _up(max(row.device_bytes for row in rows))
@@ -432,9 +458,9 @@ def _other_layouts(spec: Spec, place: Place, asked: Asked, context: int) -> list
     """The nearest other --ranks or --dp that fits, where one of them was asked for."""
     changes = []
     if asked.ranks is not None and place.device == "cuda":
-        free = candidates(spec, place, dataclasses.replace(asked, ranks=None))
-        per_node = asked_per_node(place, asked)
-        fitting = {mesh.ranks for mesh in free if not shortfall(spec, place, Layout(mesh, per_node, context))}
+        free = dataclasses.replace(asked, ranks=None)
+        layouts = (*candidates(spec, place, free, context), *spanning(spec, place, free, context))
+        fitting = {layout.mesh.ranks for layout in layouts if not shortfall(spec, place, layout)}
         if fitting:
             wanted = asked.ranks
             changes.append(f"--ranks {min(fitting, key=lambda ranks: abs(ranks - wanted))} fits")
@@ -450,8 +476,7 @@ def _other_layouts(spec: Spec, place: Place, asked: Asked, context: int) -> list
 def _some_fit(spec: Spec, place: Place, asked: Asked, context: int, dp: int) -> bool:
     """Whether so many replicas fit in some layout."""
     fewer = dataclasses.replace(asked, dp=dp)
-    layouts = (Layout(mesh, asked_per_node(place, fewer), context) for mesh in candidates(spec, place, fewer))
-    return any(not shortfall(spec, place, layout) for layout in layouts)
+    return any(not shortfall(spec, place, layout) for layout in candidates(spec, place, fewer, context))
 
 
 def _other_gpus(spec: Spec, machine: Machine, place: Place, asked: Asked, context: int) -> list[str]:

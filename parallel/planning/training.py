@@ -16,10 +16,12 @@ VALUE_BYTES = GRADIENT_BYTES = 4  # fp32, but for adapters that are bf16 on requ
 MOMENTS_BYTES = {"adamw": 4 + 4, "adamw8bit": 1 + 1}  # of a value; blocks of 256 share a scale, which is left out
 SAVED_BYTES = 4 + 4 + 4  # a value and its moments
 GATHERED_PARTS = 2  # of stage 3: the part that is computed with, and the one that is on its way
-LOGITS_BYTES = 3 * (256 << 20)  # of a chunk: in the compute dtype, in fp32, and their gradient
+LOGITS_LIMIT_BYTES = 256 << 20  # of a chunk, in the compute dtype
+LOGITS_COPIES = 6  # plain: besides, in fp32, less their log-sum-exp, and their gradient; fused they are written over
 WIDE_ROW_COPIES = 4  # fp32, of a token's hidden state in a layer's norms and their gradients
 KEPT_LIMIT_BYTES = 2 << 30  # of a layer's first product: what is larger is dequantized again for its gradient
 SPARE_COLUMNS = 8  # of a product of experts, beside weights and adapter: kernels.triton_mixture
+FUSED_SLACK = 1.1  # of what is counted so: 2.1 GB were seen on an H200 where 2.3 are counted
 FUSED_HIDDEN_COPIES = 8  # a layer's hidden states: what its norms and its router read, and gradients
 FUSED_ROW_COPIES = 4  # a token's rows for its experts: on the way in, their gradient, and those of the way out
 FUSED_INNER_COPIES = 6  # gate_up's product and its gradient count two each; SwiGLU's result, and its gradient
@@ -175,6 +177,8 @@ def training_memory(
     layer = _fused_layer_bytes(spec, sequence_tokens, expert_rank) if fused else _layer_bytes(spec, dtype, rows)
     if share.host_layers:
         layer += layer_experts_bytes(spec) * 2 // 3  # the larger product, as it comes from the host
+    # those of a CUDA graph are not the head's
+    workspace = layer + LOGITS_LIMIT_BYTES if fused else max(layer, LOGITS_COPIES * LOGITS_LIMIT_BYTES)
     process = PROCESS[device]
     embedding = spec.vocab * spec.hidden if full else 0
     trained = _trained(trained_values, max(embedding, (trained_values - 2 * embedding) // spec.layers), dtype, share)
@@ -187,7 +191,7 @@ def training_memory(
         gradients_bytes=trained.gradients,
         moments_bytes=trained.moments,
         kept_bytes=(spec.layers + 2) * rows * element,
-        workspace_bytes=round(max(layer, LOGITS_BYTES) * ALLOCATOR_SLACK),
+        workspace_bytes=round(workspace * (FUSED_SLACK if fused else ALLOCATOR_SLACK)),
         context_bytes=process.context_bytes + (process.nccl_bytes if share.ranks > 1 else 0),
         host_bytes=process.host_bytes + trained.host + waiting,
         disk_bytes=trained_values * SAVED_BYTES,

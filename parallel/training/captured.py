@@ -28,8 +28,10 @@ class Captured:
         leaves: get gradients of zeros, if they have none, where those of all packs will be added up."""
         self._tensors = _tensors(inputs, tensors_of)
         self._tensors_of = tensors_of
+        gradients = []
         for leaf in leaves:
             leaf.grad = torch.zeros_like(leaf)
+            gradients.append(leaf.grad)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -38,6 +40,8 @@ class Captured:
                 x_TH.backward(torch.zeros_like(x_TH))
                 del x_TH
         torch.cuda.current_stream().wait_stream(stream)
+        for gradient in gradients:
+            gradient.zero_()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a graph has memory of its own
         forth, back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()

@@ -96,11 +96,11 @@ def forward(
     return x_TH, torch.stack(experts)
 
 
-def summed_loss(model: Model, pack: Pack, x_TH: Tensor) -> Tensor:
+def summed_loss(model: Model, pack: Pack, x_TH: Tensor, ops: Operations = PLAIN) -> Tensor:
     """Sum of a pack's weighted losses, fp32. x_TH: from `forward`."""
     loss: Tensor = model.within(
         "head",
-        lambda x_RH: cross_entropy(x_RH, model.head_VH, pack.targets_R, pack.weights_R),
+        lambda x_RH: cross_entropy(x_RH, model.head_VH, pack.targets_R, pack.weights_R, ops.slopes),
         x_TH[pack.learnt_R],
     )
     return loss

@@ -29,9 +29,9 @@ from ..kernels.triton_mixture import (
     swiglu_backward,
     weigh,
 )
+from ..kernels.triton_round import nearest_mxfp4
 from ..planning.training import KEPT_LIMIT_BYTES
 from .products import Experts
-from .quantize import through_mxfp4
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,12 @@ class _Product:
             blocks, scales = (part.to(device, non_blocking=True) for part in (base.blocks, base.scales))
             matrix = dequantize(blocks, scales, dtype, self.rank + SPARE)
         else:
-            weight = through_mxfp4(base.weight) if base.as_mxfp4 else base.weight
-            matrix = weight.new_empty((*weight.shape[:2], weight.shape[2] + self.rank + SPARE), dtype=dtype)
-            matrix[..., : weight.shape[2]] = weight
+            weight, spare = base.weight, self.rank + SPARE
+            if base.as_mxfp4:
+                matrix = nearest_mxfp4(weight.detach(), dtype, spare)
+            else:
+                matrix = weight.new_empty((*weight.shape[:2], weight.shape[2] + spare), dtype=dtype)
+                matrix[..., : weight.shape[2]] = weight
         fill(matrix, None if added is None else added.b, base.bias, 1.0 if added is None else added.scale)
         return matrix
 

@@ -26,6 +26,7 @@ from .batch import Pack, blank_pack, make_pack
 from .checkpoints import write_save
 from .forward import Inputs, Precision, forward, inputs_of, loads, summed_loss
 from .job import Job
+from .operations import Operations
 from .order import Mixture, pack, steps
 from .samples import Sample, sample
 from .saves import saves
@@ -81,7 +82,7 @@ def train(
     def through(inputs: Inputs) -> tuple[Tensor, Tensor]:
         return forward(job.spec, trainee.model, inputs, choice.attention, Precision(dtype, dtype), True, layers.ops)
 
-    pass_ = Pass(job, world, trainee, choice.attention, through)
+    pass_ = Pass(job, world, trainee, choice.attention, layers.ops, through)
     if world.first:
         if trainee.steps:
             say(f"going on after step {trainee.steps} of {job.steps}")
@@ -152,6 +153,7 @@ class Pass:
     world: World
     trainee: Trainee
     attention: Attention
+    ops: Operations
     through: captured.Run
 
     def captured(self) -> captured.Choice:
@@ -214,7 +216,7 @@ class Pass:
     def _loss(self, one: Pack) -> tuple[Tensor, Tensor]:
         """(sum of a pack's weighted losses, tokens of each expert)."""
         x_TH, experts_LTX = self.through(inputs_of(self.job.spec, one, self.attention))
-        return summed_loss(self.trainee.model, one, x_TH), loads(self.job.spec, experts_LTX)
+        return summed_loss(self.trainee.model, one, x_TH, self.ops), loads(self.job.spec, experts_LTX)
 
     def _mine(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Pack]:
         rounds = zip_longest(*(groups[rank :: self.world.size] for rank in range(self.world.size)))

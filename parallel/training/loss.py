@@ -3,6 +3,7 @@
 T tokens, H hidden, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,45 +11,54 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..kernels.precision import wide
+from ..planning.training import LOGITS_LIMIT_BYTES
 
-LOGITS_LIMIT_BYTES = 256 << 20
+Slopes = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(logits [T, V], which may be written over, targets [T], weights [T]) -> (weight * -ln p(target) [T], in fp32 at
+least; its gradient [T, V] in the dtype of the logits)"""
 
 
-def cross_entropy(x_TH: Tensor, head_VH: Tensor, targets_T: Tensor, weights_T: Tensor) -> Tensor:
+def slopes(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
+    wide_TV = logits_TV.to(wide(logits_TV.dtype))
+    lse_T1 = wide_TV.logsumexp(-1, keepdim=True)
+    weights_T1, targets_T1 = weights_T[:, None].to(wide_TV.dtype), targets_T[:, None]
+    losses_T1 = weights_T1 * (lse_T1 - wide_TV.gather(1, targets_T1))
+    slopes_TV = (wide_TV - lse_T1).exp_()  # p
+    slopes_TV.scatter_add_(1, targets_T1, torch.full_like(weights_T1, -1)).mul_(weights_T1)
+    return losses_T1[:, 0], slopes_TV.to(logits_TV.dtype)
+
+
+def cross_entropy(
+    x_TH: Tensor, head_VH: Tensor, targets_T: Tensor, weights_T: Tensor, slopes: Slopes = slopes
+) -> Tensor:
     """Sum over tokens of weight * -ln p(target), a scalar in fp32.
 
     The gradient of x, and of the head where it is trained, is computed on the way, while a chunk's logits are there.
     """
-    out: Any = _CrossEntropy.apply(x_TH, head_VH, targets_T, weights_T)
+    out: Any = _CrossEntropy.apply(x_TH, head_VH, targets_T, weights_T, slopes)
     return out
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, head_VH: Tensor, targets_T: Tensor, weights_T: Tensor) -> Tensor:
-        precision = wide(x_TH.dtype)
+    def forward(
+        ctx: Any, x_TH: Tensor, head_VH: Tensor, targets_T: Tensor, weights_T: Tensor, slopes: Slopes
+    ) -> Tensor:
         head = head_VH.to(x_TH.dtype)
         dx_TH = torch.empty_like(x_TH) if ctx.needs_input_grad[0] else None
         dhead_VH = torch.zeros_like(head_VH) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), dtype=precision, device=x_TH.device)
-        step = max(1, LOGITS_LIMIT_BYTES // (len(head_VH) * precision.itemsize))
+        losses = [torch.zeros(0, dtype=wide(x_TH.dtype), device=x_TH.device)]
+        step = max(1, LOGITS_LIMIT_BYTES // (len(head_VH) * x_TH.element_size()))
         for low in range(0, len(x_TH), step):
             rows = slice(low, low + step)
-            logits = linear(x_TH[rows], head).to(precision)
-            lse = logits.logsumexp(-1, keepdim=True)
-            weights, targets = weights_T[rows, None].to(precision), targets_T[rows, None]
-            total += (weights * (lse - logits.gather(1, targets))).sum()
-            if dx_TH is None and dhead_VH is None:
-                continue
-            slopes = logits.sub_(lse).exp_()  # p
-            slopes.scatter_add_(1, targets, torch.full_like(weights, -1)).mul_(weights)
-            slopes = slopes.to(x_TH.dtype)
+            losses_T, slopes_TV = slopes(linear(x_TH[rows], head), targets_T[rows], weights_T[rows])
+            losses.append(losses_T)
             if dx_TH is not None:
-                dx_TH[rows] = slopes @ head
+                torch.mm(slopes_TV, head, out=dx_TH[rows])
             if dhead_VH is not None:
-                dhead_VH += (slopes.T @ x_TH[rows]).to(dhead_VH.dtype)
+                dhead_VH += (slopes_TV.T @ x_TH[rows]).to(dhead_VH.dtype)
         ctx.save_for_backward(dx_TH, dhead_VH)
-        return total
+        return torch.cat(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,6 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (
             None if dx_TH is None else dx_TH * scale.to(dx_TH.dtype),
             None if dhead_VH is None else dhead_VH * scale.to(dhead_VH.dtype),
+            None,
             None,
             None,
         )

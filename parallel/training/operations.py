@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.experts import Packed, route
 from ..kernels.norm import add_norm
 from ..kernels.quantize import quantize
+from .loss import Slopes, slopes
 from .products import Dense, Experts, LowRank, Mix, one_by_one
 
 RANK_MULTIPLE = 8  # 16 bytes of bf16, which grouped_mm wants rows to begin at
@@ -23,14 +24,16 @@ Route = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Operations:
-    """Differentiable: `norm.add_norm`, `experts.route` and `products.one_by_one`, or what computes the same."""
+    """`norm.add_norm`, `experts.route` and `products.one_by_one`, differentiable, and `loss.slopes`; or what computes
+    the same."""
 
     add_norm: AddNorm
     route: Route
     mix: Mix
+    slopes: Slopes
 
 
-PLAIN = Operations(add_norm, route, one_by_one)
+PLAIN = Operations(add_norm, route, one_by_one, slopes)
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ def choose(device: torch.device, dtype: torch.dtype, ranks: Sequence[int]) -> Ch
 
 
 def fused() -> Operations:
-    from ..kernels import triton_layer
+    from ..kernels import triton_layer, triton_loss
     from .grouped import at_once
 
-    return Operations(triton_layer.add_norm, triton_layer.route, at_once)
+    return Operations(triton_layer.add_norm, triton_layer.route, at_once, triton_loss.slopes)
 
 
 def largest_error(candidate: Operations, device: torch.device, dtype: torch.dtype) -> float:
@@ -112,8 +115,12 @@ def largest_error(candidate: Operations, device: torch.device, dtype: torch.dtyp
         (found * weights).sum().backward()
         return [found.detach(), experts, *_gradients(leaves)]
 
+    def run_slopes(ops: Operations, wanted: torch.dtype, case: bool) -> list[Tensor]:
+        logits_TV = (x * 3).to(wanted)
+        return list(ops.slopes(logits_TV, torch.arange(len(x), device=device) * (3 if case else 1), weights[:, 0]))
+
     worst = 0.0
-    for run in (run_mix, run_norm, run_route):
+    for run in (run_mix, run_norm, run_route, run_slopes):
         for case in (True, False):
             for ours, exact in zip(run(candidate, dtype, case), run(PLAIN, torch.float32, case), strict=True):
                 difference, most = (ours.float() - exact).abs().max().item(), exact.abs().max().item()

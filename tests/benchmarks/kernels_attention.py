@@ -47,18 +47,17 @@ REPLAYS = 12
 PEAK_FLOPS = 800e12  # bf16, as measured
 BF16 = torch.bfloat16
 
-Decode, Chunks, Stay = triton_attend_decodes.Tuning, triton_attend_chunks.Tuning, triton_linear.Stay
+Decode, Chunks, Rows = triton_attend_decodes.Tuning, triton_attend_chunks.Tuning, triton_linear.Rows
 DECODES = [
-    *(Decode(64, programs, 64, 2, 2, 3, together) for programs in (1024, 4096) for together in (8, 16)),
-    *(Decode(64, 4096, 64, 2, 4, 3, together) for together in (8, 16)),
+    *(Decode(64, programs, 64, 2, 2, 3, together) for programs in (1024, 4096) for together in (16, 32)),
+    Decode(32, 4096, 64, 2, 2, 3, 64),
+    Decode(64, 4096, 64, 2, 4, 3, 32),
     *(Decode(128, programs, 64, 2, 4, 3, 16) for programs in (1024, 4096)),
-    Decode(128, 4096, 64, 2, 4, 3, 8),
-    Decode(128, 4096, 64, 2, 8, 3, 16),
-    Decode(64, 4096, 64, 4, 2, 3, 8),
-    Decode(64, 4096, 64, 2, 2, 5, 8),
+    Decode(64, 4096, 64, 4, 2, 3, 32),
+    Decode(64, 4096, 64, 2, 2, 5, 32),
 ]
 FP8_DECODES = [
-    Decode(block, 4096, 64, 2, warps, stages, 8)
+    Decode(block, 4096, 64, 2, warps, stages, 32)
     for block, warps, stages in ((64, 2, 3), (64, 4, 3), (64, 2, 5), (128, 4, 3), (128, 4, 5))
 ]
 WINDOW_DECODES = [
@@ -79,10 +78,8 @@ WINDOW_CHUNKS = [
     Chunks(*numbers, 1, 1024)
     for numbers in ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (32, 64, 2, 3), (128, 64, 8, 3))
 ]
-STAYS = [
-    Stay(*how)
-    for how in ((4, 4, 2), (4, 5, 1), (4, 5, 2), (4, 7, 2), (4, 5, 3), (8, 3, 1), (8, 3, 2), (8, 2, 3), (8, 4, 2))
-]
+STAYS = [triton_qkv.Stay(*how) for how in ((4, 4, 2), (4, 5, 1), (4, 7, 1), (4, 5, 2), (8, 3, 1))]
+ONES = [Rows(*how) for how in ((1, 16, 88), (1, 16, 96), (4, 16, 96), (4, 16), (1, 12, 128), (4, 12, 128), (1, 8, 80))]
 FEWS = [
     (8, 4),
     (8, 8),
@@ -197,7 +194,7 @@ def linear_case(tokens: int, rows: int, columns: int, bias: bool, codes: torch.d
         whole_OI = weights[0].dense(slice(None)).float()
     calls = {"torch": [partial(linear.linear, x_TI, weight, bias_O) for weight in weights]}
     if tokens == 1:
-        for tuning in STAYS:
+        for tuning in ONES:
             calls[label(tuning)] = [partial(triton_linear.one, x_TI, weight, bias_O, tuning) for weight in weights]
     if codes is not None:
         calls["few"] = [partial(triton_weight_only.several, x_TI, weight, bias_O) for weight in weights]

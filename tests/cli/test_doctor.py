@@ -31,6 +31,7 @@ HEALTHY = Facts(
     driver=("580.65", (13, 0)),
     driver_error="",
     nvidia_devices=1,
+    given_gpus=1,
     gpus=(H100,),
     health=(FINE,),
     host_free_bytes=64 * GIB,
@@ -47,7 +48,7 @@ HEALTHY = Facts(
 )
 
 
-NO_DRIVER: dict[str, Any] = {"driver": None, "gpus": (), "health": ()}
+NO_DRIVER: dict[str, Any] = {"driver": None, "gpus": (), "health": (), "given_gpus": None}
 
 
 def test_a_healthy_machine() -> None:
@@ -69,6 +70,7 @@ def test_a_healthy_machine() -> None:
         ({"driver": ("535.183", (12, 2))}, "driver", "driver 535.183, which runs CUDA 12.2", "a newer driver"),
         ({"torch_cuda": None}, "torch and CUDA", "built without CUDA", "PyPI"),
         (NO_DRIVER | {"driver_error": "not loaded"}, "driver", "not loaded", "administrator"),
+        ({"given_gpus": 8}, "GPU count", "1", "fell off the bus"),
         ({"health": (replace(FINE, processes=("71 x",)),)}, "other processes on the GPUs", "GPU 0: 71 x", "end them"),
         ({"health": (replace(FINE, uncorrected=3),)}, "GPU 0 health", "3 memory errors", "--gpu-reset"),
         ({"health": (FINE, replace(FINE, remap_failed=True))}, "GPU 1 health", "cannot be replaced", "be replaced"),

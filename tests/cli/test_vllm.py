@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from gptoss_launch.launch.cli import run as run_command
 from gptoss_launch.launch.keys import KEYS_VARIABLE, read_keys
+from gptoss_launch.launch.resolve import tiny_folder
 from gptoss_launch.launch.settings import ServeSettings
 from gptoss_launch.launch.stop import StopSignals
-from gptoss_launch.launch.vllm import run_vllm, vllm_arguments, vllm_environment, vllm_notes
+from gptoss_launch.launch.vllm import run_vllm, vllm_arguments, vllm_environment, vllm_notes, write_vocabulary
 from gptoss_launch.parallel.errors import RankDiedError, UserError
 from gptoss_launch.parallel.planning.choice import Asked
 from gptoss_launch.parallel.planning.machine import read_machine
@@ -87,10 +88,11 @@ def test_what_has_no_equivalent_is_refused_by_name() -> None:
 def test_a_key_is_passed_on_where_nobody_reads_it(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# mine\nfirst name=a\n")
-    assert vllm_environment({"A": "1"}, (), None) == {"A": "1"}
-    assert vllm_environment({"A": "1"}, read_keys(file, {}), file) == {"A": "1", "VLLM_API_KEY": "first"}
+    by_bus = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert vllm_environment({"A": "1"}, (), None) == {"A": "1"} | by_bus
+    assert vllm_environment({"A": "1"}, read_keys(file, {}), file) == {"A": "1", "VLLM_API_KEY": "first"} | by_bus
     given = {KEYS_VARIABLE: "# theirs\nsecond\n", "VLLM_API_KEY": "another"}
-    assert vllm_environment(given, read_keys(None, given), None) == {"VLLM_API_KEY": "second"}
+    assert vllm_environment(given, read_keys(None, given), None) == {"VLLM_API_KEY": "second"} | by_bus
     plan = make("20b", "h100", Asked())
     assert not vllm_notes(plan, ()) and "/invocations" in vllm_notes(plan, read_keys(None, given))[0]
     for text in ("one\ntwo\n", "one per_minute=5\n"):
@@ -105,13 +107,22 @@ def test_without_vllm_it_is_said(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "vLLM is not installed" in capsys.readouterr().err
 
 
+def test_what_is_no_vocabulary_of_gpt_oss_is_said(tmp_path: Path) -> None:
+    """That of a true checkpoint is in tests/harmony."""
+    assert not write_vocabulary(tiny_folder(), tmp_path) and not list(tmp_path.iterdir())
+    assert "downloads" in vllm_notes(make("20b", "h100", Asked()), (), vocabulary=False)[0]
+
+
 STAND_IN = """
-import http.server, os, signal, sys, threading, time
+import http.server, os, signal, subprocess, sys, threading, time
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+engine = subprocess.Popen([sys.executable, "-c", deaf])
 class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path in ("/health", "/key") else 404)
         self.end_headers()
-        self.wfile.write(os.environ.get("VLLM_API_KEY", "").encode() if self.path == "/key" else b"")
+        answer = f"{os.environ.get('VLLM_API_KEY')} {engine.pid}" if self.path == "/key" else ""
+        self.wfile.write(answer.encode())
     def log_message(self, *arguments): pass
 port, ends_after_s, slow_s = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(slow_s), os._exit(0)))
@@ -121,7 +132,10 @@ http.server.HTTPServer(("127.0.0.1", port), Answers).serve_forever()
 
 
 def run(signals: int, ends_after_s: float = 0.0, slow_s: float = 0.0) -> tuple[list[str], float]:
-    """What was answered once it was ready, and how long the end took. signals: how many are sent then."""
+    """The key that it was given, and how long the end took. signals: how many are sent once it is ready.
+
+    Its engine, a process of its own that no SIGTERM ends, must be gone then.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-c", STAND_IN, str(port), str(ends_after_s), str(slow_s)]
@@ -132,7 +146,7 @@ def run(signals: int, ends_after_s: float = 0.0, slow_s: float = 0.0) -> tuple[l
 
         def ready() -> None:
             begun_s[0] = loop.time()
-            told.append(urllib.request.urlopen(f"http://127.0.0.1:{port}/key").read().decode())
+            told.extend(urllib.request.urlopen(f"http://127.0.0.1:{port}/key").read().decode().split())
             for _ in range(signals):
                 signal.raise_signal(signal.SIGTERM)
 
@@ -140,7 +154,17 @@ def run(signals: int, ends_after_s: float = 0.0, slow_s: float = 0.0) -> tuple[l
             await run_vllm(command, {"VLLM_API_KEY": "k"}, f"http://127.0.0.1:{port}/v1", 60.0, stop, ready)
         return loop.time() - begun_s[0]
 
-    return told, asyncio.run(whole())
+    took_s = asyncio.run(whole())
+    assert ended(int(told.pop()))
+    return told, took_s
+
+
+def ended(pid: int) -> bool:
+    """Or about to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_it_runs_until_a_signal_and_a_second_one_ends_it_at_once() -> None:

@@ -5,8 +5,11 @@ import random
 from pathlib import Path
 
 import pytest
-from gptoss_launch.launch.tokenizer import REQUIRED_SPECIAL, Tokenizer, load_tokenizer
+from gptoss_launch.launch.tokenizer import REQUIRED_SPECIAL, Tokenizer, load_tokenizer, tiktoken_vocabulary
+from gptoss_launch.launch.vllm import write_vocabulary
 from gptoss_launch.parallel.errors import UserError
+
+from .conftest import TIKTOKEN_SHA256, sha256
 
 TEXTS = (
     "",
@@ -75,12 +78,19 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "tokenizer.json") in caught.value.message and caught.value.hint
 
 
+def test_the_vocabulary_that_openai_harmony_would_download(true_tokenizer_folder: Path, tmp_path: Path) -> None:
+    """It is made from the checkpoint's own tokenizer, byte for byte."""
+    assert write_vocabulary(true_tokenizer_folder, tmp_path)
+    assert sha256((tmp_path / "o200k_base.tiktoken").read_bytes()) == TIKTOKEN_SHA256
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": "1.0"}', b"\xff\xfe\x00"])
 def test_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(tmp_path)
-    assert str(tmp_path / "tokenizer.json") in caught.value.message and caught.value.hint
+    for read in (load_tokenizer, tiktoken_vocabulary):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path)
+        assert str(tmp_path / "tokenizer.json") in caught.value.message and caught.value.hint
 
 
 @pytest.mark.parametrize("spelling", REQUIRED_SPECIAL)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gptoss_launch.parallel.kernels.triton_mixture import sort
 from gptoss_launch.parallel.planning.spec import Spec
-from gptoss_launch.parallel.training import attention, operations
+from gptoss_launch.parallel.training import attention, grouped, operations
 from gptoss_launch.parallel.training.batch import make_pack
 from gptoss_launch.parallel.training.forward import Precision, forward, inputs_of, summed_loss
 from gptoss_launch.parallel.training.model import full_model
@@ -19,10 +19,16 @@ from small_models import GPU, SPECS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("kept_bytes", [1 << 31, 0])
+def test_fused_operations_are_exact(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a product's matrix kept for its gradient, and made again."""
+    monkeypatch.setattr(grouped, "KEPT_LIMIT_BYTES", kept_bytes)
+    dtype, most = (torch.float32, 1e-5) if DEVICE.type == "cpu" else (torch.bfloat16, operations.ERROR_LIMIT)
+    assert operations.largest_error(operations.fused(), DEVICE, dtype) < most
+
+
 def test_the_check_passes_what_is_right_and_catches_what_is_not() -> None:
     fused, plain = operations.fused(), operations.PLAIN
-    if DEVICE.type == "cpu":
-        assert operations.largest_error(fused, DEVICE, torch.float32) < 1e-5
     assert operations.largest_error(fused, DEVICE, torch.bfloat16) < operations.ERROR_LIMIT
     wrong: dict[str, dict[str, Any]] = {
         "no adapter": {"mix": lambda a, *rest: one_by_one(dataclasses.replace(a, added=None), *rest)},
@@ -34,6 +40,7 @@ def test_the_check_passes_what_is_right_and_catches_what_is_not() -> None:
         "another norm": {"add_norm": lambda x, d, w, eps, dtype: plain.add_norm(x, d, w, eps + 0.1, dtype)},
         "no residual": {"add_norm": lambda x, *rest: plain.add_norm(x.detach() + 0 * x, *rest)},
         "no bias": {"route": lambda x, weight, bias, most: plain.route(x, weight, 0 * bias, most)},
+        "another target": {"slopes": lambda x, t, w: plain.slopes(x, t + 1, w)},
         "no gradient of the router's input": {
             "route": lambda x, *rest: _plus(plain.route(x.detach(), *rest), 0 * x.sum())
         },

@@ -20,7 +20,7 @@ from gptoss_launch.parallel.planning.spec import PUBLISHED
 GOLDEN = Path(__file__).parent / "golden"
 MACHINES = [
     *("gtx1080ti", "rtx2080ti", "rtx3090", "h100", "rtx3090x2", "h200x2", "rtx3090x3", "a100-40x4"),
-    *("h100x8", "h100x8-2nodes", "cpu"),
+    *("h100x8", "h100x8-2nodes", "a100-40-2nodes", "cpu"),
 ]
 SIZES = ("20b", "120b")
 # Small machines, by name: the model, and what is asked of which machine.

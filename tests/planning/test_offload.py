@@ -41,13 +41,13 @@ def test_as_many_experts_as_fit_and_no_more(gib: float, misses: str) -> None:
 
 
 def test_each_node_has_a_replica_of_its_own() -> None:
-    """Of the one rank that is offloaded; --dp 1 keeps to one node."""
+    """Of the one rank that is offloaded, if it is asked for: else one replica would lie on both."""
     two = dataclasses.replace(read_machine("rtx2080ti"), nodes=2)
-    plan, alone = planned("20b", two), planned("20b", "rtx2080ti")
+    plan, alone = planned("20b", two, ranks=1), planned("20b", "rtx2080ti")
     assert (plan.dp, plan.nodes, plan.ranks) == (2, 2, 1) and offload(plan) == offload(alone)
     assert plan.memory == (alone.memory[0], dataclasses.replace(alone.memory[0], rank=1))
     assert [plan.replicas_of(node) for node in range(2)] == [range(1), range(1, 2)]
-    assert planned("20b", two, dp=1).nodes == 1
+    assert planned("20b", two, dp=1, ranks=1).nodes == 1
 
 
 @pytest.mark.parametrize(("rest", "device"), [("int8", "rtx4090"), ("fp8", "h100"), ("int8", "rtx2080ti")])

@@ -216,6 +216,51 @@ def test_two_nodes_get_a_replica_each() -> None:
     assert planned("120b", "h100x8-2nodes", dp=1).nodes == 1
 
 
+def test_a_replica_lies_on_two_nodes_where_it_must() -> None:
+    plan = planned("120b", "a100-40-2nodes")
+    assert (layout(plan), plan.nodes, plan.span, plan.offload) == ((1, 2, 1), 2, 2, "none")
+    assert [plan.ranks_of(node) for node in range(2)] == [range(1), range(1, 2)]
+    assert [plan.replicas_of(node) for node in range(2)] == [range(1)] * 2
+    assert [plan.gpus_of(node) for node in range(2)] == [1, 1]
+    line = why(plan, "nodes 2: ")
+    assert "no layout inside one fits" in line and "72 all-reduces a step goes over the network" in line
+    assert re.search(r"41 us by RDMA and more by TCP: 2\.99 ms of [\d.]+ ms", line)
+    assert planned("120b", "a100-40-2nodes", ranks=1).offload != "none"
+    assert planned("20b", "a100-40-2nodes").span == 1
+
+
+def test_a_replica_lies_on_as_few_nodes_as_have_its_gpus() -> None:
+    """Four nodes of two GPUs each; more ranks on the first nodes, and the freest GPUs count for nothing."""
+    one = read_machine("a100-40x4")
+    four = dataclasses.replace(one, gpus=one.gpus[:2], nodes=4)
+    for ranks, nodes, parts in ((2, 4, [2]), (3, 2, [2, 1]), (5, 3, [2, 2, 1]), (8, 4, [2, 2, 2, 2])):
+        plan = planned("120b", four, ranks=ranks)
+        assert (plan.dp, plan.nodes) == ((4, 4) if ranks == 2 else (1, nodes))
+        assert [len(plan.ranks_of(node)) for node in range(nodes)][: len(parts)] == parts
+    assert "5 ranks were asked for, and one has 2 GPUs" in why(planned("120b", four, ranks=5), "nodes 3: ")
+    busy = dataclasses.replace(four, gpus=(one.gpus[0], dataclasses.replace(one.gpus[1], free_bytes=GIB)))
+    assert refused("120b", busy, ranks=3, host_memory_bytes=None).tried[0].startswith("3 ranks on NVIDIA A100")
+
+
+def test_one_replica_alone_may_lie_on_several_nodes() -> None:
+    two = read_machine("a100-40-2nodes")
+    with pytest.raises(
+        UserError, match="--dp 2 with --ranks 2: a node of a100-40-2nodes has 1 .*, and one replica alone"
+    ):
+        planned("120b", two, ranks=2, dp=2)
+    with pytest.raises(UserError, match="--ranks 3: a100-40-2nodes has 1 NVIDIA A100-SXM4-40GB on each of 2 nodes"):
+        planned("120b", two, ranks=3)
+
+
+def test_ranks_on_cpus_of_two_nodes() -> None:
+    two = dataclasses.replace(read_machine("cpu"), nodes=2)
+    plan = planned("20b", two, ranks=3, dp=1)
+    assert (plan.nodes, plan.span, plan.dp) == (2, 2, 1)
+    assert [plan.ranks_of(node) for node in range(2)] == [range(2), range(2, 3)]
+    assert "48 all-reduces a step goes over the network" in why(plan, "nodes 2: ")
+    assert planned("20b", two, ranks=2).span == 1 and planned("20b", two, dp=1).nodes == 1
+
+
 def test_two_nodes_without_gpus() -> None:
     two = dataclasses.replace(read_machine("cpu"), nodes=2)
     plan = planned("20b", two, host_memory_bytes=256 * GIB)
@@ -277,7 +322,7 @@ def test_ranks_on_a_cpu_share_its_memory() -> None:
         ("h100x8", {"ranks": 9}, "--ranks 9: attention is cut in whole KV groups, and the model has 8", "--ranks 8 is"),
         ("h100x8", {"ep": 16}, "--ep 16: attention is cut in whole KV groups, and the model has 8", "--ep 8 is"),
         ("cpu", {"ranks": 9}, "--ranks 9: attention is cut", "--ranks 8 is"),
-        ("h200x2", {"ranks": 4}, "--ranks 4: a replica stays inside one node, and one of h200x2 has 2", "--ranks 2 is"),
+        ("h200x2", {"ranks": 4}, "--ranks 4: h200x2 has 2 NVIDIA H200", "--ranks 2 is"),
         ("h100x8-2nodes", {"ranks": 8, "dp": 3}, "takes 24 GPUs, and .* on each of 2 nodes", "--dp 2 is the most"),
         ("h100x8", {"ranks": 3, "dp": 3}, "--dp 3 with 3 ranks each takes 9 GPUs", "--dp 2 is the most with --ranks 3"),
         ("h100x8", {"dp": 9}, "--dp 9 with 1 rank each takes 9 GPUs", "--dp 8 is the most"),

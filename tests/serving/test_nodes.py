@@ -18,14 +18,25 @@ from gptoss_launch.launch.engine_client import EngineClient, EngineDiedError
 from gptoss_launch.launch.follower import Membership, plan_here
 from gptoss_launch.launch.handshake import GREETING, HandshakeError, admit, introduce
 from gptoss_launch.launch.node_link import HeadLostError, join_head, keep_linked
-from gptoss_launch.launch.nodes import Nodes, read_head, read_nodes, refuse_loopback
+from gptoss_launch.launch.nodes import (
+    Meeting,
+    Nodes,
+    interface_to,
+    read_head,
+    read_nodes,
+    refuse_loopback,
+    reserve_port,
+    work_names,
+)
 from gptoss_launch.launch.resolve import make_plan
 from gptoss_launch.launch.settings import ServeSettings
+from gptoss_launch.launch.supervise import meeting_arguments, meeting_environment
 from gptoss_launch.launch.version import own_version
 from gptoss_launch.parallel.engine.request import Request
-from gptoss_launch.parallel.engine.wire import Assigned
+from gptoss_launch.parallel.engine.wire import Assigned, Failed
 from gptoss_launch.parallel.errors import RankDiedError, UserError
 
+from .conftest import GONE_S
 from .test_engine_client import Leader
 from .test_replicas import Stream, body, status, wait_for
 
@@ -146,8 +157,7 @@ def test_the_plan_is_the_heads(tiny_plan, key_file):
     plan = make_plan("tiny", ServeSettings(machine="cpu", context_tokens=1024, dp=3, nnodes=2), need_weights=True)
     assert (plan.nodes, plan.dp, plan.replicas_of(0), plan.replicas_of(1)) == (2, 3, range(2), range(2, 3))
     elsewhere = replace(plan, checkpoint="/on/the/head")
-    here, own = plan_here(assigned(elsewhere), nodes, "tiny")
-    assert here == plan and own == range(2, 3)
+    assert plan_here(assigned(elsewhere), nodes, "tiny") == plan
     with pytest.raises(UserError, match="head a:29500 runs gptoss-launch 0.0.1, this node"):
         plan_here(replace(assigned(plan), version="0.0.1"), nodes, "tiny")
     with pytest.raises(UserError, match="--nnodes 3, and the head's plan is for 2"):
@@ -158,6 +168,73 @@ def test_the_plan_is_the_heads(tiny_plan, key_file):
 
 def assigned(plan) -> Assigned:
     return Assigned(own_version(), json.dumps(plan.to_json()))
+
+
+# --- a replica on several nodes
+
+
+def part_plan():
+    """Of two ranks, one on each of two nodes."""
+    settings = ServeSettings(machine="cpu", context_tokens=1024, dp=1, ranks=2, nnodes=2)
+    return make_plan("tiny", settings, need_weights=True)
+
+
+def test_where_ranks_of_several_nodes_meet():
+    plan, meeting = part_plan(), Meeting("192.0.2.1", 7)
+    assert (plan.span, work_names(plan, 0), work_names(plan, 1)) == (2, "rank 0 of replica 0", "rank 1 of replica 0")
+    where = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "192.0.2.1", "--master-port", "7")
+    assert meeting_arguments(plan, 1, meeting) == where
+    assert meeting_environment(Meeting("127.0.0.1", 7)) == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    assert interface_to("2001:db8::1") is None and interface_to("not-yet.invalid") is None
+
+
+def test_a_reserved_port_is_for_who_asks_for_it():
+    with reserve_port("127.0.0.1") as held, socket.socket() as asks:
+        with socket.socket() as without:
+            with pytest.raises(OSError, match="in use"):
+                without.bind(held.getsockname())
+        asks.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        asks.bind(held.getsockname())
+        asks.listen()
+        socket.create_connection(held.getsockname()).close()
+
+
+def test_a_part_of_a_replica_ends_with_the_others(monkeypatch):
+    """The head hears why, from the node itself and when it is lost; and a node does not look for a lost head."""
+    plan, failures = part_plan(), []
+
+    async def story():
+        async with head(plan, [], failures.append) as (door, _, nodes):
+            connection, told = await join_head(nodes, 1, failures.append)
+            assert told.meeting_port == 7
+            membership = Membership(nodes, connection, told, failures.append, part=True)
+            keeping = asyncio.create_task(membership.keep())
+            membership.tell(RankDiedError("rank 1 on b died", "its log", follows=True))
+            await until(lambda: failures)
+            assert failures == [Failed(-1, "rank 1 on b died", "its log", 7, follows=True)]
+            connection[1].close()
+            await until(lambda: len(failures) == 2)
+            assert failures[1].message == f"node 1 ({socket.gethostname()}) is lost, and with it rank 1 of replica 0"
+            with pytest.raises(RankDiedError, match="rank 1 on b died"):
+                await keeping
+            again = Membership(nodes, *await join_head(nodes, 1, failures.append), failures.append, part=True)
+            keeping = asyncio.create_task(again.keep())
+            for writer in door._open:
+                writer.close()
+            with pytest.raises(RankDiedError, match="is lost, and with it the other ranks"):
+                await asyncio.wait_for(keeping, 5)
+
+    async def the_head_ends(failed):
+        async with head(plan, []) as (door, _, nodes):
+            membership = Membership(nodes, *await join_head(nodes, 1, failures.append), failures.append, part=True)
+            keeping = asyncio.create_task(membership.keep())
+            await door.close(failed)
+            await asyncio.wait_for(keeping, 5)
+
+    asyncio.run(story())
+    asyncio.run(the_head_ends(False))
+    with pytest.raises(RankDiedError, match="ranks of the replica have ended on another node"):
+        asyncio.run(the_head_ends(True))
 
 
 # --- the handshake
@@ -256,9 +333,9 @@ def test_something_else_listens_there():
 
 
 @asynccontextmanager
-async def head(plan, said):
+async def head(plan, said, fail=lambda failed: None):
     """A door with clients of all its replicas -> (door, clients, the other node's view of it)."""
-    door = NodeDoor(plan, KEY, said.append)
+    door = NodeDoor(plan, KEY, said.append, fail, meeting_port=7 if plan.span > 1 else 0)
     clients = [EngineClient(door.dial(replica)) for replica in range(plan.dp)]
     listener = socket.create_server(("127.0.0.1", 0))
     await door.open(listener, clients)
@@ -454,6 +531,45 @@ def test_a_node_is_killed_under_load_and_comes_back(start, key_file):
     back.gone_within()
     assert (head.process.wait(), back.process.wait()) == (0, 0)
     assert "k" * 9 not in head.stderr() + back.stderr()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1"])
+def test_a_replica_lies_on_two_nodes(start, key_file, victim):
+    """True ranks: together they answer as one does. When one is killed, all ends, and the head says which it was."""
+    port = free_port()
+    head = start("part", 0, 2, port, key_file, 2, 10, url=False)
+    other = start("part", 1, 2, port, key_file, 2, 10, url=False)
+    alone = start("part", 0, 1, 0, key_file, 1, 10, url=False) if victim == "rank 0" else None
+    for running in (head, other, alone):
+        if running is not None and running is not other:
+            running.url = running.process.stdout.readline().strip()
+    assert head.pids().keys() == {"command", "http", "rank", "torchrun"}
+    assert other.pids().keys() == {"command", "rank", "torchrun"}
+    assert "rank 1: read " in other.stderr() and "rank 0 of replica 0" not in other.stderr()
+    if alone is not None:
+        answers = [
+            [
+                httpx.post(f"{one.url}/chat/completions", json=body(text, logprobs=True), timeout=60).json()["choices"]
+                for text in ("What is 17 + 25?", "Hello", "What is 98 - 79?")
+            ]
+            for one in (head, alone)
+        ]
+        assert said(answers[0]) == said(answers[1]) and "42" in said(answers[0])[0]
+        alone.process.terminate()
+    stream = Stream(head, "one two three")
+    wait_for(lambda: stream.chunks > 2)
+    os.kill((head if victim == "rank 0" else other).pids()["rank"], signal.SIGKILL)
+    assert max(head.gone_within(), other.gone_within()) < GONE_S
+    stream.thread.join(10)
+    assert (head.process.wait(), other.process.wait()) == (7, 7)
+    assert f"{victim} on {socket.gethostname()} died " in head.stderr()
+    assert stream.error is None or stream.error["code"] == "replica_died"
+
+
+def said(answers):
+    messages = [choice["message"] for choices in answers for choice in choices]
+    return [message["reasoning_content"] + message["content"] for message in messages]
 
 
 def ask(running):

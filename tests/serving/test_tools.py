@@ -116,13 +116,16 @@ def test_chat_runs_python_and_goes_on(tokenizer, markup, tools, stream):
     assert "## python" in told and "## browser" not in told
     said = "<|start|>python to=assistant<|channel|>analysis<|message|>42<|end|><|start|>assistant"
     assert list(second.prompt_tokens) == [*first.prompt_tokens, *engine.scripts[0], *markup(said)]
+    if not stream:
+        assert answer.usage.prompt_tokens == len(first.prompt_tokens) + len(markup(said))
+        assert answer.usage.total_tokens == len(second.prompt_tokens) + len(engine.scripts[1])
     assert second.max_tokens == 200 - len(engine.scripts[0]) and second.sampling == first.sampling
     assert not engine.cancelled
 
 
 def test_responses_tell_of_each_run(tokenizer, markup, tools):
     scripts = [markup(text) for text in (RUNS + "<|call|>", SEARCHES + "<|call|>", ANSWERS)]
-    call, _ = start(tokenizer, tools, *scripts)
+    call, engine = start(tokenizer, tools, *scripts)
     fields = {"tools": PYTHON + BROWSER, "include": ["code_interpreter_call.outputs"]}
     events = respond(call, **fields, stream=True)
     response = events[-1]["response"]
@@ -144,6 +147,7 @@ def test_responses_tell_of_each_run(tokenizer, markup, tools):
     assert names == ["in_progress", "searching", "completed"]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert response["usage"]["output_tokens"] == sum(map(len, scripts))
+    assert response["usage"]["total_tokens"] == len(engine.asked[-1].prompt_tokens) + len(scripts[-1])
     # What was kept is taken up again, by its id and as the items themselves.
     for more in ({"previous_response_id": response["id"], "input": "More"}, {"input": [*response["output"], *HELLO]}):
         call.served.replicas._engines[0].scripts += [markup(ANSWERS)]

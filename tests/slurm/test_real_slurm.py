@@ -249,18 +249,22 @@ def test_two_nodes_serve_together(cli: CommandLine, submit: Callable[..., int], 
     assert (status["state"], status["code"], status["failure"]) == ("STOPPED", 75, None)
 
 
-def test_tiny_is_served(cli: CommandLine, submit: Callable[..., int], cluster: Cluster) -> None:
-    """Nothing fake: the embedded model, and an answer through the node's address."""
+def test_a_replica_lies_on_two_nodes(cli: CommandLine, submit: Callable[..., int], cluster: Cluster) -> None:
+    """Nothing fake: one rank of tiny on each node, and an answer through the first one's address. When the second
+    node's rank is killed, the job ends, and says which one it was."""
     if cluster.proctrack == "cgroup":
         pytest.skip("where signals go makes no difference here; once is enough")
-    run = {"model": "tiny", "gpu_memory": "0", "context": "2048", "python": sys.executable}
-    job = submit("serve", {}, run)
+    run = {"model": "tiny", "gpu_memory": "0", "context": "2048", "dp": "1", "ranks": "2", "python": sys.executable}
+    job = submit("serve", {"nodes": 2}, run)
     place = cli.json("jobs", "endpoint", job, "--wait-s", "100")
     assert place["health"] == "ready", cli("jobs", "logs", job).stdout
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
     assert ask(place["url"], "/v1/chat/completions", body)[1]["usage"]["completion_tokens"] == 4
-    cli("jobs", "cancel", job, "--graceful")
-    assert cli.until(job, lambda status: status["ended"])["code"] == 75
+    torchrun, rank = sorted(cluster.processes(SECOND, "gptoss_launch.parallel.engine.worker"))
+    os.kill(rank, signal.SIGKILL)
+    status = cli.until(job, lambda status: status["ended"])
+    assert (status["state"], status["code"], status["failure"]["code"]) == ("FAILED", 7, 7)
+    assert f"rank 1 on {SECOND} died while serving" in cli("jobs", "logs", "--errors", "--node", "0", job).stdout
 
 
 def test_wait_gives_the_jobs_own_code(cli: CommandLine, submit: Callable[..., int], tmp_path: Path) -> None:

@@ -126,6 +126,15 @@ def test_gpus_are_asked_for_by_the_node(command_line: CommandLine) -> None:
     assert "needs 8 GPUs a node, gpus-per-node is 4" in done.stderr
 
 
+def test_nodes_that_would_idle_are_said_before_the_job_waits(command_line: CommandLine) -> None:
+    run = ("run.model=openai/gpt-oss-120b", "run.machine=a100-40-2nodes", "run.ranks=2")
+    words = ("submit", "serve", "--render", *(word for one in run for word in ("--set", one)))
+    done = command_line(*words, "--nodes", "3", code=2)
+    assert "gives work to 2 of 3 nodes" in done.stderr and "--nodes=2" in done.stderr
+    script = command_line(*words, "--nodes", "2").stdout
+    assert "#SBATCH --gpus-per-node=1\n" in script and "#SBATCH --nodes=2\n" in script
+
+
 def test_the_run_folder_is_there_before_the_job(command_line: CommandLine, config: Path, tmp_path: Path) -> None:
     """A fake sbatch looks at it. The plan is in it, because the machine is named."""
     program(

@@ -1,11 +1,11 @@
-"""Packs through CUDA graphs: the losses and gradients of kernels that are launched one by one, for packs of any length."""
+"""Packs through CUDA graphs: losses and gradients are those of kernels launched one by one, for packs of any length."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from gptoss_launch.parallel.training import attention, captured, operations
-from gptoss_launch.parallel.training.adapters import Rank, new_adapter, pairs
+from gptoss_launch.parallel.training.adapters import Rank, Ranks, new_adapter, pairs
 from gptoss_launch.parallel.training.batch import Pack, make_pack
 from gptoss_launch.parallel.training.forward import Inputs, Precision, forward, inputs_of, loads, summed_loss
 from gptoss_launch.parallel.training.model import lora_model
@@ -26,7 +26,7 @@ def pack_of(*lengths: int) -> Pack:
 def test_losses_loads_and_gradients_are_those_of_single_launches(device: str, tmp_path: Path) -> None:
     where, bf16 = torch.device(device), torch.bfloat16
     frozen = load_frozen(SPEC, checkpoint("true_width", tmp_path), "bf16", where, lambda done, total: None)
-    ranks = {"attention": Rank(8, 8), "experts": Rank(8, 8)}
+    ranks: Ranks = {"attention": Rank(8, 8), "experts": Rank(8, 8)}
     leaves = new_adapter(SPEC, ranks, 0, where)
     with torch.no_grad():
         for leaf in leaves.values():
