@@ -106,7 +106,8 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
     least = spec.experts_per_token if asked.longest_context else 0  # a longest context still leaves room for a token's
     for room in _rooms(spec, asked):
         row = memories(spec, place, Mesh(), room)[0]
-        base = row.device_bytes - row.graphs_bytes - spec.layers * spec.experts * one + STAGED_EXPERTS * one + GAPS_BYTES
+        besides = STAGED_EXPERTS * one + GAPS_BYTES  # what the workspace takes besides
+        base = row.device_bytes - row.graphs_bytes - spec.layers * spec.experts * one + besides
         slots = min(spec.experts, (gpu.free_bytes - base) // (spec.layers * one))
         if slots >= least:
             break
@@ -149,7 +150,7 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         memory = dataclasses.replace(
             row,
             weights_bytes=row.weights_bytes - spec.layers * spec.experts * one + experts_here,
-            workspace_bytes=row.workspace_bytes + STAGED_EXPERTS * one + GAPS_BYTES,
+            workspace_bytes=row.workspace_bytes + besides,
             graphs_bytes=0,
             host_bytes=row.host_bytes + way.host_bytes,
         )
