@@ -17,7 +17,7 @@ from ..parallel.engine.wire import Assigned, Failed, Leave, Stop, encode
 from ..parallel.errors import RankDiedError, UserError
 from ..parallel.planning.plan import Plan
 from .engine_client import Connection
-from .loading import memory_lines, progress_bar, slow_lines
+from .loading import memory_lines, note_lines, progress_bar
 from .node_link import join_head, keep_linked, next_message
 from .nodes import Meeting, Nodes, work_names
 from .resolve import check_gpus, resolve
@@ -170,7 +170,7 @@ async def _run(
     try:
         answers = await supervisor.ready()
         loaded()
-        for line in (*memory_lines(plan, answers, node), *slow_lines(answers)):
+        for line in (*memory_lines(plan, answers, node), *note_lines(answers)):
             say(line)
         raise await supervisor.failed()
     except UserError as error:

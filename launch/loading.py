@@ -72,8 +72,7 @@ def memory_lines(plan: Plan, answers: Sequence[Ready], node: int = 0) -> list[st
     return lines
 
 
-def slow_lines(answers: Sequence[Ready]) -> list[str]:
-    """One line for each slower way that some rank takes."""
-    return [
-        f"slower than it could be: {way}" for way in dict.fromkeys(way for one in answers for way in one.slow_paths)
-    ]
+def note_lines(answers: Sequence[Ready]) -> list[str]:
+    """One line for each slower way that some rank takes, and for what else ranks found out."""
+    slow = (f"slower than it could be: {way}" for one in answers for way in one.slow_paths)
+    return list(dict.fromkeys([*slow, *(note for one in answers for note in one.notes)]))

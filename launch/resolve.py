@@ -52,6 +52,9 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
         sequences=settings.sequences,
         kernels=settings.kernels,
         misses=settings.misses,
+        look_ahead=settings.look_ahead,
+        rest=settings.rest,
+        rest_kl=settings.rest_kl,
         routing=read_routing(settings.routing, spec.layers, spec.experts) if settings.routing else None,
     )
     plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)

@@ -17,11 +17,12 @@ import click
 
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.machine import parse_size
-from ..parallel.planning.plan import DType, Kernels, KvDType, Misses, Workload
+from ..parallel.planning.plan import REST_KL, DType, Kernels, KvDType, Misses, Rest, Workload
 
 DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
 KV_DTYPES: tuple[KvDType, ...] = (*DTYPES, "fp8")
 KERNELS: tuple[Kernels, ...] = ("triton", "plain", "cpu", "cpu-int8")
+RESTS: tuple[Rest, ...] = ("bf16", "fp8", "int8")
 MISSES: tuple[Misses, ...] = ("copied", "computed")
 Engine = Literal["ours", "vllm"]
 ENGINES: tuple[Engine, ...] = ("ours", "vllm")
@@ -84,6 +85,19 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _positive(unit: str) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = 0.0
+        if not 0 < number < float("inf"):
+            raise UserError(f"{value!r} is no positive number of {unit}")
+        return number
+
+    return read
+
+
 def one_of(choices: Sequence[str]) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         if value not in choices:
@@ -91,6 +105,15 @@ def one_of(choices: Sequence[str]) -> Callable[[Any], Any]:
         return value
 
     return read
+
+
+def _rest(value: Any) -> Any:
+    if value == "nf4":
+        raise UserError(
+            "nf4 needs a scale for each 64 values of a row, and the kernels that read weights here have one a row: "
+            "int8 is the least"
+        )
+    return one_of(RESTS)(value)
 
 
 _MOST = 2**31 - 1
@@ -125,6 +148,19 @@ class Settings:
         "|".join(MISSES),
         one_of(MISSES),
         "Experts that a small GPU has not: copied to it, or left to the CPU.",
+    )
+    look_ahead: int = _key(
+        0, "look-ahead", "N", _number(0, 8), "Experts of the next layer that are copied before it asks for them."
+    )
+    rest: Rest = _key(
+        "bf16",
+        "rest",
+        "|".join(RESTS),
+        _rest,
+        "What is not experts: as it is, or in 8 bits, compared at the start.",
+    )
+    rest_kl: float = _key(
+        REST_KL, "rest-kl", "NATS", _positive("nats"), "Refuse 8 bits from this mean KL divergence from bf16 on."
     )
     gpu_memory_bytes: int | None = _key(
         None, "gpu-memory", "SIZE", _size, "Free memory a GPU, in place of what is found; 0: no GPU."

@@ -31,6 +31,7 @@ DTYPES: Mapping[DType, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "f
 TENSOR_PARALLEL = (1, 2, 4, 8)  # vLLM gives each rank whole KV heads, and as many as the others
 KEY_VARIABLE = "VLLM_API_KEY"  # not on the command line, which everyone on the machine can read
 POLL_S = 0.5  # between looks whether it answers
+STDERR = 2
 # Where openai-harmony, by which vLLM renders, looks for its vocabulary before it downloads it; it takes this one alone.
 VOCABULARY_VARIABLE, VOCABULARY_FILE = "TIKTOKEN_ENCODINGS_BASE", "o200k_base.tiktoken"
 VOCABULARY_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
@@ -120,7 +121,11 @@ async def run_vllm(
     Raises RankDiedError if it ends by itself.
     """
     process = await asyncio.create_subprocess_exec(
-        *command, env=dict(environment), preexec_fn=_end_with_parent, start_new_session=True
+        *command,
+        env=dict(environment),
+        stdout=STDERR,  # what it says there is no data of ours: the URL alone is
+        preexec_fn=_end_with_parent,
+        start_new_session=True,
     )
     ended = asyncio.ensure_future(process.wait())
     asking = asyncio.ensure_future(_answers(url))
@@ -180,6 +185,8 @@ def _check(plan: Plan, settings: ServeSettings) -> None:
         raise UserError(f"--engine vllm: {plan.nodes} nodes", "one server a node, each with its own command")
     if plan.dtype not in DTYPES:
         raise UserError(f"--engine vllm: dtype {plan.dtype}", f"--dtype of {', '.join(DTYPES)}")
+    if plan.rest != "bf16":
+        raise UserError(f"--engine vllm: --rest {plan.rest}", "leave --rest out")
     if plan.expert_order:
         raise UserError("--engine vllm: experts placed by --routing", "leave --routing out")
     if settings.tool_server:

@@ -8,6 +8,8 @@
 Anything else that is raised is our own mistake and keeps its traceback.
 """
 
+import errno
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -67,3 +69,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = get_close_matches(word, names, n=1)
     question = f"did you mean {near[0]}? " if near else ""
     return f"{question}known: {', '.join(names)}"
+
+
+def lacks_host_memory(error: BaseException) -> bool:
+    """Whether the system has refused memory: torch and safetensors have no exception of their own for it."""
+    return isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error)

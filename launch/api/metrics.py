@@ -54,6 +54,8 @@ _TOTALS = (
     ("expert_moved_bytes", "Bytes of experts brought to the device", "expert_moved_bytes_total"),
     ("expert_waited_seconds", "Time to learn which experts a step needs", "expert_waited_s_total"),
     ("expert_stalled_seconds", "Time in which the device waited for experts", "expert_stalled_s_total"),
+    ("expert_ahead", "Experts brought to the device before a layer asked for them", "expert_ahead_total"),
+    ("expert_ahead_hits", "Those of them that the layer then needed", "expert_ahead_hits_total"),
 )
 
 

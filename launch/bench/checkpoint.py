@@ -77,7 +77,7 @@ async def started(plan: Plan, worker: str, worker_arguments: Sequence[str] = ())
             bar.stop()
             client = EngineClient(local(supervisor.engine_socket(0)))
             await client.connect()
-            notes = tuple(dict.fromkeys(path for answer in answers for path in answer.slow_paths))
+            notes = tuple(dict.fromkeys(path for answer in answers for path in (*answer.slow_paths, *answer.notes)))
             about = about_plan(plan, time.monotonic() - began_s)
             try:
                 yield Checkpoint(plan, client, about, notes)

@@ -179,7 +179,7 @@ async def generate(
     Raises UserError for what keeps it from starting, RankDiedError when a rank dies.
     """
     from ..engine_client import EngineClient, EngineDiedError, local
-    from ..loading import progress_bar, say_tiny, slow_lines
+    from ..loading import note_lines, progress_bar, say_tiny
     from ..stop import StopSignals, until
     from ..supervise import Supervisor
 
@@ -191,7 +191,7 @@ async def generate(
             if answers is None:
                 return None
             bar.stop()
-            for line in slow_lines(answers):
+            for line in note_lines(answers):
                 click.echo(line, err=True)
             say_tiny(plan)
             client = EngineClient(local(supervisor.engine_socket(0)))

@@ -203,7 +203,7 @@ async def serve(
 
     Raises UserError for what keeps it from starting, RankDiedError when the HTTP process or the last replica dies.
     """
-    from ..loading import memory_lines, progress_bar, say_tiny, slow_lines
+    from ..loading import memory_lines, note_lines, progress_bar, say_tiny
     from ..stop import StopSignals, until
     from ..supervise import Supervisor
 
@@ -221,7 +221,7 @@ async def serve(
             if answers is None:
                 return
             bar.stop()
-            for line in (*memory_lines(plan, answers), *slow_lines(answers)):
+            for line in (*memory_lines(plan, answers), *note_lines(answers)):
                 click.echo(line, err=True)
             say_tiny(plan)
             click.echo(json_text.dumps({"url": door.url, "plan": plan.to_json()}) if json else door.url)

@@ -215,6 +215,8 @@ class Leader:
             expert_moved_bytes_total=self._experts.moved_bytes,
             expert_waited_s_total=self._experts.waited_s,
             expert_stalled_s_total=self._experts.stalled_s,
+            expert_ahead_total=self._experts.ahead,
+            expert_ahead_hits_total=self._experts.ahead_hits,
             decode_step_s=self._facts.decode_step_s,
             communication_s=self._facts.communication_s,
             slow_paths=self._facts.slow_paths,

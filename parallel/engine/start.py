@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
+from ..errors import UserError, lacks_host_memory
 from ..kernels.choose import operations
 from ..model.calibrate import connect
 from ..model.checkpoint import load
 from ..model.comm import Alone, Comm, Marked, Sums
-from ..offload.experts import offloaded
+from ..offload.experts import offloaded, tell_layers
 from ..offload.mapped import mapped
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
+from . import rest
 from .engine import Engine
 from .lockstep import Ring, Steps
 from .lockstep_network import Broadcasts
@@ -97,21 +98,30 @@ def start(
         progress(done_bytes, total_bytes)
 
     (ops, slow_ways), recorder = operations(plan), None
-    experts_on, offload_counts = "device", None
+    experts_on, offload_counts, slow_offload = "device", None, list[str]()
     if plan.offload != "none":
         experts_on = plan.offload.taken.kept
         if plan.offload.taken.device == "cuda":  # on the CPU only the place of the experts is another
-            ops, offload_counts, more = offloaded(plan.offload, ops, device)
-            slow_ways += (*more, "no CUDA graphs: not all experts are on the GPU")
+            ops, offload_counts, slow_offload = offloaded(plan.offload, ops, device)
+            slow_ways += ("no CUDA graphs: not all experts are on the GPU",)
     files = mapped(entry.path for entry in inventory.values()) if experts_on == "file" else None
-    weights = load(plan, rank, inventory, device, count, ops.pack, experts_on)
+    try:
+        weights = load(plan, rank, inventory, device, count, ops.pack, experts_on, plan.rest)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not lacks_host_memory(error):
+            raise
+        raise UserError(
+            f"no host memory is left after {read_bytes} bytes of the checkpoint were read",
+            "end what else uses it; --host-memory SIZE, less than was found, leaves experts in the file",
+        ) from None
+    tell_layers(ops, weights.layers)
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
     if plan.ranks > 1:
         comm = Marked(connect(plan, device), trace)
     communication_bytes = meter.outside_bytes() - outside_bytes
-    slow_paths = list(slow_ways)
+    slow_paths = [*slow_offload, *slow_ways]
     if plan.device == "cuda" and plan.kernels == "plain":
         slow_paths.append(f"plain torch without CUDA graphs: Triton's kernels are for bf16, not for {plan.dtype}")
     if options.check_ranks:
@@ -129,9 +139,14 @@ def start(
     )
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
+    notes = () if plan.rest == "bf16" else (rest.checked(engine, rank, inventory),)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
     times = step_times(engine)
     if recorder is not None:
         recorder.reset()
-    return engine, recorder, Ready(rank, plan.digest, memory, times, time.monotonic() - began_s, tuple(slow_paths))
+    return (
+        engine,
+        recorder,
+        Ready(rank, plan.digest, memory, times, time.monotonic() - began_s, tuple(slow_paths), notes),
+    )

@@ -92,6 +92,8 @@ class Stats:
     expert_moved_bytes_total: int
     expert_waited_s_total: float
     expert_stalled_s_total: float
+    expert_ahead_total: int
+    expert_ahead_hits_total: int
     decode_step_s: float
     communication_s: float
     slow_paths: tuple[str, ...]
@@ -122,7 +124,8 @@ class Ready:
     """Any process -> supervisor: it can work.
 
     memory: bytes by part as measured, for the comparison with the plan, and read_bytes, of the files.
-    times: seconds of a step and of its parts. slow_paths: slower ways that are taken, with the reason.
+    times: seconds of a step and of its parts. slow_paths: slower ways that are taken, with the reason. notes: what
+    else was found out at the start.
     """
 
     rank: int
@@ -131,6 +134,7 @@ class Ready:
     times: dict[str, float]
     load_s: float
     slow_paths: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ def _decode(value: Any) -> Message:
                 )
             )
         if name in ("Stats", "Ready"):
-            body |= {"slow_paths": tuple(body["slow_paths"])}
+            body |= {name: tuple(body[name]) for name in ("slow_paths", "notes") if name in body}
         return _TYPES[name](**body)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"not a message: {error!r}") from None

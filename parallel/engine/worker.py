@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, lacks_host_memory
 from ..planning.plan import Plan
 from .front_ends import FrontEnds
 from .lifeline import hold
@@ -142,21 +142,28 @@ def lead(
 
 
 def launch_step(engine: "Engine", record: "Record") -> "Launched":
-    """Raises StepError where the device has no memory left for the step, if this rank is alone: others would have taken
-    it, and wait for this one."""
+    """Raises StepError where the device or the host has no memory left for the step, if this rank is alone: others
+    would have taken it, and wait for this one. And where a file that experts are read from has been cut, which only a
+    rank alone does: reading on would end the process.
+    """
     import torch
 
     from .leader import StepError
 
     try:
         return engine.launch(record)
-    except torch.OutOfMemoryError as error:
-        if engine.plan.ranks > 1:
+    except UserError as error:
+        raise StepError(f"{error.message}: {error.hint}") from None
+    except (RuntimeError, MemoryError) as error:
+        of_device = isinstance(error, torch.OutOfMemoryError)
+        if engine.plan.ranks > 1 or not (of_device or lacks_host_memory(error)):
             raise
         sentences = " ".join(str(error).split()).split(". ")
     wanted = ". ".join(sentences[:2])  # that it is full, and how much was wanted; then come figures and advice
-    torch.cuda.empty_cache()  # outside of the handler, whose traceback keeps the step's tensors
-    raise StepError(f"no memory on the device for a step of {record.head.tokens} tokens: {wanted}")
+    if of_device:
+        torch.cuda.empty_cache()  # outside of the handler, whose traceback keeps the step's tensors
+    where = "on the device" if of_device else "in the host"
+    raise StepError(f"no memory {where} for a step of {record.head.tokens} tokens: {wanted}")
 
 
 def follow(engine: "Engine", steps: "Steps", trace: Trace) -> None:

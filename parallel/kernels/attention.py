@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..planning.memory import SCORES_LIMIT_BYTES
 from .batch import Batch, Chunk, PageView
+from .linear import linear
 from .norm import add_norm
 from .precision import wide
 from .rope import rotate
+from .weight_only import Weight
 
 
 def norm_qkv_write(
@@ -21,7 +23,7 @@ def norm_qkv_write(
     norm_H: Tensor,
     eps: float,
     dtype: torch.dtype,
-    weight_QH: Tensor,
+    weight_QH: Weight,
     bias_Q: Tensor,
     rotation: tuple[Tensor, Tensor],
     kv_PCSKD: Tensor,
@@ -34,7 +36,7 @@ def norm_qkv_write(
 
 def qkv_write(
     x_TH: Tensor,
-    weight_QH: Tensor,
+    weight_QH: Weight,
     bias_Q: Tensor,
     rotation: tuple[Tensor, Tensor],
     kv_PCSKD: Tensor,
@@ -47,7 +49,7 @@ def qkv_write(
     """
     tokens = len(x_TH)
     _, _, page_tokens, kv_heads, head_dim = kv_PCSKD.shape
-    qkv = torch.nn.functional.linear(x_TH, weight_QH, bias_Q).view(tokens, -1, head_dim)
+    qkv = linear(x_TH, weight_QH, bias_Q).view(tokens, -1, head_dim)
     q_TND, k_TKD, v_TKD = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     page, offset = slots_T // page_tokens, slots_T % page_tokens
     write(kv_PCSKD, page, 0, offset, rotate(k_TKD, *rotation))

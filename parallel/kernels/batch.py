@@ -7,9 +7,10 @@ step of decodes holds whatever the sequences; chunks have host numbers too.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..planning.spec import LayerKind
+from ..planning.spec import LayerKind, Spec
 
 TILE_TOKENS = 64  # queries of a chunk that are attended for together
 
@@ -66,3 +67,31 @@ def tiles(chunks: tuple[Chunk, ...]) -> list[tuple[int, int, int, int]]:
         for chunk in chunks
         for first in range(chunk.start, chunk.stop, TILE_TOKENS)
     ]
+
+
+def one_sequence(tokens_T: Tensor, spec: Spec, page_tokens: int) -> Batch:
+    """A step that begins a sequence, in row 0, and wants the logits of all its tokens. Full layers have the first pages
+    of the pool, window layers the next ones."""
+    device, tokens = tokens_T.device, len(tokens_T)
+    kinds: tuple[LayerKind, ...] = ("full", "window")
+    pages = -(-tokens // page_tokens)
+    positions_T = torch.arange(tokens, device=device)
+    chunks = (Chunk(0, tokens, 0, tokens),)
+    views: dict[LayerKind, PageView] = {
+        kind: PageView(
+            torch.arange(place * pages, (place + 1) * pages, dtype=torch.int32, device=device)[None],
+            positions_T + place * pages * page_tokens,
+            spec.window_tokens if kind == "window" else None,
+        )
+        for place, kind in enumerate(kinds)
+    }
+    return Batch(
+        tokens_T=tokens_T,
+        positions_T=positions_T,
+        rows_T=torch.zeros_like(positions_T),
+        decodes=0,
+        chunks=chunks,
+        tiles_X4=torch.tensor(tiles(chunks), dtype=torch.int32, device=device),
+        pages=views,
+        wanted_S=positions_T,
+    )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .rope import rotation
+from .weight_only import Quantized, Weight
 
 
 def known_tokens(rows_T: Tensor, token_T: Tensor, last_R: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def locate(
 def embed(
     tokens_T: Tensor,
     positions_T: Tensor,
-    embed_VH: Tensor,
+    embed_VH: Weight,
     first_token: int,
     frequencies: Tensor,
     concentration: float,
@@ -36,5 +37,6 @@ def embed(
     embedding."""
     local_T = tokens_T - first_token
     here_T = (local_T >= 0) & (local_T < len(embed_VH))
-    embedded_TH = embed_VH[local_T.where(here_T, 0)] * here_T[:, None]
-    return embedded_TH, rotation(positions_T, frequencies, concentration)
+    local_T = local_T.where(here_T, 0)
+    rows_TH = embed_VH.dense(local_T) if isinstance(embed_VH, Quantized) else embed_VH[local_T]
+    return rows_TH * here_T[:, None], rotation(positions_T, frequencies, concentration)

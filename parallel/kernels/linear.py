@@ -6,7 +6,12 @@ T tokens, I columns in, O rows out.
 import torch
 from torch import Tensor
 
+from . import weight_only
+from .weight_only import Quantized, Weight
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+
+def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b, [T, O], in the dtype of x."""
+    if isinstance(weight_OI, Quantized):
+        return weight_only.linear(x_TI, weight_OI, bias_O)
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)

@@ -10,6 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import constants
+from .triton_pages import operand
+from .triton_weight_only import stored
+from .weight_only import Weight
 
 TOKENS = 128  # of a program of `locate`
 
@@ -39,7 +42,7 @@ def locate(
 def embed(
     tokens_T: Tensor,
     positions_T: Tensor,
-    embed_VH: Tensor,
+    embed_VH: Weight,
     first_token: int,
     frequencies: Tensor,
     concentration: float,
@@ -47,13 +50,15 @@ def embed(
     """As begin.embed."""
     tokens, half = len(tokens_T), len(frequencies)
     vocab, hidden = embed_VH.shape
+    values, scales, factor = stored(embed_VH)
     embedded_TH = torch.empty((tokens, hidden), dtype=embed_VH.dtype, device=embed_VH.device)
     cos_TD = torch.empty((tokens, half), dtype=torch.float32, device=embed_VH.device)
     sin_TD = torch.empty_like(cos_TD)
     _embed[(tokens,)](
         tokens_T,
         positions_T,
-        embed_VH,
+        values,
+        scales,
         frequencies,
         embedded_TH,
         cos_TD,
@@ -66,6 +71,7 @@ def embed(
             BLOCK=triton.next_power_of_2(hidden),
             HALF=half,
             HALF_BLOCK=triton.next_power_of_2(half),
+            FACTOR=factor,
             num_warps=4,
         ),
     )
@@ -109,6 +115,7 @@ def _embed(
     tokens,
     positions,
     embedding,
+    scale,
     frequencies,
     embedded,
     cos,
@@ -120,13 +127,16 @@ def _embed(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     local = tl.load(tokens + token) - first
     here = (local >= 0) & (local < vocab)
     column = tl.arange(0, BLOCK)
-    value = tl.load(embedding + local * HIDDEN + column, mask=here & (column < HIDDEN), other=0.0)
-    tl.store(embedded + token * HIDDEN + column, value, mask=column < HIDDEN)
+    value = tl.load(embedding + local * HIDDEN + column, mask=here & (column < HIDDEN), other=0)
+    if FACTOR > 0:
+        value = operand(value, tl.float32) * (tl.load(scale + local, mask=here, other=0.0).to(tl.float32) * FACTOR)
+    tl.store(embedded + token * HIDDEN + column, value.to(embedded.dtype.element_ty), mask=column < HIDDEN)
     dim = tl.arange(0, HALF_BLOCK)
     angle = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + dim, mask=dim < HALF, other=0.0)
     tl.store(cos + token * HALF + dim, tl.cos(angle) * concentration, mask=dim < HALF)

@@ -35,6 +35,12 @@ def constants(**values: Any) -> dict[str, Any]:
     return values | {"launch_pdl": True} if values.get("EARLY") else values
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; 1 for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def arrivals(device: torch.device, count: int) -> Tensor:
     """At least so many counters for `arrive`, zeros between kernels. One stream a device: calls may not overlap."""
     if count > ARRIVALS:

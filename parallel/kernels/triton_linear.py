@@ -2,7 +2,8 @@
 
 For one token a warp owns a row. For two to FEW_TOKENS a program owns 16 rows, whose columns its warps share; what a
 lane loads is its own share of the operands of mma.m16n8k16, so that no weight changes lanes or passes through shared
-memory. Both ask for weights before they wait for x: for as many as registers hold, which can be all.
+memory. Both ask for weights before they wait for x: for as many as registers hold, which can be all. Weights of 8 bits
+go the same way for one token, and one of their own for more.
 
 T tokens, I columns in, O rows out. Sums are in fp32 and always in the same order.
 """
@@ -21,49 +22,54 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_launch import constants, early
+from .triton_pages import operand
+from .triton_weight_only import several, stored
+from .weight_only import Quantized, Weight
 
 FEW_TOKENS = 16  # from here on torch's
 TILE_ROWS = 16
 STEP_COLUMNS = 32  # of a warp: 8 for each of the four lanes that share a row
-PART_COLUMNS = 256  # of a warp: 16 bytes a lane
+PART_BYTES = 512  # of a row: 16 a lane
 MOST_WAYS = 8
 MOST_STEPS = 15  # whose loads a warp has in flight
-_PART = tl.constexpr(PART_COLUMNS)
 
 
 @dataclass(frozen=True)
 class Rows:
     """How the product for one token is cut: constants from a benchmark (tests/benchmarks/kernels_attention.py)."""
 
-    warps: int  # of a program, each with a row or a pair of rows of its own
-    ahead: int  # parts of PART_COLUMNS whose loads are in flight before the first is used
+    warps: int  # of a program, each with a row of its own
+    ahead: int  # parts of PART_BYTES whose loads are in flight before the first is used
     registers: int | None = None  # the most of a lane: fewer, and more programs are there at a time
 
 
-ONE = Rows(warps=1, ahead=16, registers=96)
+ONE = Rows(warps=4, ahead=16, registers=96)
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b, [T, O], in the dtype of x."""
     if len(x_TI) == 1:
         return one(x_TI, weight_OI, bias_O, ONE)
+    if isinstance(weight_OI, Quantized):
+        return several(x_TI, weight_OI, bias_O)
     cut = few_cut(x_TI, weight_OI)
     if cut is not None:
         return few(x_TI, weight_OI, bias_O, *cut)
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
 
 
-def one(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None, how: Rows) -> Tensor:
+def one(x_1I: Tensor, weight_OI: Weight, bias_O: Tensor | None, how: Rows) -> Tensor:
     """linear for one token: multiply and add, no tensor core."""
-    rows = len(weight_OI)
+    rows, (values, scales, factor) = len(weight_OI), stored(weight_OI)
     out_1O = torch.empty((1, rows), dtype=x_1I.dtype, device=x_1I.device)
     _one[(-(-rows // how.warps),)](
         x_1I,
-        weight_OI,
-        weight_OI if bias_O is None else bias_O,
+        values,
+        scales,
+        values if bias_O is None else bias_O,
         out_1O,
         rows,
-        **constants(**rows_shape(x_1I, weight_OI, how), BIAS=bias_O is not None),
+        **constants(**rows_shape(x_1I, values, how), BIAS=bias_O is not None, FACTOR=factor),
     )
     return out_1O
 
@@ -72,6 +78,7 @@ def rows_shape(x: Tensor, weight: Tensor, how: Rows) -> dict[str, Any]:
     return {
         "COLUMNS": weight.shape[1],
         "ROWS": how.warps,
+        "PART": PART_BYTES // weight.element_size(),
         "AHEAD": how.ahead,
         "EARLY": early(x),
         "num_warps": how.warps,
@@ -119,63 +126,61 @@ def few_shape(x_TI: Tensor, weight_OI: Tensor, ways: int, unroll: int) -> dict[s
 
 
 @triton.jit
-def part_of(weight, row, there, part: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, PART_COLUMNS] of a weight, a row for each warp; zeros past the columns and in rows that are not there."""
-    column = part * _PART + tl.arange(0, _PART)
+def _part(weight, row, there, part: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr):
+    """[ROWS, PART] of a weight, a row for each warp; zeros past the columns and in rows that are not there."""
+    column = part * PART + tl.arange(0, PART)
     here = there[:, None] & (column < COLUMNS)[None, :]
-    return tl.load(weight + row.to(tl.int64)[:, None] * COLUMNS + column[None, :], mask=here, other=0.0)
+    return tl.load(weight + row.to(tl.int64)[:, None] * COLUMNS + column[None, :], mask=here, other=0)
 
 
 @triton.jit
-def part_of_x(x, row, part: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, PART_COLUMNS] fp32: the same for each row, as each warp needs it whole and another layout would cost a way
-    through shared memory."""
-    column = part * _PART + tl.arange(0, _PART)
+def _part_of_x(x, row, part: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr):
+    """[ROWS, PART] fp32: the same for each row, as each warp needs it whole and another layout would cost a way through
+    shared memory."""
+    column = part * PART + tl.arange(0, PART)
     at = row[:, None] * 0 + column[None, :]
     return tl.load(x + at, mask=at < COLUMNS, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def hold_x(part: tl.constexpr):
-    """Parts of x are read four at a time: ptxas would read all at once, into registers that weights need."""
-    if part % 4 == 0:
-        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _one(
     x,
     weight,
+    scale,
     bias,
     out,
     rows,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    PART: tl.constexpr,
     AHEAD: tl.constexpr,
     BIAS: tl.constexpr,
+    FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     if EARLY:
         gdc_launch_dependents()
-    PARTS: tl.constexpr = (COLUMNS + _PART - 1) // _PART
+    PARTS: tl.constexpr = (COLUMNS + PART - 1) // PART
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     w = ()
     for i in tl.static_range(min(AHEAD, PARTS)):
-        w += (part_of(weight, row, there, i, COLUMNS),)
-    y = tl.zeros([ROWS], tl.float32)
-    if BIAS:
-        y = tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
+        w += (_part(weight, row, there, i, COLUMNS, PART),)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-    acc = tl.zeros([ROWS, _PART], tl.float32)
+    acc = tl.zeros([ROWS, PART], tl.float32)
     for i in tl.static_range(PARTS):
-        hold_x(i)
+        if i % 4 == 0:
+            tl.debug_barrier()  # ptxas would read all of x at once, into registers that weights need
         if i + AHEAD < PARTS:
-            w += (part_of(weight, row, there, i + AHEAD, COLUMNS),)
-        acc += w[i].to(tl.float32) * part_of_x(x, row, i, COLUMNS)
-    y += tl.sum(acc, 1)
+            w += (_part(weight, row, there, i + AHEAD, COLUMNS, PART),)
+        acc += operand(w[i], tl.float32) * _part_of_x(x, row, i, COLUMNS, PART)
+    y = tl.sum(acc, 1)
+    if FACTOR > 0:
+        y *= tl.load(scale + row, mask=there, other=0.0) * FACTOR
+    if BIAS:
+        y += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
     tl.store(out + row, y.to(out.dtype.element_ty), mask=there)
 
 

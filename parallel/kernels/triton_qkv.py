@@ -1,12 +1,19 @@
-"""Norm, then q, k, v with RoPE and the write into pages: for up to 16 tokens a Triton kernel for the norm and one for
-the rest; for more torch's product between the norm and a kernel for what follows it.
+"""Norm, then q, k, v with RoPE and the write into pages: for one token one Triton kernel, for up to 16 one for the norm
+and one for the rest, for more torch's product between the norm and a kernel for what follows it.
+
+With one token few programs stay for the whole product: each takes pair after pair of rows, with the loads of the next
+in flight, and works out the norm once.
 
 Signature and meaning are those of attention.norm_qkv_write. fp8 pages hold the largest number of e4m3 (448) where the
 plain version, by torch's conversion, would hold NaN.
 """
 
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,27 +21,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants, early
-from .triton_linear import (
-    PART_COLUMNS,
-    Rows,
-    few_cut,
-    few_product,
-    few_shape,
-    group_rows,
-    hold_x,
-    part_of,
-    part_of_x,
-    rows_shape,
-)
-from .triton_norm import add_norm
-from .triton_pages import as_stored, entry, to_stored
+from .triton_launch import constants, early, processors
+from .triton_linear import few_cut, few_product, few_shape, group_rows, linear
+from .triton_norm import add_norm, added
+from .triton_pages import as_stored, entry, operand, to_stored
+from .triton_weight_only import stored
+from .weight_only import Quantized, Weight
 
 HEADS_TOGETHER = 8  # of a program that rotates and writes
 WARPS = 2
-PAIRS = 8  # of columns, of a program for a few tokens
-ONE = Rows(warps=1, ahead=12)
-PART = tl.constexpr(PART_COLUMNS)
+TOGETHER = 8  # pairs of columns of a program for a few tokens
+
+
+@dataclass(frozen=True)
+class Stay:
+    """How the product for one token is cut: constants from a benchmark (tests/benchmarks/kernels_attention.py)."""
+
+    warps: int  # of a program
+    programs: int  # of a multiprocessor, which all run at once
+    ahead: int  # rows, or pairs of rows, that are asked for before they are needed
+
+
+ONE = Stay(warps=4, programs=5, ahead=1)
 
 
 def norm_qkv_write(
@@ -43,12 +51,12 @@ def norm_qkv_write(
     norm_H: Tensor,
     eps: float,
     dtype: torch.dtype,
-    weight_QH: Tensor,
+    weight_QH: Weight,
     bias_Q: Tensor,
     rotation: tuple[Tensor, Tensor],
     kv_PCSKD: Tensor,
     slots_T: Tensor,
-    how: Rows = ONE,
+    how: Stay = ONE,
 ) -> tuple[Tensor, Tensor]:
     """(residual + delta, q_TND): add and norm, project, rotate q and k, write k and v to their slots."""
     kv_PCSKD = as_stored(kv_PCSKD)
@@ -58,25 +66,74 @@ def norm_qkv_write(
     q_TND = torch.empty((tokens, heads, head_dim), dtype=dtype, device=residual_TH.device)
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PAGE_TOKENS": page_tokens}
     after = (*rotation, slots_T, q_TND, kv_PCSKD)
-    residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
     if tokens == 1:
-        _qkv_one[(-(-len(weight_QH) // (2 * how.warps)),)](
-            x_TH, weight_QH, bias_Q, *after, **constants(**shape, **rows_shape(x_TH, weight_QH, how))
+        pairs, (values, scales, factor) = len(weight_QH) // 2, stored(weight_QH)
+        sum_TH = residual_TH if delta_TH is None else torch.empty_like(residual_TH)
+        _norm_qkv_one[(_programs(residual_TH, pairs, how),)](
+            residual_TH,
+            residual_TH if delta_TH is None else delta_TH,
+            norm_H,
+            sum_TH,
+            values,
+            scales,
+            bias_Q,
+            *after,
+            eps,
+            pairs,
+            **constants(**shape, **_stay_shape(residual_TH, values, how), ADD=delta_TH is not None, FACTOR=factor),
         )
-        return residual_TH, q_TND
-    cut = few_cut(x_TH, weight_QH)
-    if cut is not None and head_dim % (2 * PAIRS) == 0:
-        _qkv_few[(len(weight_QH) // (2 * PAIRS),)](
+        return sum_TH, q_TND
+    residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
+    narrow = isinstance(weight_QH, Quantized)
+    cut = None if narrow else few_cut(x_TH, weight_QH)
+    if not narrow and cut is not None and head_dim % (2 * TOGETHER) == 0:
+        _qkv_few[(len(weight_QH) // (2 * TOGETHER),)](
             x_TH, weight_QH, bias_Q, *after, tokens, **constants(**shape, **few_shape(x_TH, weight_QH, *cut))
         )
         return residual_TH, q_TND
-    qkv_TQ = torch.nn.functional.linear(x_TH, weight_QH, bias_Q)
+    qkv_TQ = (linear if narrow else torch.nn.functional.linear)(x_TH, weight_QH, bias_Q)
     _rotate_and_write[(tokens, -(-(heads + 2 * kv_heads) // HEADS_TOGETHER))](
         qkv_TQ,
         *after,
         **constants(**shape, TOGETHER=HEADS_TOGETHER, EARLY=early(x_TH), num_warps=WARPS),
     )
     return residual_TH, q_TND
+
+
+def _programs(x: Tensor, units: int, how: Stay) -> int:
+    """As many as run at once, or fewer if that needs no more rounds."""
+    rounds = -(-units // (processors(x.device) * how.programs))
+    return -(-units // rounds)
+
+
+def _stay_shape(x: Tensor, weight: Tensor, how: Stay) -> dict[str, Any]:
+    return {
+        "COLUMNS": weight.shape[1],
+        "BLOCK": how.warps * 512 // weight.element_size(),  # 16 bytes a lane
+        "AHEAD": how.ahead,
+        "EARLY": early(x),
+        "num_warps": how.warps,
+    }
+
+
+@triton.jit
+def _row(weight, row, there, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """A row in parts of BLOCK columns; zeros if it is not there."""
+    parts = ()
+    for begin in tl.static_range(0, COLUMNS, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        at = tl.cast(row, tl.int64) * COLUMNS + column
+        parts += (tl.load(weight + at, mask=there & (column < COLUMNS), other=0),)
+    return parts
+
+
+@triton.jit
+def _dot(w, x):
+    """The sum over the products of two rows in parts, the second in fp32."""
+    total = operand(w[0], tl.float32) * x[0]
+    for i in tl.static_range(1, len(w)):
+        total += operand(w[i], tl.float32) * x[i]
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -117,57 +174,85 @@ def _store(
         tl.store(kv_at + half, to_stored(right.to(tl.float32), kv.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
-def _qkv_one(
-    x,
+@triton.jit
+def _pair(weight, pair, pairs, HALF: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The two rows of a pair of columns that turn together."""
+    row = pair // HALF * (2 * HALF) + pair % HALF
+    left = _row(weight, row, pair < pairs, COLUMNS, BLOCK)
+    return left, _row(weight, row + HALF, pair < pairs, COLUMNS, BLOCK)
+
+
+@triton.jit(do_not_specialize=["eps", "pairs"], do_not_specialize_on_alignment=["slots"])
+def _norm_qkv_one(
+    residual,
+    delta,
+    norm,
+    summed,
     weight,
+    row_scale,
     bias,
     cos,
     sin,
     slots,
     q,
     kv,
+    eps,
+    pairs,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
+    ADD: tl.constexpr,
+    FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One token, a warp for each pair of columns that turn together."""
+    """One token. All programs work out the norm, which is less than to wait for a kernel that does."""
+    HALF: tl.constexpr = HEAD_DIM // 2
     if EARLY:
         gdc_launch_dependents()
-    HALF: tl.constexpr = HEAD_DIM // 2
-    PARTS: tl.constexpr = (COLUMNS + PART - 1) // PART
-    head = tl.program_id(0) // (HALF // ROWS)
-    dim = tl.program_id(0) % (HALF // ROWS) * ROWS + tl.arange(0, ROWS)
-    row = head * HEAD_DIM + dim
-    there = dim < HALF
-    left_w = ()
-    right_w = ()
-    for i in tl.static_range(min(AHEAD, PARTS)):
-        left_w += (part_of(weight, row, there, i, COLUMNS),)
-        right_w += (part_of(weight, row + HALF, there, i, COLUMNS),)
-    left, right = tl.load(bias + row).to(tl.float32), tl.load(bias + row + HALF).to(tl.float32)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    factor = _row(norm, 0, True, COLUMNS, BLOCK)
+    ahead = ()
+    for i in tl.static_range(AHEAD):
+        ahead += (_pair(weight, program + i * programs, pairs, HALF, COLUMNS, BLOCK),)
+    slot = tl.load(slots)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-    left_acc = tl.zeros([ROWS, PART], tl.float32)
-    right_acc = tl.zeros([ROWS, PART], tl.float32)
-    for i in tl.static_range(PARTS):
-        hold_x(i)
-        if i + AHEAD < PARTS:
-            left_w += (part_of(weight, row, there, i + AHEAD, COLUMNS),)
-            right_w += (part_of(weight, row + HALF, there, i + AHEAD, COLUMNS),)
-        value = part_of_x(x, row, i, COLUMNS)
-        left_acc += left_w[i].to(tl.float32) * value
-        right_acc += right_w[i].to(tl.float32) * value
-    left += tl.sum(left_acc, 1)
-    right += tl.sum(right_acc, 1)
-    c, s, slot = tl.load(cos + dim), tl.load(sin + dim), tl.load(slots)
-    _store(left, right, c, s, head, dim, 0, slot, there, q, kv, HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
+    x = _row(residual, 0, True, COLUMNS, BLOCK)
+    if ADD:
+        more = _row(delta, 0, True, COLUMNS, BLOCK)
+        sums = ()
+        for i in tl.static_range(len(x)):
+            sums += (added(x[i], more[i]),)
+            column = i * BLOCK + tl.arange(0, BLOCK)
+            tl.store(summed + column, sums[i], mask=(program == 0) & (column < COLUMNS))
+        x = sums
+    squares = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(len(x)):
+        wide = x[i].to(tl.float32)
+        squares += wide * wide
+    scale = tl.rsqrt(tl.sum(squares, 0) / COLUMNS + eps)
+    value = ()
+    for i in tl.static_range(len(x)):
+        normed = x[i].to(tl.float32) * scale * factor[i].to(tl.float32)
+        value += (normed.to(q.dtype.element_ty).to(tl.float32),)
+    for pair in range(program, pairs, programs):
+        w = ahead[0]
+        ahead = ahead[1:] + (_pair(weight, pair + AHEAD * programs, pairs, HALF, COLUMNS, BLOCK),)
+        head, dim = pair // HALF, pair % HALF
+        row = head * HEAD_DIM + dim
+        left, right = _dot(w[0], value), _dot(w[1], value)
+        if FACTOR > 0:
+            left *= tl.load(row_scale + row) * FACTOR
+            right *= tl.load(row_scale + row + HALF) * FACTOR
+        left += tl.load(bias + row).to(tl.float32)
+        right += tl.load(bias + row + HALF).to(tl.float32)
+        c, s = tl.load(cos + dim), tl.load(sin + dim)
+        _store(left, right, c, s, head, dim, 0, slot, True, q, kv, HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["slots"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import hash as hashing
 from . import sample as plain
 from .sample import AllGather, Drawn, Draws, Wanted
+from .triton_launch import constants
 
 BLOCK = 1024  # tokens a program looks at together
 WARPS = 4
@@ -74,9 +75,7 @@ def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | No
         total_SP,
         found_SX,
         parts,
-        PARTS=triton.next_power_of_2(parts),
-        HAS_TOP=top_S is not None,
-        num_warps=WARPS,
+        **constants(PARTS=triton.next_power_of_2(parts), HAS_TOP=top_S is not None, num_warps=WARPS),
     )
     return found_SX
 

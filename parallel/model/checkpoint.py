@@ -4,7 +4,7 @@ Each rank asks for its own slices only; at any time the host holds one tensor mo
 were checked before (`planning.headers`), so a mismatch here is our own mistake.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels.experts import Packed
 from ..kernels.quantize import quantize
+from ..kernels.weight_only import CODES, Quantized, Weight, joined, quantized
 from ..planning.headers import Entry, wide_name
-from ..planning.memory import stored_dtype
-from ..planning.plan import DType
+from ..planning.memory import DENSE_TILE_BYTES, WIDE_BYTES, is_rest, stored_dtype
+from ..planning.plan import DType, Rest
 from ..planning.shards import Mesh, Row, is_zero_here, local_bytes, local_shape, local_slices, table
 from ..planning.spec import Spec
 from .dtypes import TORCH_DTYPE
@@ -44,13 +45,14 @@ def load(
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
     pack: Callable[[Tensor, Tensor, Tensor], Packed] = Packed,
     experts: Literal["device", "memory", "file"] = "device",
+    rest: Rest = "bf16",
 ) -> Weights:
     """The share of `rank`; experts that the files have in bf16 are quantized as they come. Calls progress(done_bytes,
     total_bytes) after each tensor, in bytes of MXFP4 files.
 
     pack: `Operations.pack`, of blocks, scales and bias of one product. It is called layer by layer, for gate_up and
     then for down. experts: where it gets them: on the device, in host memory, or as views into the mapped file (of
-    blocks and scales; a replica of one rank).
+    blocks and scales; a replica of one rank). rest: what attention, embedding and head are kept in.
     """
     rows = {row.name: row for row in table(plan.spec)}
     total_bytes = sum(_read_bytes(row, plan, rank) for row in rows.values())
@@ -75,6 +77,15 @@ def load(
             done(row)
             return tensor
 
+        def read_weight(name: str) -> Weight:
+            row = rows[name]
+            if rest == "bf16":
+                return read(name)
+            assert is_rest(row)
+            weight = _quantized_rows(file_of(row.published), row, plan, rank, device, CODES[rest])
+            done(row)
+            return weight
+
         def read_packed(prefix: str) -> Packed:
             blocks, scales = rows[f"{prefix}.blocks"], rows[f"{prefix}.scales"]
             if blocks.published in inventory:
@@ -92,10 +103,10 @@ def load(
         def read_layer(prefix: str) -> Layer:
             return Layer(
                 attn_norm_H=read(f"{prefix}.attn_norm"),
-                qkv_QH=torch.cat([read(f"{prefix}.{letter}.weight") for letter in "qkv"]),
+                qkv_QH=joined([read_weight(f"{prefix}.{letter}.weight") for letter in "qkv"]),
                 qkv_bias_Q=torch.cat([read(f"{prefix}.{letter}.bias") for letter in "qkv"]),
                 sinks_N=read(f"{prefix}.sinks"),
-                out_HQ=read(f"{prefix}.o.weight"),
+                out_HQ=read_weight(f"{prefix}.o.weight"),
                 out_bias_H=read(f"{prefix}.o.bias"),
                 mlp_norm_H=read(f"{prefix}.mlp_norm"),
                 router_EH=read(f"{prefix}.router.weight"),
@@ -105,10 +116,10 @@ def load(
             )
 
         return Weights(
-            embed_VH=read("embed"),
+            embed_VH=read_weight("embed"),
             layers=tuple(read_layer(f"layers.{layer}") for layer in range(plan.spec.layers)),
             norm_H=read("norm"),
-            head_VH=read("head"),
+            head_VH=read_weight("head"),
             first_token=local_slices(rows["embed"], plan.mesh, rank)[0].start,
             first_expert=local_slices(rows["layers.0.gate_up.bias"], plan.mesh, rank)[0].start,
         )
@@ -123,6 +134,36 @@ def _place(file: Any, row: Row, plan: Placed, rank: int, device: torch.device) -
     tensor = _read(file, row, plan, rank)
     # a tensor that needs no conversion would still be a view into the mapped file: own memory is what was planned for
     return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+
+def read_rows(file: Any, row: Row, plan: Placed, rank: int, device: torch.device, some: slice | None = None) -> Tensor:
+    """Some of the rows that this rank has of a matrix that is no expert's, counted from its first one; or all."""
+    (mine, *rest), kept = local_slices(row, plan.mesh, rank), stored_dtype(row, plan.dtype)
+    assert kept is not None and not row.by_expert
+    if some is not None:
+        mine = slice(mine.start + some.start, mine.start + some.stop)
+    tensor = file.get_slice(row.published)[(mine, *rest)]
+    return tensor.to(device=device, dtype=TORCH_DTYPE[kept], copy=True).contiguous()
+
+
+def tiles_of(row: Row, plan: Placed, rank: int) -> Iterator[slice]:
+    """This rank's rows of a matrix, so many at a time that they take DENSE_TILE_BYTES in fp32."""
+    rows, columns = local_shape(row, plan.mesh, rank)
+    step = max(1, DENSE_TILE_BYTES // (WIDE_BYTES * columns))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _quantized_rows(
+    file: Any, row: Row, plan: Placed, rank: int, device: torch.device, codes: torch.dtype
+) -> Quantized:
+    """This rank's slice of a matrix in 8 bits. On the device it is never whole as it was."""
+    shape, dtype = local_shape(row, plan.mesh, rank), TORCH_DTYPE[plan.dtype]
+    scales = torch.empty(shape[:1], dtype=torch.float32, device=device)
+    made = Quantized(torch.empty(shape, dtype=codes, device=device), scales, dtype)
+    for tile in tiles_of(row, plan, rank):
+        some = quantized(read_rows(file, row, plan, rank, device, tile), codes, dtype)
+        made.codes_OI[tile], made.scale_O[tile] = some.codes_OI, some.scale_O
+    return made
 
 
 def _read(file: Any, row: Row, plan: Placed, rank: int) -> Tensor:

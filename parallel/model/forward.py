@@ -4,6 +4,8 @@ Reads top to bottom. Every rank runs the same lines on its own share of the weig
 half-layer. Knows nothing of requests or of how pages were handed out.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from ..kernels.batch import Batch
 from ..kernels.rope import concentration
 from ..planning.spec import Spec
 from .comm import Comm
-from .weights import Weights
+from .weights import Layer, Weights
 
 
 def forward(
@@ -31,6 +33,22 @@ def forward(
     page_tokens, K, D]; window layer i and full layer i share index i of dim 0, their pages never overlap. Written in
     place.
     """
+    same = spec, weights, weights.layers, ops, comm, frequencies, kv_LPCSKD, batch, residual_dtype
+    return ops.linear(hidden_states(*same), weights.head_VH)
+
+
+def hidden_states(
+    spec: Spec,
+    weights: Weights,
+    layers: Iterable[Layer],
+    ops: Operations,
+    comm: Comm,
+    frequencies: Tensor,
+    kv_LPCSKD: Tensor,
+    batch: Batch,
+    residual_dtype: torch.dtype,
+) -> Tensor:
+    """What `forward` multiplies the head with, [S, H]. layers: in place of those of weights."""
     dtype = weights.embed_VH.dtype
     embedded_TH, turn = ops.embed(
         batch.tokens_T, batch.positions_T, weights.embed_VH, weights.first_token, frequencies, concentration(spec)
@@ -38,7 +56,7 @@ def forward(
     residual_TH = comm.all_reduce(embedded_TH).to(residual_dtype)
     delta_TH = None
     seen = {"window": 0, "full": 0}
-    for kind, layer in zip(spec.layer_kinds, weights.layers, strict=True):
+    for kind, layer in zip(spec.layer_kinds, layers, strict=True):
         kv_PCSKD, pages = kv_LPCSKD[seen[kind]], batch.pages[kind]
         seen[kind] += 1
         residual_TH, q_TND = ops.norm_qkv_write(
@@ -69,4 +87,4 @@ def forward(
             ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit)
         )
     _, x_TH = ops.add_norm(residual_TH, delta_TH, weights.norm_H, spec.norm_eps, dtype)
-    return ops.linear(x_TH if batch.wanted_S is None else x_TH[batch.wanted_S], weights.head_VH)
+    return x_TH if batch.wanted_S is None else x_TH[batch.wanted_S]

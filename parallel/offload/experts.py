@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,21 +23,25 @@ from ..kernels.experts import Packed
 from ..kernels.precision import wide
 from ..planning.plan import Offload
 from .counts import Counts
-from .pinned import pinned
+from .pinned import Pins
 
 PARTS = ("blocks", "scales", "bias")  # of a Packed; the first dim counts experts
+GUESSED_TOKENS = 4  # of a step: with more, most experts are needed anyway
+GUESSED_BESIDES = 2  # the likeliest ones are often there already
 
 
 @dataclass
 class Slots:
     """Which experts of a layer are on the device, and since when unused: the last ones were used last.
 
-    ready, free: events of each slot on a GPU: its weights are there; nobody reads them any more.
+    ready, free: events of each slot on a GPU: its weights are there; nobody reads them any more. ahead: experts that
+    came before they were asked for, and have not been asked for yet.
     """
 
     places: OrderedDict[int, int]
     ready: list[torch.cuda.Event] = field(default_factory=list)
     free: list[torch.cuda.Event] = field(default_factory=list)
+    ahead: set[int] = field(default_factory=set, init=False)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Held(Packed):
     repacks: those on the host are in the checkpoint's layout, and a copy has to be brought into the kernels'.
 
     device_places, host_places: int64 [E], where each expert is; -1: not there. The first on the device, the second on
-    the CPU, and both only where places never change.
+    the CPU, and both only where places never change. layer: counted from 0.
     """
 
     packed: Packed
@@ -56,12 +61,29 @@ class Held(Packed):
     slots: Slots
     device_places: Tensor
     host_places: Tensor
+    layer: int
+
+
+class Layer(Protocol):
+    """What is needed of a layer to guess which experts it will choose, and to bring them in. Both are Held."""
+
+    @property
+    def mlp_norm_H(self) -> Tensor: ...
+    @property
+    def router_EH(self) -> Tensor: ...
+    @property
+    def router_bias_E(self) -> Tensor: ...
+    @property
+    def gate_up(self) -> Packed: ...
+    @property
+    def down(self) -> Packed: ...
 
 
 class Holder:
     """`pack` of an offloaded model: called for gate_up and down of each layer in turn, with experts on the host."""
 
-    def __init__(self, offload: Offload, ops: Operations, device: torch.device) -> None:
+    def __init__(self, offload: Offload, ops: Operations, device: torch.device, slow: list[str]) -> None:
+        self._pins = Pins(slow)
         self._offload, self._ops, self._device, self._calls = offload, ops, device, 0
         self._slots: Slots | None = None
 
@@ -94,7 +116,9 @@ class Holder:
             whole = self._in_layout(whole)
         empty = torch.empty((0,), device=self._device)
         repacks = way.misses == "copied" and way.kept == "file"
-        return Held(empty, empty, empty, packed, whole, repacks, slots, device_places.to(self._device), host_places)
+        return Held(
+            empty, empty, empty, packed, whole, repacks, slots, device_places.to(self._device), host_places, layer
+        )
 
     def _in_layout(self, whole: Packed) -> Packed:
         """In that of the kernels, so that a copy of an expert is a copy and nothing else. One expert at a time passes
@@ -106,7 +130,7 @@ class Holder:
             for place, part in enumerate(PARTS):
                 parts[place].append(getattr(packed, part).cpu())
         joined = (torch.cat(part) for part in parts)
-        return Packed(*(pinned(one) if self._device.type == "cuda" else one for one in joined))
+        return Packed(*(self._pins(one) if self._device.type == "cuda" else one for one in joined))
 
 
 class Stalls:
@@ -137,12 +161,15 @@ class Stalls:
 
 @dataclass(frozen=True)
 class Copied:
-    """Experts through the cache. ops: those of the device. stream: for copies; None on the CPU."""
+    """Experts through the cache. ops: those of the device. stream: for copies; None on the CPU. ahead: as Offload's.
+    layers: given once all are loaded."""
 
     ops: Operations
     counts: Counts
     stream: "torch.cuda.Stream | None"
     stalls: "Stalls"
+    ahead: int = 0
+    layers: list[Layer] = field(default_factory=list)
 
     def __call__(
         self,
@@ -155,7 +182,10 @@ class Copied:
         limit: float,
     ) -> Tensor:
         began_s = time.perf_counter()
-        wanted = experts_TX.unique().tolist()  # ascending
+        guesses_TX = self._guess(x_TH, gate_up.layer)
+        chosen = experts_TX.flatten()
+        told = (chosen if guesses_TX is None else torch.cat([chosen, guesses_TX.T.flatten()])).tolist()  # at one go
+        wanted, guessed = sorted(set(told[: len(chosen)])), told[len(chosen) :]
         self.counts.waited_s += time.perf_counter() - began_s
         out_TH = torch.zeros(x_TH.shape, dtype=wide(x_TH.dtype), device=x_TH.device)
         slots, room = gate_up.slots, len(gate_up.slots.places)
@@ -182,7 +212,36 @@ class Copied:
                 out_TH += self.ops.experts(x_TH, weights_TX, places_TX, gate_up.packed, down.packed, 0, limit)
             for place in places.values() if slots.free else ():
                 slots.free[place].record()
+        if guessed:
+            self._bring_ahead(list(dict.fromkeys(guessed)), self.layers[gate_up.layer + 1])
         return out_TH.to(x_TH.dtype)
+
+    def _guess(self, x_TH: Tensor, layer: int) -> Tensor | None:
+        """What the next layer would choose if its input were this one's, [T, X], the likeliest first; None where it is
+        not asked. x_TH has been normed for this layer: the other's factors take the place of its own."""
+        if not self.ahead or len(x_TH) > GUESSED_TOKENS or layer + 1 >= len(self.layers):
+            return None
+        here, then = self.layers[layer], self.layers[layer + 1]
+        ratio_H = then.mlp_norm_H / here.mlp_norm_H.where(here.mlp_norm_H != 0, 1.0)
+        logits_TE = torch.nn.functional.linear((x_TH * ratio_H).to(x_TH.dtype), then.router_EH, then.router_bias_E)
+        return logits_TE.topk(self.ahead + GUESSED_BESIDES, dim=-1).indices
+
+    def _bring_ahead(self, guessed: Sequence[int], then: Layer) -> None:
+        """Those that the next layer has not, as many as `ahead`, in place of what was unused for longest and is not
+        guessed itself."""
+        gate_up, down = then.gate_up, then.down
+        assert isinstance(gate_up, Held) and isinstance(down, Held)
+        slots = gate_up.slots
+        for expert in reversed(guessed):
+            if expert in slots.places:
+                slots.places.move_to_end(expert)
+        for expert in [expert for expert in guessed if expert not in slots.places][: self.ahead]:
+            gone, place = slots.places.popitem(last=False)
+            slots.ahead.discard(gone)
+            slots.ahead.add(expert)
+            slots.places[expert] = place
+            self.counts.ahead += 1
+            self._copy(expert, place, slots, (gate_up, down))
 
     def _bring(self, wanted: Sequence[int], gate_up: Held, down: Held) -> dict[int, int]:
         """Where each of `wanted` is, or will be when its event comes."""
@@ -194,6 +253,8 @@ class Copied:
                 places[expert] = slots.places[expert]
             else:
                 missing.append(expert)
+        self.counts.ahead_hits += len(slots.ahead.intersection(wanted))
+        slots.ahead.clear()
         self.counts.hits += len(places)
         self.counts.misses += len(missing)
         for expert in missing:
@@ -268,23 +329,34 @@ class Computed:
         return out_TH.to(x_TH.dtype)
 
 
-def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[Operations, Counts, tuple[str, ...]]:
-    """`ops` with experts as `offload` has them, what is counted meanwhile, and slower ways that are taken by need.
+def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[Operations, Counts, list[str]]:
+    """`ops` with experts as `offload` has them, what is counted meanwhile, and slower ways that are taken by need: all
+    of them are known when the weights are loaded.
 
     A new value for each model that is loaded: `pack` counts layers.
     """
-    counts = Counts()
-    holder = Holder(offload, ops, device)
+    counts, slow = Counts(), list[str]()
+    holder = Holder(offload, ops, device, slow)
     if offload.taken.misses == "copied":
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         stalls = Stalls(counts, on_gpu=stream is not None)
-        return dataclasses.replace(ops, pack=holder, experts=Copied(ops, counts, stream, stalls)), counts, ()
+        return (
+            dataclasses.replace(ops, pack=holder, experts=Copied(ops, counts, stream, stalls, offload.ahead)),
+            counts,
+            slow,
+        )
     from ..kernels.cpu_build import NoLibraryError
     from ..kernels.cpu_experts import cpu_operations
 
-    slow: tuple[str, ...] = ()
     try:
         on_cpu = cpu_operations().experts
     except NoLibraryError as error:
-        on_cpu, slow = PLAIN.experts, (f"plain torch experts on the CPU, some 100 times slower: {error}",)
+        on_cpu = PLAIN.experts
+        slow.append(f"plain torch experts on the CPU, some 100 times slower: {error}")
     return dataclasses.replace(ops, pack=holder, experts=Computed(ops, counts, on_cpu)), counts, slow
+
+
+def tell_layers(ops: Operations, layers: Sequence[Layer]) -> None:
+    """To experts that are copied: those of the loaded model."""
+    if isinstance(ops.experts, Copied):
+        ops.experts.layers.extend(layers)

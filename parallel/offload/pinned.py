@@ -1,20 +1,43 @@
-"""Host memory that copies to a GPU need not wait for: locked where it is, for as long as its tensor is there.
+"""Host memory that copies to a GPU need not wait for: locked where it is, for as long as its tensor is there. Or what
+is left where the system refuses that.
 
 Does not know what is in it.
 """
 
 import mmap
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+
+class NotPinnedError(Exception):
+    """Says how much, and what CUDA answered."""
+
+
+@dataclass
+class Pins:
+    """Locks memory until that is refused once, and leaves memory as it is from then on: copies from there are slower,
+    but the same. slow: where it is said."""
+
+    slow: list[str]
+    refused: bool = False
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not self.refused:
+            try:
+                return pinned(tensor)
+            except NotPinnedError as error:
+                self.refused = True
+                why = f"{error}; `ulimit -l` may help"
+                self.slow.append(f"experts in host memory that is not pinned, so that each copy is staged: {why}")
+        return tensor
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """The same values in pages of their own, locked until the tensor goes away. Raises UserError where the system
+    """The same values in pages of their own, locked until the tensor goes away. Raises NotPinnedError where the system
     refuses.
 
     torch's own pinned memory is rounded up to a power of two, which no plan foresees. Pages that are shared with other
@@ -26,10 +49,7 @@ def pinned(tensor: Tensor) -> Tensor:
     code = int(runtime.cudaHostRegister(copy.data_ptr(), copy.nbytes, 0))
     if code:
         _forget_error()
-        raise UserError(
-            f"{tensor.nbytes} bytes of host memory cannot be pinned: CUDA error {code}",
-            "--host-memory with less leaves experts in the checkpoint's file; or raise `ulimit -l`",
-        )
+        raise NotPinnedError(f"{tensor.nbytes} bytes of host memory cannot be pinned: CUDA error {code}")
     weakref.finalize(copy, _unpin, copy.data_ptr()).atexit = False  # the process takes its locks with it
     return copy
 

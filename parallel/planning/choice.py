@@ -13,7 +13,7 @@ from .layouts import Layout, Place, check_cuts, context_choices, longest, meshes
 from .machine import Gpu, Machine, format_size
 from .memory import Device
 from .placement import Routing
-from .plan import DType, Kernels, KvDType, Misses, Workload
+from .plan import REST_KL, DType, Kernels, KvDType, Misses, Rest, Workload
 from .shards import Mesh, part
 from .spec import Spec
 
@@ -35,7 +35,8 @@ class Asked:
     ranks: of one replica. ep: how many ways experts are placed; divides ranks. routing: to place experts by.
     kv_dtype: of the KV cache, the compute dtype unless given. sequences: that run at the same time in a replica.
     kernels: must be for the device and the dtype. longest_context: also where it takes memory from experts.
-    misses: what is done about experts that the device has not; computed is all that the CPU as device can.
+    misses: what is done about experts that the device has not; computed is all that the CPU as device can. rest,
+    rest_kl: as in a Plan. look_ahead: as Offload.ahead.
     """
 
     dtype: DType | None = None
@@ -52,6 +53,9 @@ class Asked:
     kernels: Kernels | None = None
     longest_context: bool = False
     misses: Misses | None = None
+    rest: Rest = "bf16"
+    rest_kl: float = REST_KL
+    look_ahead: int = 0
 
 
 FREE = Asked()  # all left to the planner
@@ -112,6 +116,9 @@ def find_place(machine: Machine, asked: Asked) -> Place:
     """
     found = dtype_of(machine.gpus[0]) if machine.gpus else None
     if found is None:
+        if asked.rest == "fp8":
+            message = "--rest fp8 is for GPUs: a CPU has no fast way to read it"
+            raise UserError(message, "--rest int8 takes as many bytes, and is finer")
         return on_cpu(machine, asked)
     kinds = [(gpu.name, gpu.capability) for gpu in machine.gpus]
     alike = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
@@ -124,15 +131,17 @@ def find_place(machine: Machine, asked: Asked) -> Place:
         dtype=asked.dtype or found,
         kv_dtype=asked.kv_dtype or asked.dtype or found,
         asked_kernels=_kernels(asked, "cuda", asked.dtype or found),
+        rest=asked.rest,
     )
 
 
 def on_cpu(machine: Machine, asked: Asked) -> Place:
     if machine.host_memory_bytes is None:
         raise UserError(f"how much memory {machine.name} has free is not known", "say so: --host-memory 16GiB")
-    dtype = asked.dtype or "fp32"
+    dtype = asked.dtype or ("fp32" if asked.rest == "bf16" else "bf16")
     kernels = _kernels(asked, "cpu", dtype)
-    return Place("cpu", (), machine.nodes, "none", machine.host_memory_bytes, dtype, asked.kv_dtype or dtype, kernels)
+    kv_dtype, memory_bytes = asked.kv_dtype or dtype, machine.host_memory_bytes
+    return Place("cpu", (), machine.nodes, "none", memory_bytes, dtype, kv_dtype, kernels, asked.rest)
 
 
 def _kernels(asked: Asked, device: Device, dtype: DType) -> Kernels | None:
@@ -274,7 +283,7 @@ def choose_among(spec: Spec, place: Place, asked: Asked, layouts: tuple[Layout, 
     if speed is not None:
         for layout in ordered:
             link = place.link if layout.span == 1 else "network"
-            step = decode_step(spec, layout.mesh, place.dtype, speed, link, batch, context)
+            step = decode_step(spec, layout.mesh, place.dtype, speed, link, batch, context, place.rest)
             steps[layout.mesh.ranks] = step
     layout = _best(ordered, steps, asked.workload)
     if layout.span > 1:

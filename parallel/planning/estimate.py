@@ -13,10 +13,10 @@ from math import comb, prod
 from typing import Literal
 
 from .machine import Link
-from .memory import stored_element_bytes
+from .memory import is_rest, stored_bytes
 from .pages import local_kv_heads
-from .plan import DTYPE_BYTES, DType, Workload
-from .shards import Mesh, local_shape, part, table
+from .plan import DTYPE_BYTES, DType, Rest, Workload
+from .shards import Mesh, part, table
 from .spec import Spec
 
 # Tokens a step that a workload is judged at, for each replica: one stream, or many.
@@ -35,10 +35,12 @@ BANDWIDTH: dict[str, float] = {
     "A100-SXM4-80GB": 2039e9,
     "B200": 8000e9,
     "GeForce RTX 2080 Ti": 616e9,
+    "GeForce RTX 3060": 360e9,
     "GeForce RTX 3080": 760e9,
     "GeForce RTX 3090": 936e9,
     "GeForce RTX 3090 Ti": 1008e9,
     "GeForce RTX 4060 Laptop GPU": 256e9,
+    "GeForce RTX 4080": 716.8e9,
     "GeForce RTX 4090": 1008e9,
     "GeForce RTX 4090 Laptop GPU": 576e9,
     "GeForce RTX 5090": 1792e9,
@@ -115,9 +117,10 @@ def decode_step(
     link: Link | Literal["network"],
     batch_tokens: int,
     context_tokens: int,
+    rest: Rest = "bf16",
 ) -> Step:
     """The estimate for `mesh`, whose ranks each read bytes_per_s and are joined by `link`."""
-    read = read_bytes(spec, mesh, dtype, batch_tokens, context_tokens)
+    read = read_bytes(spec, mesh, dtype, batch_tokens, context_tokens, rest)
     return Step(
         batch_tokens=batch_tokens,
         read_bytes=read,
@@ -137,15 +140,17 @@ def all_reduce_s(link: Link | Literal["network"], ranks: int, message_bytes: int
     return cost.latency_s + (ranks - 2) * cost.rank_s + sent_bytes / cost.bytes_per_s
 
 
-def read_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, context_tokens: int) -> float:
+def read_bytes(
+    spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, context_tokens: int, rest: Rest = "bf16"
+) -> float:
     """Bytes of weights and KV cache that the busiest rank reads in one step of batch_tokens sequences, judged at no
     more than DECODE_CONTEXT_TOKENS each."""
     seen = min(context_tokens, DECODE_CONTEXT_TOKENS)
     kv = kv_bytes(spec, mesh, DTYPE_BYTES[dtype], seen)
-    return weight_bytes(spec, mesh, dtype, batch_tokens) + batch_tokens * kv
+    return weight_bytes(spec, mesh, dtype, batch_tokens, rest) + batch_tokens * kv
 
 
-def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int) -> float:
+def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, rest: Rest = "bf16") -> float:
     """Bytes of weights that the busiest rank reads in one step of batch_tokens tokens: all but the embedding, and of
     the experts the expected number of different ones.
 
@@ -154,7 +159,7 @@ def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int) -> flo
     """
     dense, experts = 0, 0
     for row in table(spec):
-        size = prod(local_shape(row, mesh, 0)) * stored_element_bytes(row, dtype)
+        size = stored_bytes(row, mesh, 0, dtype, rest)
         if any(cut.axis == "ep" for cut in row.cuts):
             experts += size
         elif row.name != "embed":
@@ -162,6 +167,14 @@ def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int) -> flo
     held = _held(spec.experts, mesh.ep)[0]
     active = busiest_experts(spec.experts, spec.experts_per_token, batch_tokens, mesh.ep)
     return dense + experts * active / held
+
+
+def unpacked_bytes(spec: Spec, dtype: DType) -> int:
+    """What weights of 8 bits cost besides, for each token, where they are dequantized first: written and read again,
+    for fp16 in fp32 before. One rank."""
+    rows = [row for row in table(spec) if is_rest(row) and row.name != "embed"]
+    element = DTYPE_BYTES[dtype] + (DTYPE_BYTES["fp32"] if dtype == "fp16" else 0)
+    return 2 * sum(prod(row.shape) for row in rows) * element
 
 
 def kv_bytes(spec: Spec, mesh: Mesh, element_bytes: int, context_tokens: int) -> int:

@@ -13,7 +13,7 @@ from ..errors import UserError
 from .machine import Gpu, Link
 from .memory import Device, Room, rank_memory
 from .pages import page_bytes
-from .plan import DType, Kernels, KvDType, RankMemory
+from .plan import DType, Kernels, KvDType, RankMemory, Rest
 from .shards import Mesh, local_slices, part, table
 from .spec import Spec
 
@@ -41,6 +41,7 @@ class Place:
     dtype: DType
     kv_dtype: KvDType
     asked_kernels: Kernels | None = None
+    rest: Rest = "bf16"
 
     @property
     def kernels(self) -> Kernels:
@@ -50,6 +51,12 @@ class Place:
         if self.device == "cpu":
             return "plain" if self.dtype == "fp64" else "cpu"
         return "triton" if self.dtype == "bf16" else "plain"
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether weights of 8 bits are dequantized for each product, instead of read as they are."""
+        packed = self.kernels == "triton" or (self.device == "cpu" and self.dtype == "bf16")
+        return self.rest != "bf16" and not packed
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ def memories(spec: Spec, place: Place, mesh: Mesh, room: Room) -> tuple[RankMemo
             place.kv_dtype,
             place.kernels,
             room,
+            place.rest,
         )
         for rank in range(mesh.ranks)
     )

@@ -9,7 +9,7 @@ from math import ceil, prod
 from typing import Literal
 
 from .pages import local_kv_heads, page_bytes, pool_pages
-from .plan import DTYPE_BYTES, DType, Kernels, KvDType, RankMemory
+from .plan import DTYPE_BYTES, DType, Kernels, KvDType, RankMemory, Rest
 from .shards import Mesh, Row, local_shape, table
 from .spec import Spec
 
@@ -17,6 +17,9 @@ Device = Literal["cuda", "cpu"]
 
 SCORES_LIMIT_BYTES = 256 << 20  # attention goes over queries in tiles whose scores stay under this
 DRAW_LIMIT_BYTES = 256 << 20  # the draw goes over rows of logits in tiles that take no more, but one row at a time
+DENSE_TILE_BYTES = 16 << 20  # weights of 8 bits are dequantized by so much at a time, where products need it
+# Of those weights as they were, besides: a layer's attention and a tile of the head, while both are compared.
+COMPARED_BYTES = 64 << 20
 DRAW_ELEMENT_BYTES = (24, 32)  # of a row, for each of its logits: raced in fp32, in fp64; measured 22 and 26
 
 
@@ -34,7 +37,7 @@ PROCESS: dict[Device, ProcessCost] = {
     "cpu": ProcessCost(context_bytes=0, nccl_bytes=0, host_bytes=1 << 30),
 }
 
-GRAPHS_BYTES = 32 << 20  # those that are captured at the start, seen on one and two H200 for 20b
+GRAPHS_BYTES = 192 << 20  # those that are captured at the start: 182 MiB on an H200 for 20b
 SYMMETRIC_BUFFERS = 1  # of a whole step's hidden states
 
 # How many copies of a thing live at the same time at the worst moment, counted over the plain operations in kernels/ by
@@ -71,10 +74,23 @@ def stored_element_bytes(row: Row, dtype: DType) -> int:
     return 1 if kept is None else DTYPE_BYTES[kept]
 
 
+def is_rest(row: Row) -> bool:
+    """Whether the plan's `rest` says what `row` is kept in: the matrices that are neither experts nor routers."""
+    return row.dtype != "U8" and len(row.shape) == 2 and not row.by_expert
+
+
+def stored_bytes(row: Row, mesh: Mesh, rank: int, dtype: DType, rest: Rest) -> int:
+    """What `rank` keeps of `row`."""
+    shape = local_shape(row, mesh, rank)
+    if rest != "bf16" and is_rest(row):
+        return prod(shape) + shape[0] * WIDE_BYTES  # codes, and a scale for each row
+    return prod(shape) * stored_element_bytes(row, dtype)
+
+
 @cache
-def weights_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType) -> int:
+def weights_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType, rest: Rest = "bf16") -> int:
     """Sum over the shard table of this rank's elements as they are stored."""
-    return sum(prod(local_shape(row, mesh, rank)) * stored_element_bytes(row, dtype) for row in table(spec))
+    return sum(stored_bytes(row, mesh, rank, dtype, rest) for row in table(spec))
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,14 @@ def rows_bytes(spec: Spec, mesh: Mesh, rank: int, room: Room) -> int:
 
 
 def workspace_bytes(
-    spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dtype: DType, kernels: Kernels, room: Room
+    spec: Spec,
+    mesh: Mesh,
+    rank: int,
+    dtype: DType,
+    residual_dtype: DType,
+    kernels: Kernels,
+    room: Room,
+    rest: Rest = "bf16",
 ) -> int:
     """Most bytes that live during a step besides weights and KV.
 
@@ -114,6 +137,7 @@ def workspace_bytes(
     the plain ones stand in for them. Triton's kernels keep no scores and no dequantized weights:
       attention  q, k, v of T tokens, attention's output
       experts    rows in their order, and for each chosen expert of a token what is inside and its output
+    Where the rest has 8 bits, COMPARED_BYTES besides.
     """
     element, residual = DTYPE_BYTES[dtype], DTYPE_BYTES[residual_dtype]
     context_tokens, step_tokens = room.context_tokens, room.step_tokens
@@ -146,7 +170,8 @@ def workspace_bytes(
     passing = max(prompts, room.sequences * spec.hidden * lasting + head)
     slack = 1.0 if kernels == "triton" else ALLOCATOR_SLACK
     cublas = CUBLAS_BYTES if kernels == "triton" else 0
-    return rows_bytes(spec, mesh, rank, room) + cublas + ceil(passing * slack)
+    unpacked = 0 if rest == "bf16" else COMPARED_BYTES
+    return rows_bytes(spec, mesh, rank, room) + cublas + unpacked + ceil(passing * slack)
 
 
 def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, step_tokens: int) -> int:
@@ -166,15 +191,16 @@ def rank_memory(
     kv_dtype: KvDType,
     kernels: Kernels,
     room: Room,
+    rest: Rest = "bf16",
 ) -> RankMemory:
     """All parts of rank `rank` of a replica."""
     # and one that nobody holds, for the padding of steps
     pages = 1 + pool_pages(spec, room.kv_tokens, room.sequences, room.step_tokens, room.page_tokens)
     return RankMemory(
         rank=rank,
-        weights_bytes=weights_bytes(spec, mesh, rank, dtype),
+        weights_bytes=weights_bytes(spec, mesh, rank, dtype, rest),
         kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, room.page_tokens),
-        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room),
+        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room, rest),
         graphs_bytes=GRAPHS_BYTES if kernels == "triton" else 0,
         communication_bytes=communication_bytes(spec, mesh, device, dtype, room.step_tokens),
         context_bytes=PROCESS[device].context_bytes,

@@ -12,10 +12,10 @@ from functools import cache
 from math import prod
 
 from .choice import Asked
-from .estimate import LAYER_S, bandwidth, read_bytes
-from .layouts import PAGE_TOKENS, RESIDUAL, Place, context_choices, memories
+from .estimate import LAYER_S, bandwidth, read_bytes, unpacked_bytes
+from .layouts import PAGE_TOKENS, Place, context_choices, memories
 from .machine import Speeds
-from .memory import PROCESS, Room, rank_memory, stored_element_bytes
+from .memory import PROCESS, Room, stored_element_bytes
 from .placement import Routing
 from .plan import DType, RankMemory, Way
 from .shards import Mesh, table
@@ -25,6 +25,9 @@ CONTEXT_TOKENS = 8192  # chosen unasked: what a longer one takes, experts would 
 SEQUENCES = 4  # at a time: many would need all experts in every step
 STEP_TOKENS = 512  # of a prompt, so that the workspace leaves room for experts
 STAGED_EXPERTS = 10  # on the device besides: one as it comes over the link, and what repacking it takes
+# Between tensors, where torch's allocator cannot use it: a GPU here is filled to the brim, and a run on an H200 under a
+# cap of 11 GiB ended 32 MiB short with 223 MiB of them.
+GAPS_BYTES = 320 << 20
 
 # Where the machine's own are not known. Low on purpose: a desktop of some years ago.
 ASSUMED = Speeds(host=20e9, link=10e9, disk=1e9)
@@ -71,6 +74,13 @@ def hot_experts(routing: Routing | None, slots: int) -> tuple[tuple[int, ...], .
     return tuple(tuple(order[:slots]) for order in ordered)
 
 
+def ahead(spec: Spec, way: Way, asked: Asked) -> int:
+    """As Offload.ahead: of what was asked for, so many as a layer has slots for beside a token's own."""
+    if way.misses != "copied":
+        return 0
+    return max(0, min(asked.look_ahead, way.slots - spec.experts_per_token))
+
+
 def known(speeds: Speeds) -> Speeds:
     """With what is assumed in place of what is not known."""
     given = {name: value for name, value in dataclasses.asdict(speeds).items() if value is not None}
@@ -96,7 +106,8 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
     least = spec.experts_per_token if asked.longest_context else 0  # a longest context still leaves room for a token's
     for room in _rooms(spec, asked):
         row = memories(spec, place, Mesh(), room)[0]
-        base = row.device_bytes - row.graphs_bytes - spec.layers * spec.experts * one + STAGED_EXPERTS * one
+        besides = STAGED_EXPERTS * one + GAPS_BYTES  # what the workspace takes besides
+        base = row.device_bytes - row.graphs_bytes - spec.layers * spec.experts * one + besides
         slots = min(spec.experts, (gpu.free_bytes - base) // (spec.layers * one))
         if slots >= least:
             break
@@ -104,8 +115,8 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         return
     host_free = place.host_free_bytes - PROCESS["cuda"].host_bytes
     share = hit_share(spec, asked, slots)
-    dense = read_bytes(spec, Mesh(), place.dtype, 1, room.context_tokens) - spec.layers * spec.experts_per_token * one
     needed = float(spec.layers * spec.experts_per_token * one)
+    dense = _token_bytes(spec, place, room.context_tokens) - needed
     gpu_speed = bandwidth(gpu.name)
     for misses in ("copied", "computed"):
         if misses == "copied" and not slots:
@@ -139,7 +150,7 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         memory = dataclasses.replace(
             row,
             weights_bytes=row.weights_bytes - spec.layers * spec.experts * one + experts_here,
-            workspace_bytes=row.workspace_bytes + STAGED_EXPERTS * one,
+            workspace_bytes=row.workspace_bytes + besides,
             graphs_bytes=0,
             host_bytes=row.host_bytes + way.host_bytes,
         )
@@ -152,9 +163,7 @@ def _on_cpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
     one = expert_bytes(spec, place.dtype)
     packed = spec.layers * spec.experts * _mapped_bytes(spec)
     for room in _rooms(spec, asked):
-        row = rank_memory(
-            *(spec, Mesh(), 0, "cpu", place.dtype, RESIDUAL[place.dtype], place.kv_dtype, place.kernels, room)
-        )
+        row = memories(spec, place, Mesh(), room)[0]
         row = dataclasses.replace(row, weights_bytes=row.weights_bytes - packed)
         spare = place.host_free_bytes - row.device_bytes - row.host_bytes
         if spare >= 0:
@@ -162,7 +171,7 @@ def _on_cpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
     else:
         return
     needed = float(spec.layers * spec.experts_per_token * one)
-    read = read_bytes(spec, Mesh(), place.dtype, 1, room.context_tokens)
+    read = _token_bytes(spec, place, room.context_tokens)
     disk = needed * max(0.0, 1 - spare / packed)
     took_s = read / (speeds.host * CPU_SHARE) + disk / speeds.disk
     yield Found(
@@ -187,10 +196,16 @@ def in_memory(spec: Spec, place: Place, speeds: Speeds, context_tokens: int) -> 
     """The way of a plan that holds all on the CPU, to compare others with."""
     speeds = known(speeds)
     assert speeds.host
-    read = read_bytes(spec, Mesh(), place.dtype, 1, context_tokens)
+    read = _token_bytes(spec, place, context_tokens)
     packed = spec.layers * spec.experts * expert_bytes(spec, place.dtype)
     tok_s = round(speeds.host * CPU_SHARE / read, 2)
     return Way("cpu", 0, "memory", "computed", packed, 0.0, 0.0, read, 0.0, tok_s)
+
+
+def _token_bytes(spec: Spec, place: Place, context_tokens: int) -> float:
+    """What one rank reads for a token of a single stream."""
+    read = read_bytes(spec, Mesh(), place.dtype, 1, context_tokens, place.rest)
+    return read + (unpacked_bytes(spec, place.dtype) if place.unpacks else 0)
 
 
 def _mapped_bytes(spec: Spec) -> int:

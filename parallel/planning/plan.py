@@ -26,6 +26,10 @@ Kernels = Literal["triton", "plain", "cpu", "cpu-int8"]
 
 
 Misses = Literal["copied", "computed"]
+# What attention's matrices, the embedding and the head are kept in. bf16: as the checkpoint has them, in the compute
+# dtype. fp8 (e4m3), int8: with a scale for each output row.
+Rest = Literal["bf16", "fp8", "int8"]
+REST_KL = 0.05  # nats: the most by which answers may differ for it, unless asked otherwise
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,14 @@ class Way:
 @dataclass(frozen=True)
 class Offload:
     """The way that was taken, and those that were not. hot: for each layer the experts that the device keeps from the
-    start, the most used first; () where nothing is known of their use: the first ones."""
+    start, the most used first; () where nothing is known of their use: the first ones. ahead: of the next layer's
+    experts that the device has not, so many are copied before that layer says which it needs, as its router would
+    choose from what this layer's experts are given."""
 
     taken: Way
     others: tuple[Way, ...]
     hot: tuple[tuple[int, ...], ...] = ()
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,8 @@ class Plan:
     nodes: int = 1  # that replicas are spread over
     # For each layer, the experts in the order that the ep cut slices; () where that is the published order.
     expert_order: tuple[tuple[int, ...], ...] = ()
+    rest: Rest = "bf16"
+    rest_kl: float = REST_KL  # refused at the start where the mean KL divergence from bf16, in nats, is more
 
     @property
     def mesh(self) -> Mesh:
@@ -205,4 +214,5 @@ def _offload(fields: Any) -> Any:
     if not isinstance(fields, dict):
         return fields
     others = tuple(Way(**way) for way in fields["others"])
-    return Offload(Way(**fields["taken"]), others, tuple(tuple(layer) for layer in fields["hot"]))
+    hot = tuple(tuple(layer) for layer in fields["hot"])
+    return Offload(Way(**fields["taken"]), others, hot, fields["ahead"])

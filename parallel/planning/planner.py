@@ -19,10 +19,10 @@ from .choice import (
 )
 from .layouts import RESIDUAL, SMALLEST_CONTEXT_TOKENS, Place, memories, shortfall, widest
 from .machine import Machine
-from .offload import hot_experts, in_memory, one_rank, room_for, ways
+from .offload import ahead, hot_experts, in_memory, one_rank, room_for, ways
 from .placement import Order, Routing, place_experts
 from .plan import Offload, Plan, Way
-from .reasons import no_plan, why, why_offloaded
+from .reasons import no_plan, why, why_offloaded, with_rest
 from .spec import Spec
 
 
@@ -89,6 +89,8 @@ def plan(spec: Spec, machine: Machine, asked: Asked = FREE, *, model: str, check
         workload=asked.workload,
         nodes=choice.nodes,
         expert_order=orders,
+        rest=asked.rest,
+        rest_kl=asked.rest_kl,
     )
 
 
@@ -112,8 +114,9 @@ def _offloaded(
         if on_the_cpu is not None and on_the_cpu.tok_s > here[0].way.tok_s:
             return plan(spec, found, dataclasses.replace(asked, gpu_memory_bytes=0), model=model, checkpoint=checkpoint)
         others += () if on_the_cpu is None else (on_the_cpu,)
-    taken = here[0]
-    chosen = Offload(taken.way, others, hot_experts(asked.routing, taken.way.slots))
+    taken, narrow = here[0], dataclasses.replace(place, rest="int8")
+    in_8_bits = () if asked.rest != "bf16" or narrow.unpacks else ways(spec, narrow, machine.speeds, asked)
+    chosen = Offload(taken.way, others, hot_experts(asked.routing, taken.way.slots), ahead(spec, taken.way, asked))
     nodes = place.nodes if asked.dp is None else 1  # a replica, which is one rank, on each
     return Plan(
         model=model,
@@ -135,17 +138,24 @@ def _offloaded(
         page_tokens=taken.room.page_tokens,
         step_tokens=taken.room.step_tokens,
         memory=tuple(dataclasses.replace(taken.memory, rank=rank) for rank in range(nodes)),
-        why=tuple(why_offloaded(spec, found, machine, place, asked, chosen, taken.room, taken.memory)),
+        why=(
+            *why_offloaded(spec, found, machine, place, asked, chosen, taken.room, taken.memory),
+            *(with_rest(one.way) for one in in_8_bits[:1]),
+        ),
         workload=asked.workload,
         nodes=nodes,
+        rest=asked.rest,
+        rest_kl=asked.rest_kl,
     )
 
 
 def _on_the_cpu(spec: Spec, machine: Machine, asked: Asked) -> Way | None:
     """The fastest way without the GPU, to compare with; None if none fits, or what was asked for is a GPU's."""
-    if asked.kernels is not None or asked.dtype == "fp16" or machine.host_memory_bytes is None:
+    gpus_alone = asked.kernels is not None or asked.dtype == "fp16" or asked.rest == "fp8"
+    if gpus_alone or machine.host_memory_bytes is None:
         return None
-    for dtype in (asked.dtype,) if asked.dtype else ("fp32", "bf16"):
+    first = "fp32" if asked.rest == "bf16" else "bf16"
+    for dtype in (asked.dtype,) if asked.dtype else (first, "bf16"):
         place = on_cpu(machine, dataclasses.replace(asked, dtype=dtype))
         context = room_for(spec, asked).context_tokens
         if choose(spec, place, dataclasses.replace(asked, context_tokens=context)) is not None:

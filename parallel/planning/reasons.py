@@ -21,7 +21,7 @@ from .layouts import (
     shortfall,
 )
 from .machine import Machine, format_size
-from .memory import Room
+from .memory import Room, weights_bytes
 from .offload import STAGED_EXPERTS, expert_bytes, hit_share, known, one_rank, room_for
 from .pages import pool_pages
 from .placement import Order, imbalance
@@ -35,6 +35,7 @@ DTYPE_WHY: dict[DType, str] = {
     "fp32": "on a CPU the exact one is the default; --dtype bf16 halves the memory of all but the experts",
 }
 NARROW_WHY = "fp32, the default on a CPU, does not fit"
+NARROW_REST_WHY = "the products of a CPU that read 8 bits as they are want it"
 KERNELS_WHY: dict[Kernels, str] = {
     "triton": "Triton's",
     "plain": "plain torch, which is slow: Triton's are for bf16",
@@ -68,8 +69,8 @@ def why(
         lines.append(_placement(asked, mesh, orders))
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
     if place.device == "cpu" and place.dtype == "bf16" and asked.dtype is None:
-        dtype_why = NARROW_WHY
-    lines.append(f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4")
+        dtype_why = NARROW_WHY if asked.rest == "bf16" else NARROW_REST_WHY
+    lines += [f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4", *_rest(spec, mesh, place, asked)]
     if asked.context_tokens is not None:
         lines.append(f"context {context} tokens: asked for, of the model's {spec.max_context_tokens}")
     elif context == spec.max_context_tokens:
@@ -90,6 +91,19 @@ def why(
     )
     lines.append(f"prompts go in steps of at most {room.step_tokens} tokens, which bounds the workspace")
     return lines
+
+
+def _rest(spec: Spec, mesh: Mesh, place: Place, asked: Asked) -> list[str]:
+    """Nothing, where the checkpoint's own is kept."""
+    if place.rest == "bf16":
+        return []
+    saved = weights_bytes(spec, mesh, 0, place.dtype) - weights_bytes(spec, mesh, 0, place.dtype, place.rest)
+    how = "dequantized for each product, which saves memory and no time" if place.unpacks else "read as it is"
+    return [
+        f"rest {place.rest}: asked for; attention, embedding and head in 8 bits with a scale a row take "
+        f"{format_size(saved)} less a rank, {how}; compared with {place.dtype} at the start, and refused where the "
+        f"mean KL divergence is over {asked.rest_kl:g} nats"
+    ]
 
 
 def _sequences(place: Place, asked: Asked, room: Room) -> str:
@@ -287,6 +301,10 @@ def why_offloaded(
         f"offload: {format_size(experts)} of experts do not fit; {taken.name}: {_way(taken)}"
         + (f", the most of {len(offload.others) + 1} ways" if offload.others else ", the only way that fits")
     )
+    if asked.look_ahead:
+        lines.append(
+            f"look-ahead: {offload.ahead} experts of the next layer, asked for; the estimate knows nothing of it"
+        )
     lines += [f"instead: {way.name}: {_way(way)}" for way in offload.others]
     lines.append(_bandwidths(machine, place))
     if taken.slots:
@@ -298,8 +316,8 @@ def why_offloaded(
         lines.append(f"experts: {share:.0%} of those that a token needs are on the GPU, {known}")
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
     if place.device == "cpu" and asked.dtype is None:
-        dtype_why = NARROW_WHY
-    lines.append(f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4")
+        dtype_why = NARROW_WHY if asked.rest == "bf16" else NARROW_REST_WHY
+    lines += [f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4", *_rest(spec, Mesh(), place, asked)]
     if asked.context_tokens is not None:
         context_why = "asked for"
     elif asked.longest_context:
@@ -312,6 +330,11 @@ def why_offloaded(
     lines.append(f"sequences {room.sequences} at a time: {few}; others wait")
     lines.append(f"prompts go in steps of at most {room.step_tokens} tokens, which bounds the workspace")
     return lines
+
+
+def with_rest(way: Way) -> str:
+    """What --rest int8 would make of it, where it was not asked for."""
+    return f"--rest int8, which is not chosen unasked: {way.name}: {_way(way)}"
 
 
 def _way(way: Way) -> str:
@@ -424,7 +447,7 @@ def _changes(spec: Spec, machine: Machine, place: Place, asked: Asked, layout: L
     changes.append(f"a GPU with {need} free fits" if count == 1 else f"{count} GPUs with {need} free each fit")
     if place.host_free_bytes is not None and host_bytes > place.host_free_bytes:
         changes.append(f"{_up(host_bytes)} of host memory are needed besides")
-    if machine.host_memory_bytes is not None:
+    if machine.host_memory_bytes is not None and asked.rest != "fp8":
         cpu = on_cpu(machine, asked)
         if not shortfall(spec, cpu, Layout(Mesh(), 1, context)):
             changes.append("--gpu-memory 0 runs it on the CPU, slowly")

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..errors import CheckError
 from ..kernels import PLAIN
-from ..kernels.batch import Batch, Chunk, PageView, tiles
+from ..kernels.batch import one_sequence
 from ..kernels.rope import inverse_frequencies
 from ..model.comm import Alone
 from ..model.forward import forward
 from ..model.weights import Weights
 from ..planning.pages import layers_per_page
-from ..planning.spec import LayerKind, Spec
+from ..planning.spec import Spec
 from .batch import Pack, make_pack
 from .samples import Sample, sample
 
@@ -30,28 +30,9 @@ MOST_TIMES = 2.0
 def serving_logits(spec: Spec, weights: Weights, tokens_T: Tensor, residual_dtype: torch.dtype) -> Tensor:
     """Logits [T, V] after each token, by the pass that serves: one sequence, one page for each kind of layer."""
     device, tokens = tokens_T.device, len(tokens_T)
-    slots_T = torch.arange(tokens, device=device)
-    kinds: tuple[LayerKind, ...] = ("window", "full")
-    chunks = (Chunk(0, tokens, 0, tokens),)
-    batch = Batch(
-        tokens_T=tokens_T,
-        positions_T=slots_T,
-        rows_T=torch.zeros_like(slots_T),
-        decodes=0,
-        chunks=chunks,
-        tiles_X4=torch.tensor(tiles(chunks), dtype=torch.int32, device=device),
-        pages={
-            kind: PageView(
-                torch.tensor([[page]], dtype=torch.int32, device=device),
-                slots_T + page * tokens,
-                spec.window_tokens if kind == "window" else None,
-            )
-            for page, kind in enumerate(kinds)
-        },
-        wanted_S=slots_T,
-    )
+    batch = one_sequence(tokens_T, spec, tokens)
     kv_LPCSKD = torch.zeros(
-        (layers_per_page(spec), len(kinds), 2, tokens, spec.kv_heads, spec.head_dim),
+        (layers_per_page(spec), len(batch.pages), 2, tokens, spec.kv_heads, spec.head_dim),
         dtype=weights.embed_VH.dtype,
         device=device,
     )

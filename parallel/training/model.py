@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels.weight_only import Weight
 from ..model.weights import Weights
 from ..planning.spec import Spec
 from .products import Dense, Experts, Linear, LowRank
@@ -70,8 +71,8 @@ def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Mo
         layers.append(
             Layer(
                 attn_norm_H=layer.attn_norm_H,
-                qkv=(Linear(layer.qkv_QH, layer.qkv_bias_Q, q_k_v),),
-                o=Linear(layer.out_HQ, layer.out_bias_H, o),
+                qkv=(Linear(_whole(layer.qkv_QH), layer.qkv_bias_Q, q_k_v),),
+                o=Linear(_whole(layer.out_HQ), layer.out_bias_H, o),
                 sinks_N=layer.sinks_N,
                 mlp_norm_H=layer.mlp_norm_H,
                 router_EH=layer.router_EH,
@@ -80,7 +81,13 @@ def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Mo
                 down=Experts(layer.down, pairs["down"]),
             )
         )
-    return Model(weights.embed_VH, tuple(layers), weights.norm_H, weights.head_VH)
+    return Model(_whole(weights.embed_VH), tuple(layers), weights.norm_H, _whole(weights.head_VH))
+
+
+def _whole(weight: Weight) -> Tensor:
+    """Training reads checkpoints as they are."""
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def full_model(spec: Spec, parameters: Mapping[str, Tensor]) -> Model:

@@ -1,6 +1,6 @@
 """Times the Triton kernels but the experts' on a GPU, over tuning constants, checked against the plain versions.
 
-    python tests/benchmarks/kernels_attention.py [--only decode,window,chunk,linear,small] [--out FILE]
+    python tests/benchmarks/kernels_attention.py [--only decode,window,chunk,linear,linear8,small] [--out FILE]
 
 One JSON line a case: microseconds by variant (a variant is its tuning's numbers joined by slashes), the floor (bytes at
 the rate of a device copy, or products at 800 TFLOP/s), the largest error of any variant relative to the largest result.
@@ -25,14 +25,17 @@ from typing import Any
 import torch
 from gptoss_launch.parallel.kernels import (
     attention,
+    linear,
     norm,
     triton_attend_chunks,
     triton_attend_decodes,
     triton_linear,
     triton_norm,
     triton_qkv,
+    triton_weight_only,
 )
 from gptoss_launch.parallel.kernels.batch import Batch, Chunk, PageView, tiles
+from gptoss_launch.parallel.kernels.weight_only import CODES, quantized
 from torch import Tensor
 
 COMPILERS = 14  # processes
@@ -75,6 +78,7 @@ WINDOW_CHUNKS = [
     Chunks(*numbers, 1, 1024)
     for numbers in ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (32, 64, 2, 3), (128, 64, 8, 3))
 ]
+STAYS = [triton_qkv.Stay(*how) for how in ((4, 4, 2), (4, 5, 1), (4, 7, 1), (4, 5, 2), (8, 3, 1))]
 ONES = [Rows(*how) for how in ((1, 16, 88), (1, 16, 96), (4, 16, 96), (4, 16), (1, 12, 128), (4, 12, 128), (1, 8, 80))]
 FEWS = [
     (8, 4),
@@ -179,25 +183,30 @@ def attend_case(
     )
 
 
-def linear_case(tokens: int, rows: int, columns: int, bias: bool) -> Case:
-    size_bytes = rows * columns * 2
+def linear_case(tokens: int, rows: int, columns: int, bias: bool, codes: torch.dtype | None = None) -> Case:
+    size_bytes = rows * columns * (2 if codes is None else 1)
     weights = [torch.randn((rows, columns), dtype=BF16, device="cuda") for _ in copies(size_bytes)]
     bias_O = torch.randn(rows, dtype=BF16, device="cuda") if bias else None
     x_TI = torch.randn((tokens, columns), dtype=BF16, device="cuda")
-    calls = {"torch": [partial(torch.nn.functional.linear, x_TI, weight, bias_O) for weight in weights]}
+    whole_OI = weights[0].float()
+    if codes is not None:
+        weights = [quantized(weight, codes, BF16) for weight in weights]
+        whole_OI = weights[0].dense(slice(None)).float()
+    calls = {"torch": [partial(linear.linear, x_TI, weight, bias_O) for weight in weights]}
     if tokens == 1:
         for tuning in ONES:
             calls[label(tuning)] = [partial(triton_linear.one, x_TI, weight, bias_O, tuning) for weight in weights]
-    if tokens <= triton_linear.FEW_TOKENS:
+    if codes is not None:
+        calls["few"] = [partial(triton_weight_only.several, x_TI, weight, bias_O) for weight in weights]
+    elif tokens <= triton_linear.FEW_TOKENS:
         for cut in FEWS:
             if columns % (cut[0] * cut[1] * triton_linear.STEP_COLUMNS) == 0:
                 calls[f"few {cut}"] = [partial(triton_linear.few, x_TI, weight, bias_O, *cut) for weight in weights]
     return Case(
-        {"op": "linear", "tokens": tokens, "rows": rows, "columns": columns},
+        {"op": "linear", "tokens": tokens, "rows": rows, "columns": columns}
+        | ({} if codes is None else {"codes": str(codes)}),
         calls,
-        lambda: torch.nn.functional.linear(
-            x_TI.float(), weights[0].float(), None if bias_O is None else bias_O.float()
-        ),
+        lambda: torch.nn.functional.linear(x_TI.float(), whole_OI, None if bias_O is None else bias_O.float()),
         lambda got: got,
         bytes=size_bytes,
     )
@@ -214,7 +223,7 @@ def qkv_case(pages: Pages, tokens: int) -> Case:
     slots_T = torch.arange(tokens, device="cuda")
     work: dict[str, Callable[..., Any]] = {"triton": triton_qkv.norm_qkv_write, "plain": attention.norm_qkv_write}
     if tokens == 1:
-        work |= {label(how): partial(triton_qkv.norm_qkv_write, how=how) for how in ONES}
+        work |= {label(how): partial(triton_qkv.norm_qkv_write, how=how) for how in STAYS}
     return Case(
         {"op": "norm_qkv_write", "tokens": tokens},
         {
@@ -302,6 +311,11 @@ def cases(only: set[str], small: bool) -> Iterator[Case]:
         for rows, columns, bias in ((HIDDEN, 4096, True), (vocab, HIDDEN, False)):
             for tokens in (1, 2, 16) if small else (1, 2, 8, 16, 32):
                 yield linear_case(tokens, rows, columns, bias)
+    if "linear8" in only:
+        for codes in CODES.values():
+            for tokens in (1, 4, 16):
+                yield linear_case(tokens, 5120, HIDDEN, True, codes)
+                yield linear_case(tokens, VOCAB // 100 if small else VOCAB, HIDDEN, False, codes)
     if "small" in only:
         for tokens in (1, 2, 9, 17) if small else (1, 2, 8, 16, 32, 2048):
             yield qkv_case(pages, tokens)

@@ -1,9 +1,10 @@
-"""What a GPU of less memory gives: `python offload.py CHECKPOINT [--caps none,11GiB,8GiB] [--misses copied,computed]`.
+"""What a GPU of less memory gives: `python offload.py CHECKPOINT [--caps none,11GiB] [--misses copied,computed]`.
 
 For each cap and way to treat misses a process of its own, whose allocator may take no more than the cap leaves beside
 the CUDA context: one request, greedy, a prompt of 128 tokens and 64 more. Prints one JSON object a line: tokens a
 second of the decode steps beside the estimate of the plan, the most that was taken of the device, and how many of the
-first tokens are those of the run without a cap. Engine and plan are those of `serve --gpu-memory`; no HTTP.
+first tokens are those of the first run. --rest int8 or fp8 is for all runs but the first, --look-ahead N for those with
+a cap. Engine and plan are those of `serve --gpu-memory`; no HTTP.
 """
 
 import argparse
@@ -19,7 +20,7 @@ ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # as for th
 PROMPT_TOKENS, NEW_TOKENS, WARM_TOKENS = 128, 64, 16
 
 
-def one(checkpoint: str, cap: str, misses: str, out: Path) -> None:
+def one(checkpoint: str, cap: str, misses: str, rest: str, ahead: str, out: Path) -> None:
     """Writes a row, with the tokens."""
     import random
 
@@ -35,7 +36,11 @@ def one(checkpoint: str, cap: str, misses: str, out: Path) -> None:
     from gptoss_launch.parallel.planning.memory import PROCESS
 
     cap_bytes = None if cap == "none" else parse_size(cap)
-    more: dict[str, Any] = {} if cap_bytes is None else {"gpu_memory_bytes": cap_bytes, "misses": misses}
+    more: dict[str, Any] = (
+        {} if cap_bytes is None else {"gpu_memory_bytes": cap_bytes, "misses": misses, "look_ahead": int(ahead)}
+    )
+    if rest != "bf16":
+        more |= {"rest": rest, "rest_kl": 1e9}  # random weights are far from themselves
     plan = make_plan(checkpoint, Settings(context_tokens=8192, ranks=1, dp=1, sequences=4, **more), need_weights=True)
     free, total = torch.cuda.mem_get_info()
     before_bytes = total - free  # of others, and our context
@@ -69,6 +74,9 @@ def one(checkpoint: str, cap: str, misses: str, out: Path) -> None:
         "model": Path(checkpoint).name,
         "cap": cap,
         "misses": None if cap_bytes is None else misses,
+        "rest": rest,
+        "look_ahead": int(ahead),
+        "notes": ready.notes,
         "slots": None if plan.offload == "none" else plan.offload.taken.slots,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -93,18 +101,22 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--caps", default="none,11GiB")
     parser.add_argument("--misses", default="copied,computed")
+    parser.add_argument("--look-ahead", default="0", metavar="N", help="of every run with a cap")
+    parser.add_argument("--rest", default="bf16", help="of every run but the first")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", nargs=3, metavar=("CAP", "MISSES", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, metavar=("CAP", "MISSES", "REST", "N", "FILE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        one(asked.checkpoint, asked.one[0], asked.one[1], Path(asked.one[2]))
+        one(asked.checkpoint, *asked.one[:4], Path(asked.one[4]))
         return
     whole: list[int] | None = None
     for cap in asked.caps.split(","):
         for misses in asked.misses.split(",") if cap != "none" else ("none",):
             file = Path(f"/tmp/offload-{cap}-{misses}.json")
             file.unlink(missing_ok=True)
-            command = [sys.executable, __file__, asked.checkpoint, "--one", cap, misses, str(file)]
+            rest = "bf16" if whole is None else asked.rest
+            command = [sys.executable, __file__, asked.checkpoint]
+            command += ["--one", cap, misses, rest, asked.look_ahead, str(file)]
             done = subprocess.run(command, check=False, env=os.environ | ALLOCATOR)
             if not file.exists():
                 print(json.dumps({"bench": "offload", "cap": cap, "misses": misses, "failed": done.returncode}))

@@ -75,6 +75,7 @@ def test_what_has_no_equivalent_is_refused_by_name() -> None:
         ({"device": "cpu"}, "a CPU"),
         ({"kv_dtype": "fp32"}, "a KV cache of fp32 beside bf16"),
         ({"expert_order": ((1, 0),)}, "--routing"),
+        ({"rest": "int8"}, "--rest int8"),
     ):
         with pytest.raises(UserError, match=named):
             vllm_arguments(replace(plan, **change), LOCAL, "x", 1)
@@ -123,6 +124,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         answer = f"{os.environ.get('VLLM_API_KEY')} {engine.pid}" if self.path == "/key" else ""
         self.wfile.write(answer.encode())
     def log_message(self, *arguments): pass
+print("a banner", flush=True)
 port, ends_after_s, slow_s = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(slow_s), os._exit(0)))
 if ends_after_s: threading.Timer(ends_after_s, os._exit, (3,)).start()
@@ -166,9 +168,11 @@ def ended(pid: int) -> bool:
         return True
 
 
-def test_it_runs_until_a_signal_and_a_second_one_ends_it_at_once() -> None:
+def test_it_runs_until_a_signal_and_a_second_one_ends_it_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     told, took_s = run(signals=1, slow_s=0.5)
     assert told == ["k"] and took_s >= 0.5
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "a banner\n")
     told, took_s = run(signals=2, slow_s=30)
     assert told == ["k"] and took_s < 20
 

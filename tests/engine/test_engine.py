@@ -99,8 +99,16 @@ def test_logprobs_are_those_of_the_model(alone) -> None:
                 assert token.id == token.top[0][0] and token.logprob == pytest.approx(token.top[0][1])
 
 
-@pytest.mark.parametrize("after", [0, 2])
-def test_no_memory_for_a_step_ends_its_requests_and_not_the_engine(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+ON_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
+IN_HOST = RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory: tried 9 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(("after", "error", "where"), [(0, ON_DEVICE, "on the device"), (2, IN_HOST, "in the host")])
+def test_no_memory_for_a_step_ends_its_requests_and_not_the_engine(
+    after: int, error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the prompt's step, or after two tokens; the same prompt is then computed anew."""
     engine, sent = plain_engine(plain_plan(TINY)), []
     request = Request("a", tuple(prompt(SPECS["tiny"], 40)), 6, Sampling(temperature=0.0))
@@ -115,7 +123,7 @@ def test_no_memory_for_a_step_ends_its_requests_and_not_the_engine(after: int, m
     def short(batch: Batch) -> Tensor:
         calls.append(batch)
         if len(calls) == after + 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
+            raise error
         return forward(batch)
 
     monkeypatch.setattr(engine, "forward", short)
@@ -125,9 +133,9 @@ def test_no_memory_for_a_step_ends_its_requests_and_not_the_engine(after: int, m
             leader.turn()
     tokens = [token for message in sent if isinstance(message, Tokens) for token in message.tokens]
     (refused,) = (message for message in sent if isinstance(message, Refused))
-    why = "CUDA out of memory. Tried to allocate 2.00 GiB"
+    why = ". ".join(str(error).split(". ")[:2])
     steps = 40 if after == 0 else 1
-    assert refused == Refused("a", f"no memory on the device for a step of {steps} tokens: {why}")
+    assert refused == Refused("a", f"no memory {where} for a step of {steps} tokens: {why}")
     assert [token.id for token in tokens if token.request_id == "a"] == [token.id for token in wanted[:after]]
     assert [dataclasses.replace(token, request_id="a") for token in tokens if token.request_id == "b"] == wanted
 

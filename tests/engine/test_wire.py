@@ -51,11 +51,13 @@ EXAMPLES: tuple[Message, ...] = (
     Tokens((Token("a", 5), Token("b", 201087, "stop"), Token("c", 0, "length"))),
     Tokens((Token("d", 3, None, -0.5, ((3, -0.5), (9, -2.25))), Token("e", -1, "deadline"))),
     Done("a", 0.5, 1.25, 3.0, 1000, 960, 17),
-    Stats(1, 2, 300, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0.5, 0.25, 0.002, 0.0001, ("no CUDA graphs: why",)),
+    Stats(1, 2, 300, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0.5, 0.25, 15, 16, 0.002, 0.0001, ("no CUDA graphs: why",)),
     Refused("a", "300 prompt tokens and max_tokens 1 exceed the context of 256"),
     Hello("rank", 3, 4711, "node-1"),
     Progress(0, 1 << 40, 1 << 41),
-    Ready(1, "0123abcd", {"weights_bytes": 1 << 36, "read_bytes": 0}, {"decode_step_s": 0.01}, 1.5),
+    Ready(
+        1, "0123abcd", {"weights_bytes": 1 << 36, "read_bytes": 0}, {"decode_step_s": 0.01}, 1.5, ("slow",), ("a note",)
+    ),
     Failed(0, "tensor x is short", "fetch it again", 2),
     Failed(1, "é 漢 \n two lines", "", 1, follows=True),
     Assigned("1.0", '{"digest": "0123abcd"}'),
@@ -89,7 +91,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Tokens, st.lists(tokens, max_size=5).map(tuple)),
     st.builds(Refused, ids, ids),
     st.builds(Done, ids, reals, reals, reals, counts, counts, counts),
-    st.builds(Stats, *[counts] * 14, *[reals] * 4, st.lists(ids, max_size=2).map(tuple)),
+    st.builds(Stats, *[counts] * 14, *[reals] * 2, *[counts] * 2, *[reals] * 2, st.lists(ids, max_size=2).map(tuple)),
     st.builds(Hello, ids, small, small, ids),
     st.builds(Progress, small, counts, counts),
     st.builds(

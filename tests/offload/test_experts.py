@@ -10,17 +10,22 @@ from typing import Literal
 import pytest
 import torch
 from forced import Forced, answers, prefill
-from gptoss_launch.parallel.engine.engine import Engine
+from gptoss_launch.parallel.engine.engine import Engine, scheduler_for
+from gptoss_launch.parallel.engine.grammars import grammars_of
+from gptoss_launch.parallel.engine.leader import Device, Leader
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.start import Options, start
 from gptoss_launch.parallel.engine.trace import Trace
+from gptoss_launch.parallel.engine.wire import Generate, Message, Refused, Tokens
+from gptoss_launch.parallel.engine.worker import launch_step
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.kernels import PLAIN, Operations
 from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
 from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.comm import Alone
 from gptoss_launch.parallel.offload.counts import Counts
-from gptoss_launch.parallel.offload.experts import offloaded
+from gptoss_launch.parallel.offload.experts import Copied, Held, offloaded, tell_layers
+from gptoss_launch.parallel.offload.pinned import NotPinnedError, pinned
 from gptoss_launch.parallel.planning.headers import read_inventory
 from gptoss_launch.parallel.planning.plan import Misses, Offload, Plan, Way
 from small_models import GPU, SPECS, TINY, checkpoint, plain_engine, plain_plan, prompt
@@ -44,9 +49,10 @@ def offloaded_engine(
 ) -> tuple[Engine, Counts]:
     assert plan.checkpoint is not None
     ops, counts, slow = offloaded(offload, ops, torch.device(plan.device))
-    assert slow == ()
     inventory = read_inventory(Path(plan.checkpoint))
     weights = load(plan, 0, inventory, torch.device(plan.device), pack=ops.pack, experts=offload.taken.kept)
+    assert slow == []
+    tell_layers(ops, weights.layers)
     return Engine(plan, 0, weights, ops, Alone(), graph_sizes), counts
 
 
@@ -87,6 +93,57 @@ def test_all_slots_never_miss(folder: Path) -> None:
     engine, counts = offloaded_engine(plain_plan(folder), Offload(way(SPEC.experts, "copied"), ()))
     logits(engine)
     assert counts.misses == 0 and counts.moved_bytes == 0 and counts.hits > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_experts_that_come_ahead_change_no_bit(device: Literal["cpu", "cuda"], folder: Path) -> None:
+    """Steps of many tokens, which guess nothing, in between."""
+    plan = plain_plan(folder, device=device)
+    wanted = greedy(plain_engine(plan))
+    engine, counts = offloaded_engine(plan, Offload(way(6, "copied"), (), ahead=2))
+    assert greedy(engine) == wanted
+    assert 0 < counts.ahead_hits <= counts.ahead
+
+
+def test_a_look_ahead_is_the_next_routers_choice(folder: Path) -> None:
+    """Of this layer's input; what the guess has already stays, and what is brought takes the place of the oldest."""
+    engine, counts = offloaded_engine(
+        plain_plan(folder), Offload(way(6, "copied"), (), ((7, 6, 5, 4, 3, 2),) * SPEC.layers, 2)
+    )
+    assert isinstance(engine.ops.experts, Copied)
+    layers = engine.ops.experts.layers
+    for place in (0, 1):  # those of random weights are ones
+        layers[place] = dataclasses.replace(
+            engine.weights.layers[place], mlp_norm_H=torch.rand(SPEC.hidden) * (torch.arange(SPEC.hidden) != 7)
+        )
+    first, second = layers[:2]
+    assert isinstance(second.gate_up, Held) and SPEC.experts == 8
+    before = list(second.gate_up.slots.places)  # the oldest first
+    r_TH = torch.randn((1, SPEC.hidden), generator=torch.Generator().manual_seed(3))
+    call = engine.ops.experts
+    call(r_TH * first.mlp_norm_H, torch.ones((1, 1)), torch.tensor([[7]]), first.gate_up, first.down, 0, 7.0)
+    r_TH[:, 7] = 0  # nothing is known of it
+    logits_TE = PLAIN.linear(r_TH * second.mlp_norm_H, second.router_EH, second.router_bias_E)
+    guessed = logits_TE[0].topk(4).indices.tolist()
+    missing = [expert for expert in guessed if expert not in before][:2]
+    assert counts.ahead == len(missing) > 0 and counts.ahead_hits == 0
+    kept = [expert for expert in before if expert not in guessed][len(missing) :]
+    assert set(second.gate_up.slots.places) == {*kept, *missing, *(one for one in guessed if one in before)}
+    moved = counts.moved_bytes
+    asked = torch.tensor([missing])
+    call(r_TH, torch.ones(asked.shape), asked, second.gate_up, second.down, 0, 7.0)
+    assert counts.ahead_hits == len(missing)
+    assert counts.moved_bytes - moved in (
+        0,
+        *(count * moved // len(missing) for count in (1, 2)),
+    )  # what came ahead next
+    packed, place = second.gate_up.packed, second.gate_up.slots.places[missing[0]]
+    whole = plain_engine(plain_plan(folder)).weights.layers[1].gate_up
+    assert torch.equal(packed.blocks[place], whole.blocks[missing[0]])
+    many_TH = torch.randn((5, SPEC.hidden))
+    ahead = counts.ahead
+    call(many_TH, torch.ones((5, 1)), torch.full((5, 1), 7), first.gate_up, first.down, 0, 7.0)
+    assert counts.ahead == ahead
 
 
 def test_what_was_unused_for_longest_makes_room(folder: Path) -> None:
@@ -172,11 +229,46 @@ def test_a_mapped_file_that_is_cut_is_named_before_it_is_read(tmp_path: Path) ->
     engine, _, _ = start(plan, 0, Options(), Trace(tmp_path / "trace"), lambda done, total: None)
     request = Request("a", tuple(prompt(SPEC, 9)), 2, Sampling(temperature=0.0))
     assert len(answers(engine, [request])["a"]) == 2
+    sent: list[Message] = []
+    device = Device(lambda record: launch_step(engine, record), engine.graphs.size_for, engine.sizes, ahead=False)
+    matchers = grammars_of(str(TINY), SPEC.vocab)
+    leader = Leader(scheduler_for(plan), device, lambda _, message: sent.append(message), lambda _: None, matchers)
     file = folder / "model.safetensors"
     whole = file.stat().st_size
     with file.open("r+b") as opened:
         opened.truncate(whole + 4096)
         assert len(answers(engine, [request])["a"]) == 2
         opened.truncate(whole // 2)
-    with pytest.raises(UserError, match=f"model.safetensors has shrunk from {whole} to {whole // 2} bytes"):
-        answers(engine, [request])
+        said = f"model.safetensors has shrunk from {whole} to {whole // 2} bytes"
+        with pytest.raises(UserError, match=said):
+            answers(engine, [request])
+        opened.truncate(whole)  # zeros where experts were
+    for id in "bc":  # the requests fail, and whoever answers them lives
+        leader.take("test", Generate(dataclasses.replace(request, id=id)))
+        while not leader.idle:
+            leader.turn()
+    refused = [message for message in sent if isinstance(message, Refused)]
+    assert [one.request_id for one in refused] == ["b", "c"] and all(said in one.message for one in refused)
+    assert not any(isinstance(message, Tokens) for message in sent)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_memory_that_cannot_be_pinned_is_copied_from_all_the_same(
+    device: Literal["cuda"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused after some: the same tokens, and it is said."""
+    granted = iter(range(5))
+
+    def sometimes(tensor: torch.Tensor) -> torch.Tensor:
+        if next(granted, None) is None:
+            raise NotPinnedError("refused")
+        return pinned(tensor)
+
+    monkeypatch.setattr("gptoss_launch.parallel.offload.pinned.pinned", sometimes)
+    plan = dataclasses.replace(plain_plan(TINY, device=device), offload=Offload(way(3, "copied"), ()))
+    engine, _, ready = start(plan, 0, Options(), Trace(tmp_path / "trace"), lambda done, total: None)
+    assert ready.slow_paths[0].startswith(
+        "experts in host memory that is not pinned, so that each copy is staged: refused"
+    )
+    request = Request("a", tuple(prompt(plan.spec, 9)), 12, Sampling(temperature=0.0))
+    assert answers(engine, [request]) == answers(plain_engine(plain_plan(TINY, device=device)), [request])

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gptoss_launch.parallel.errors import UserError
-from gptoss_launch.parallel.offload.pinned import pinned
+from gptoss_launch.parallel.offload.pinned import NotPinnedError, Pins, pinned
 from small_models import GPU
 
 
@@ -64,9 +63,26 @@ def test_a_refusal_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch, "zeros", on_gpu)
-    with pytest.raises(UserError, match="4 bytes of host memory cannot be pinned: CUDA error 2"):
+    with pytest.raises(NotPinnedError, match="4 bytes of host memory cannot be pinned: CUDA error 2"):
         pinned(torch.tensor([1], dtype=torch.int32))
     assert asked.zeros == 1
+    slow: list[str] = []
+    pins, tensors = Pins(slow), [torch.arange(count) for count in (3, 4)]
+    assert [pins(tensor) is tensor for tensor in tensors] == [True, True]  # as they are, and the system is asked once
+    assert asked.zeros == 2 and len(slow) == 1 and "24 bytes of host memory cannot be pinned" in slow[0]
+
+
+def test_what_is_granted_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until one is refused: what was locked before stays so."""
+    runtime = Runtime()
+    fake(monkeypatch, runtime)
+    monkeypatch.setattr("gptoss_launch.parallel.offload.pinned._forget_error", lambda: None)
+    slow: list[str] = []
+    pins, tensor = Pins(slow), torch.arange(5)
+    copy = pins(tensor)
+    assert list(runtime.locked) == [copy.data_ptr()] and torch.equal(copy, tensor) and slow == []
+    runtime.refuses = 2
+    assert pins(tensor) is tensor and len(slow) == 1 and list(runtime.locked) == [copy.data_ptr()]
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])

@@ -33,6 +33,8 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "small_20b_24gb": ("20b", "rtx4090", {}),
     "small_120b_24gb-96gb": ("120b", "rtx4090", {"host_memory_bytes": 92 << 30}),
     "small_20b_cpu-16gb": ("20b", "cpu", {"host_memory_bytes": 15 << 30}),
+    "small_20b_8gb-laptop_int8": ("20b", "laptop-8gb", {"rest": "int8"}),
+    "small_20b_cpu-16gb_int8": ("20b", "cpu", {"host_memory_bytes": 15 << 30, "rest": "int8"}),
     "small_20b_cpu-8gb": ("20b", "cpu", {"host_memory_bytes": 8 << 30}),
     "small_20b_6gb-of-h100": ("20b", "h100", {"gpu_memory_bytes": 6 << 30}),
 }

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from gptoss_launch.parallel.errors import NoPlanError
+from gptoss_launch.parallel.errors import NoPlanError, UserError
 from gptoss_launch.parallel.planning.choice import Asked
 from gptoss_launch.parallel.planning.machine import Machine, Speeds, read_machine
 from gptoss_launch.parallel.planning.placement import Routing
@@ -27,7 +27,7 @@ def offload(plan: Plan) -> Offload:
     return plan.offload
 
 
-@pytest.mark.parametrize("gib", [4.8, 6, 8, 11, 13])
+@pytest.mark.parametrize("gib", [5.2, 6, 8, 11, 13])
 @pytest.mark.parametrize("misses", ["copied", "computed"])
 def test_as_many_experts_as_fit_and_no_more(gib: float, misses: str) -> None:
     free = round(gib * GIB)
@@ -48,6 +48,40 @@ def test_each_node_has_a_replica_of_its_own() -> None:
     assert plan.memory == (alone.memory[0], dataclasses.replace(alone.memory[0], rank=1))
     assert [plan.replicas_of(node) for node in range(2)] == [range(1), range(1, 2)]
     assert planned("20b", two, dp=1, ranks=1).nodes == 1
+
+
+@pytest.mark.parametrize(("rest", "device"), [("int8", "rtx4090"), ("fp8", "h100"), ("int8", "rtx2080ti")])
+def test_8_bits_leave_room_for_experts(rest: str, device: str) -> None:
+    """Half of the bytes of these matrices go, less a scale a row; the other bytes are as before."""
+    plain = planned("20b", device, gpu_memory_bytes=7 * GIB, misses="copied")
+    plan = planned("20b", device, gpu_memory_bytes=7 * GIB, misses="copied", rest=rest)
+    way, (row,) = offload(plan).taken, plan.memory
+    assert row.device_bytes <= 7 * GIB < row.device_bytes + 24 * EXPERT_BYTES
+    matrices = 24 * (5120 + 4096) * 2880 + 2 * 201088 * 2880
+    scales = 4 * (24 * (5120 + 2880) + 2 * 201088)
+    before, after = (
+        one.memory[0].weights_bytes - offload(one).taken.slots * 24 * EXPERT_BYTES for one in (plain, plan)
+    )
+    assert before - after == matrices - scales
+    assert way.slots > offload(plain).taken.slots and way.link_bytes < offload(plain).taken.link_bytes
+    read = matrices - 201088 * (2880 + 4) - 24 * (5120 + 2880) * 4 - 201088 * 4  # not the embedding's
+    saved = offload(plain).taken.device_read_bytes - way.device_read_bytes
+    if device == "rtx2080ti":  # dequantized in fp32, then in fp16, for each product
+        assert saved < 0
+    else:
+        assert saved == pytest.approx(read, rel=1e-3) and way.tok_s > offload(plain).taken.tok_s
+    assert any(line.startswith(f"rest {rest}: asked for") for line in plan.why)
+    told = [line for line in plain.why if line.startswith("--rest int8")]
+    assert len(told) == (device != "rtx2080ti") and not any("--rest int8" in line for line in plan.why)
+
+
+def test_8_bits_on_a_cpu() -> None:
+    """int8 with bf16, which it is read with; fp8 not at all, but the GPU's plan is not lost for it."""
+    plan = planned("20b", "cpu", rest="int8")
+    assert (plan.dtype, plan.rest) == ("bf16", "int8") and plan.memory[0].weights_bytes < 13_000_000_000
+    with pytest.raises(UserError, match="--rest fp8 is for GPUs"):
+        planned("20b", "cpu", rest="fp8")
+    assert planned("20b", "rtx2080ti", rest="fp8").device == "cuda"
 
 
 def test_host_memory_too_small_leaves_experts_in_the_file() -> None:

@@ -53,7 +53,7 @@ def report(connection: socket.socket, request: Request, waited_s: float, tokens:
     connection.sendall(encode(Done(request.id, waited_s, 0.01, 0.02, prompt, 0, tokens)))
     totals = {"prefix_queried_tokens_total": 3 * ENDED, "prefix_hit_tokens_total": ENDED, "preemptions_total": 0}
     totals |= {"exact_draws_total": 0, "steps_total": ENDED, "prefill_tokens_total": 0, "decode_tokens_total": 0}
-    experts = ("hits", "misses", "moved_bytes", "waited_s", "stalled_s")
+    experts = ("hits", "misses", "moved_bytes", "waited_s", "stalled_s", "ahead", "ahead_hits")
     totals |= dict.fromkeys((f"expert_{name}_total" for name in experts), 0)
     stats = Stats(1, 2, 10, 5, **totals, decode_step_s=0.01, communication_s=0.002, slow_paths=("a fake",))
     connection.sendall(encode(stats))

@@ -54,6 +54,7 @@ def test_reports_of_a_replica_are_shown():
         **{"prefill_computed_tokens_total": 400, "decode_computed_tokens_total": 70},
         **{"expert_cache_hits_total": 30, "expert_cache_misses_total": 10, "expert_moved_bytes_total": 5000},
         **{"expert_waited_seconds_total": 0.5, "expert_stalled_seconds_total": 0.25},
+        **{"expert_ahead_total": 12, "expert_ahead_hits_total": 9},
         **{"decode_step_seconds": 0.02, "communication_share": 0.25},
     }
     assert now["gptoss:slow_path", "1", "sampling: on the host"] == 1
