@@ -144,8 +144,9 @@ def _time(settings: FinetuneSettings, spec: Spec, gpu: str | None) -> str:
     if peak is None:
         return f"not known: no peak of {gpu or 'a CPU'} in {settings.dtype} is in our tables"
     flops = training_flops(spec, [settings.sequence_tokens], settings.mode) / settings.sequence_tokens
-    tokens_per_s = ASSUMED_MFU * peak * settings.world_size / flops
-    how = f"{tokens_per_s:,.0f} tokens/s, if {ASSUMED_MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s are reached"
+    mfu = ASSUMED_MFU[settings.mode]
+    tokens_per_s = mfu * peak * settings.world_size / flops
+    how = f"{tokens_per_s:,.0f} tokens/s, if {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s are reached"
     if not settings.steps:
         return f"{1e6 / tokens_per_s / 3600:.2g} hours a million tokens ({how})"
     tokens = settings.steps * settings.packs_per_step * settings.sequence_tokens

@@ -86,7 +86,7 @@ def test_every_preset_fits_its_machine(preset: str, machine: str, capsys: pytest
 
 
 def test_hours_follow_from_steps_and_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    """989 TFLOP/s, of which 7 % are 69.2; a token of 20b's adapters in a context of 8,192 takes some 16.1 GFLOP."""
+    """989 TFLOP/s, of which 17 % are 168; a token of 20b's adapters in a context of 8,192 takes some 16.1 GFLOP."""
     command = ["finetune", "--config", "20b-80gb", "--dry-run", "machine=h100", "sequence_tokens=8192"]
     assert run([*command, "steps=1000", "packs_per_step=4"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("time"))
@@ -95,7 +95,7 @@ def test_hours_follow_from_steps_and_ranks(capsys: pytest.CaptureFixture[str]) -
         float(line.split("(")[1].split()[0].replace(",", "")),
     )
     assert hours == pytest.approx(1000 * 4 * 8192 / tokens_per_s / 3600, rel=0.05)
-    assert tokens_per_s == pytest.approx(0.07 * 989e12 / 16.1e9, rel=0.02)
+    assert tokens_per_s == pytest.approx(0.17 * 989e12 / 16.1e9, rel=0.02)
     assert run(command) == 0
     assert "hours a million tokens" in capsys.readouterr().out
     assert run(["finetune", "--config", "tiny", "--dry-run", "machine=laptop-8gb"]) == 0
