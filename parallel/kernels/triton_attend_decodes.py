@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .batch import Batch, PageView
-from .triton_attend_merge import LOWEST, parts, store_part
+from .triton_attend_merge import LOWEST, parts, store_part, with_parts
 from .triton_launch import constants, early
 from .triton_pages import as_operand, as_stored, entry, operand, stored_factor
 
@@ -173,12 +173,7 @@ def _join(
         tops = tl.load(stats + at * 2, mask=split < live, other=LOWEST)
         totals = tl.load(stats + at * 2 + 1, mask=split < live, other=0.0)
         part = tl.load(mixed + at[:, None] * HEAD_DIM + dim[None, :], mask=(split < live)[:, None], other=0.0)
-        higher = tl.maximum(top, tl.max(tops, 0))
-        weights = tl.exp2(tops - higher)
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weights * totals, 0)
-        acc = acc * fade + tl.sum(part * weights[:, None], 0)
-        top = higher
+        top, total, acc = with_parts(tops, totals, part, top, total, acc)
     tl.store(out + row * HEAD_DIM + dim, (acc * (factor / total)).to(out.dtype.element_ty))
 
 

@@ -49,6 +49,15 @@ def store_part(mixed, stats, at, split, splits, top, total, acc, mask, HEAD_DIM:
     tl.store(stats + at * 2 + 1, total, mask=mask)
 
 
+@triton.jit
+def with_parts(tops, totals, mixed, top, total, acc):
+    """The running softmax (top, total, acc [D]) after these parts [P], their values mixed as [P, D]."""
+    higher = tl.maximum(top, tl.max(tops, 0))
+    weights = tl.exp2(tops - higher)
+    fade = tl.exp2(top - higher)
+    return higher, total * fade + tl.sum(weights * totals, 0), acc * fade + tl.sum(mixed * weights[:, None], 0)
+
+
 @triton.jit(do_not_specialize=["splits", "factor"], do_not_specialize_on_alignment=["stats"])
 def _merge(mixed, stats, out, splits, factor, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
@@ -65,10 +74,5 @@ def _merge(mixed, stats, out, splits, factor, HEAD_DIM: tl.constexpr, TOGETHER: 
         tops = tl.load(stats + at * 2, mask=split < splits, other=LOWEST)
         totals = tl.load(stats + at * 2 + 1, mask=split < splits, other=0.0)
         part = tl.load(mixed + at[:, None] * HEAD_DIM + dim[None, :], mask=(totals > 0)[:, None], other=0.0)
-        higher = tl.maximum(top, tl.max(tops, 0))
-        weights = tl.exp2(tops - higher)
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weights * totals, 0)
-        acc = acc * fade + tl.sum(part * weights[:, None], 0)
-        top = higher
+        top, total, acc = with_parts(tops, totals, part, top, total, acc)
     tl.store(out + row * HEAD_DIM + dim, (acc * (factor / total)).to(out.dtype.element_ty))
