@@ -351,6 +351,8 @@ def _down(
             EARLY,
             PLAIN,
         )
+        if EARLY:
+            gdc_wait()  # a part without steps has not: where an expert is cut over ranks there are some
         row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
         at = (part * pairs + pair_N)[None, None, :] * (tiles * 16) + row[:, :, None]
         tl.store(partial + at, y, mask=live_N[None, None, :])

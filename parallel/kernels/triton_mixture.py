@@ -300,6 +300,7 @@ def _settle(grad, starts, out, count, scale, BLOCK: tl.constexpr):
 def settle(grad: Tensor, order: Order, scale: float, dtype: torch.dtype) -> Tensor:
     """A product over rows [E, ...] as a gradient: scaled, in `dtype`, and zero for an expert without rows, for which
     grouped_mm writes nothing."""
+    grad = grad.contiguous()  # where a width is no multiple of 16 bytes, grouped_mm leaves room after each row
     experts = len(grad)
     out, count = torch.empty_like(grad, dtype=dtype), grad[0].numel()
     _settle[triton.cdiv(count, COLUMNS), experts](grad, order.starts_E, out, count, scale, BLOCK=COLUMNS)

@@ -227,8 +227,8 @@ class Copied:
         return logits_TE.topk(self.ahead + GUESSED_BESIDES, dim=-1).indices
 
     def _bring_ahead(self, guessed: Sequence[int], then: Layer) -> None:
-        """Those that the next layer has not, as many as `ahead`, in place of what was unused for longest and is not
-        guessed itself."""
+        """Those that the next layer has not, as many as `ahead`, in place of what was unused for longest; of guesses
+        that are there the likeliest are the last to go."""
         gate_up, down = then.gate_up, then.down
         assert isinstance(gate_up, Held) and isinstance(down, Held)
         slots = gate_up.slots
