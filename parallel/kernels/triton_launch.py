@@ -43,15 +43,9 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def arrivals(device: torch.device, count: int) -> Tensor:
-    """At least so many counters for `arrive`, zeros between kernels. One stream a device: calls may not overlap."""
-    if count > ARRIVALS:
-        raise ValueError(f"{count} counters, and there are {ARRIVALS}")
-    return _arrivals(device)
-
-
 @cache
-def _arrivals(device: torch.device) -> Tensor:
+def arrivals(device: torch.device) -> Tensor:
+    """ARRIVALS counters for `arrive`, zeros between kernels. One stream a device: calls may not overlap."""
     return torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
 
 

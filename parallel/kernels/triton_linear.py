@@ -108,12 +108,12 @@ def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, ways: int, unrol
         out_TO,
         tokens,
         rows,
-        **constants(**few_shape(x_TI, weight_OI, ways, unroll), BIAS=bias_O is not None),
+        **constants(**few_shape(x_TI, ways, unroll), BIAS=bias_O is not None),
     )
     return out_TO
 
 
-def few_shape(x_TI: Tensor, weight_OI: Tensor, ways: int, unroll: int) -> dict[str, Any]:
+def few_shape(x_TI: Tensor, ways: int, unroll: int) -> dict[str, Any]:
     return {
         "COLUMNS": x_TI.shape[1],
         "TOKENS": 8 if len(x_TI) <= 8 else 16,

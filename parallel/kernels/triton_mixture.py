@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .experts import SWIGLU_ALPHA
 from .triton_grouped import SORT_PAIRS, _sort
+from .triton_mxfp4 import swiglu as swiglu_of
 
 SPARE = 8  # columns of a product besides weights and adapter: bias, and zeros up to 16 bytes
 _SPARE = tl.constexpr(SPARE)
@@ -131,9 +132,7 @@ def _swiglu(h, out, limit, ALPHA: tl.constexpr, IN: tl.constexpr, ONE: tl.conste
             BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     gate, up = _pair(h, row, IN, BLOCK)
-    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-    value = gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
+    value = swiglu_of(gate, up, limit, ALPHA)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.where(column < IN, value, tl.where(column == ONE, 1.0, 0.0))
     tl.store(out + row * W + column, value.to(out.dtype.element_ty), mask=column < W)

@@ -88,7 +88,7 @@ def norm_qkv_write(
     cut = None if narrow else few_cut(x_TH, weight_QH)
     if not narrow and cut is not None and head_dim % (2 * TOGETHER) == 0:
         _qkv_few[(len(weight_QH) // (2 * TOGETHER),)](
-            x_TH, weight_QH, bias_Q, *after, tokens, **constants(**shape, **few_shape(x_TH, weight_QH, *cut))
+            x_TH, weight_QH, bias_Q, *after, tokens, **constants(**shape, **few_shape(x_TH, *cut))
         )
         return residual_TH, q_TND
     qkv_TQ = (linear if narrow else torch.nn.functional.linear)(x_TH, weight_QH, bias_Q)

@@ -189,7 +189,7 @@ def norm_route(
         torch.empty(count, dtype=torch.float32, device=device),
         weights_TX,
         experts_TX,
-        arrivals(device, 1),
+        arrivals(device),
         eps,
         **constants(
             HIDDEN=hidden,
@@ -225,7 +225,7 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
         partial,
         weights_TX,
         experts_TX,
-        arrivals(device, groups),
+        arrivals(device),
         tokens,
         width,
         **constants(

@@ -21,7 +21,7 @@ from .layouts import RESIDUAL, SMALLEST_CONTEXT_TOKENS, Place, memories, shortfa
 from .machine import Machine
 from .offload import ahead, hot_experts, in_memory, one_rank, room_for, ways
 from .placement import Order, Routing, place_experts
-from .plan import Offload, Plan, Way
+from .plan import DType, Offload, Plan, Way
 from .reasons import no_plan, why, why_offloaded, with_rest
 from .spec import Spec
 
@@ -154,8 +154,8 @@ def _on_the_cpu(spec: Spec, machine: Machine, asked: Asked) -> Way | None:
     gpus_alone = asked.kernels is not None or asked.dtype == "fp16" or asked.rest == "fp8"
     if gpus_alone or machine.host_memory_bytes is None:
         return None
-    first = "fp32" if asked.rest == "bf16" else "bf16"
-    for dtype in (asked.dtype,) if asked.dtype else (first, "bf16"):
+    dtypes: tuple[DType, ...] = ("fp32", "bf16") if asked.rest == "bf16" else ("bf16",)
+    for dtype in (asked.dtype,) if asked.dtype else dtypes:
         place = on_cpu(machine, dataclasses.replace(asked, dtype=dtype))
         context = room_for(spec, asked).context_tokens
         if choose(spec, place, dataclasses.replace(asked, context_tokens=context)) is not None:
