@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..offload.pinned import NotPinnedError, pinned
 from ..planning.headers import Entry
 
@@ -166,5 +167,6 @@ def _read(file: int, into: Tensor, offset: int, entry: Entry) -> None:
     while view:
         count = os.preadv(file, [view], offset)
         if count == 0:
-            raise OSError(f"{entry.path} ends at byte {offset}, and had more when it was opened")
+            message = f"{entry.path} ends at byte {offset}, and had more when its header was read"
+            raise UserError(message, "bring the checkpoint back and start again")
         view, offset = view[count:], offset + count

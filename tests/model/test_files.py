@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.model import files
 from gptoss_launch.parallel.model.files import Box, mapped, read_ahead
 from gptoss_launch.parallel.offload.pinned import NotPinnedError
@@ -158,7 +159,7 @@ def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
     last = max(entry.start_bytes for entry in inventory.values())
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(last + 10)
-    with pytest.raises(OSError, match=f"model.safetensors ends at byte {last + 10}"):
+    with pytest.raises(UserError, match=f"model.safetensors ends at byte {last + 10}"):
         with read_ahead(groups, torch.device("cpu")) as read:
             for _ in read:
                 pass
