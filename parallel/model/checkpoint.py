@@ -46,13 +46,15 @@ def load(
     pack: Callable[[Tensor, Tensor, Tensor], Packed] = Packed,
     experts: Literal["device", "memory", "file"] = "device",
     rest: Rest = "bf16",
+    embedding_device: torch.device | None = None,
 ) -> Weights:
     """The share of `rank`; experts that the files have in bf16 are quantized as they come. Calls progress(done_bytes,
     total_bytes) after each tensor, in bytes of MXFP4 files.
 
     pack: `Operations.pack`, of blocks, scales and bias of one product. It is called layer by layer, for gate_up and
     then for down. experts: where it gets them: on the device, in host memory, or as views into the mapped file (of
-    blocks and scales; a replica of one rank). rest: what attention, embedding and head are kept in.
+    blocks and scales; a replica of one rank). rest: what attention, embedding and head are kept in. embedding_device:
+    of a bf16 embedding, if not on the device.
     """
     rows = {row.name: row for row in table(plan.spec)}
     total_bytes = sum(_read_bytes(row, plan, rank) for row in rows.values())
@@ -73,6 +75,8 @@ def load(
                 tensor = file_of(row.published).get_tensor(row.published)
             else:
                 there = experts_device if is_expert else device
+                if name == "embed" and embedding_device is not None:
+                    there = embedding_device
                 tensor = _place(file_of(row.published), row, plan, rank, there)
             done(row)
             return tensor

@@ -181,10 +181,12 @@ def training_memory(
     """One pack of `sequence_tokens` at a time; every layer is computed again for its gradient."""
     element, rows = DTYPE_BYTES[dtype], sequence_tokens * spec.hidden
     waiting = share.host_layers * layer_experts_bytes(spec)
+    if not full and device == "cuda":
+        waiting += spec.vocab * spec.hidden * element  # the embedding, of which a pack needs few rows
     fused = dtype == "bf16" and device == "cuda"
     layer = _fused_layer_bytes(spec, sequence_tokens, expert_rank) if fused else _layer_bytes(spec, dtype, rows)
     if share.host_layers:
-        layer += layer_experts_bytes(spec) * 2 // 3  # the larger product, as it comes from the host
+        layer += layer_experts_bytes(spec)  # as they come from the host
     # those of a CUDA graph are not the head's
     workspace = layer + LOGITS_LIMIT_BYTES if fused else max(layer, LOGITS_COPIES * LOGITS_LIMIT_BYTES)
     process = PROCESS[device]

@@ -39,8 +39,9 @@ class OneDevice:
 def load_frozen(
     spec: Spec, folder: Path, dtype: DType, device: torch.device, progress: Progress, host_layers: int = 0
 ) -> Weights:
-    """Weights in the compute dtype, experts packed as they are in the files; those of the first `host_layers` wait in
-    host memory for whoever computes with them. Raises UserError for a broken folder."""
+    """Weights in the compute dtype, experts packed as they are in the files. The embedding is in host memory, since a
+    pack needs few of its rows; experts of the first `host_layers` wait there for whoever computes with them. Raises
+    UserError for a broken folder."""
     inventory = read_inventory(folder)
     check_inventory(spec, inventory, folder)
     products = itertools.count()
@@ -53,7 +54,8 @@ def load_frozen(
         return Packed(blocks.to(device), scales.to(device), bias.to(device))
 
     experts = "memory" if host_layers else "device"
-    return load(OneDevice(spec, dtype), 0, inventory, device, progress, pack, experts)
+    cpu = torch.device("cpu")
+    return load(OneDevice(spec, dtype), 0, inventory, device, progress, pack, experts, embedding_device=cpu)
 
 
 def parameter_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:

@@ -84,7 +84,8 @@ def test_a_layer_computed_again_has_the_same_gradients() -> None:
 
     def gradients(ops: operations.Operations, recompute: bool) -> dict[str, torch.Tensor]:
         leaves = {name: value.to(DEVICE).requires_grad_() for name, value in values.items()}
-        model, inputs = full_model(spec, leaves), inputs_of(spec, pack, attention.PLAIN)
+        model = full_model(spec, leaves)
+        inputs = inputs_of(spec, model, pack, attention.PLAIN)
         x_TH, _ = forward(spec, model, inputs, attention.PLAIN, Precision(dtype, dtype), recompute, ops)
         loss = summed_loss(model, pack, x_TH)
         loss.backward()
