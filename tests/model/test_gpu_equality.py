@@ -218,7 +218,7 @@ def without_bf16() -> Operations:
 
         return run
 
-    names = {field.name for field in dataclasses.fields(Operations)} - {"pack"}
+    names = [field.name for field in dataclasses.fields(Operations) if field.name not in ("pack", "layout")]
     return dataclasses.replace(PLAIN, **{name: watched(getattr(PLAIN, name)) for name in names})
 
 
