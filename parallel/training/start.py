@@ -54,8 +54,8 @@ def load_frozen(
         there = LAYOUT.room(shape, dtype, torch.device("cpu"))
         return Packed(keep(there.blocks), keep(there.scales), there.bias.to(device))
 
-    cpu = torch.device("cpu")
-    return load(OneDevice(spec, dtype), 0, inventory, device, progress, replace(LAYOUT, room=room), embedding_device=cpu)
+    layout, cpu = replace(LAYOUT, room=room), torch.device("cpu")
+    return load(OneDevice(spec, dtype), 0, inventory, device, progress, layout, embedding_device=cpu)
 
 
 def parameter_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
