@@ -121,6 +121,7 @@ def start(
             "end what else uses it; --host-memory SIZE, less than was found, leaves experts in the file",
         ) from None
     tell_layers(ops, weights.layers)
+    notes = () if files is None else files.watch()
     meter.mark("weights_bytes")
     laps.mark("weights")
     outside_bytes = meter.outside_bytes()
@@ -148,7 +149,7 @@ def start(
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
     laps.mark("first steps")
-    notes = () if plan.rest == "bf16" else (rest.checked(engine, rank, inventory),)
+    notes += () if plan.rest == "bf16" else (rest.checked(engine, rank, inventory),)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
     laps.mark("graphs" if plan.rest == "bf16" else "comparison and graphs")

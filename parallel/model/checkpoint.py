@@ -7,7 +7,7 @@ mismatch here is our own mistake.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Literal, Protocol
@@ -51,6 +51,7 @@ def load(
     layout: Layout = LAYOUT,
     experts: Literal["device", "memory", "file"] = "device",
     rest: Rest = "bf16",
+    embedding_device: torch.device | None = None,
 ) -> Weights:
     """The share of `rank`; experts that the files have in bf16 are quantized as they come. Calls progress(done_bytes,
     total_bytes) after each piece, in bytes of MXFP4 files.
@@ -58,9 +59,10 @@ def load(
     layout: of the experts, whose products are asked for layer by layer, gate_up and then down, first in `room` and
     again in `put`. experts: where they are: on the device, in host memory, or as views into the mapped file (of blocks
     and scales, in `pack`; a replica of one rank). rest: what attention, embedding and head are kept in.
+    embedding_device: of the embedding, if not on the device.
     """
     room = _Room(plan, rank, inventory, device, layout, experts, rest, {row.name: row for row in table(plan.spec)}, [])
-    made = room.all()
+    made = room.all(embedding_device or device)
     done_bytes, total_bytes = 0, sum(piece.counted_bytes for piece in room.pieces)
     with read_ahead([piece.boxes for piece in room.pieces], device) as tensors:
         for piece, parts in zip(room.pieces, tensors, strict=True):
@@ -93,10 +95,10 @@ class _Room:
     rows: Mapping[str, Row]
     pieces: list[_Piece]
 
-    def all(self) -> Weights:
+    def all(self, embedding_device: torch.device) -> Weights:
         plan, rank = self.plan, self.rank
         return Weights(
-            embed_VH=self._matrix("embed"),
+            embed_VH=replace(self, device=embedding_device)._matrix("embed"),
             layers=tuple(self._layer(f"layers.{layer}") for layer in range(plan.spec.layers)),
             norm_H=self._tensor("norm"),
             head_VH=self._matrix("head"),

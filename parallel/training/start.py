@@ -39,8 +39,9 @@ class OneDevice:
 def load_frozen(
     spec: Spec, folder: Path, dtype: DType, device: torch.device, progress: Progress, host_layers: int = 0
 ) -> Weights:
-    """Weights in the compute dtype, experts packed as they are in the files; those of the first `host_layers` wait in
-    host memory for whoever computes with them. Raises UserError for a broken folder."""
+    """Weights in the compute dtype, experts packed as they are in the files. The embedding is in host memory, since a
+    pack needs few of its rows; experts of the first `host_layers` wait there for whoever computes with them. Raises
+    UserError for a broken folder."""
     inventory = read_inventory(folder)
     check_inventory(spec, inventory, folder)
     products = itertools.count()
@@ -53,7 +54,8 @@ def load_frozen(
         there = LAYOUT.room(shape, dtype, torch.device("cpu"))
         return Packed(keep(there.blocks), keep(there.scales), there.bias.to(device))
 
-    return load(OneDevice(spec, dtype), 0, inventory, device, progress, replace(LAYOUT, room=room))
+    layout, cpu = replace(LAYOUT, room=room), torch.device("cpu")
+    return load(OneDevice(spec, dtype), 0, inventory, device, progress, layout, embedding_device=cpu)
 
 
 def parameter_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:

@@ -40,7 +40,7 @@ def test_right_ones_agree(small: None, dtype: torch.dtype) -> None:
 
 
 def test_no_operation_is_left_out() -> None:
-    """A layout is tried with the experts that read it."""
+    """The layout is tried with the experts that read what it makes."""
     assert {field.name for field in dataclasses.fields(Operations)} == {"layout", *NAMES}
 
 
