@@ -103,7 +103,7 @@ def test_a_buffer_is_read_into_when_copies_from_it_are_done(
     refused: bool, written: tuple[dict[str, Entry], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, pinned or not, with threads that read several groups at a time."""
-    stream, pins = LateCopies(), list[int]()
+    stream, pins, devices = LateCopies(), list[int](), list[torch.device]()
 
     def pinned(tensor: Tensor) -> Tensor:
         if refused:
@@ -113,19 +113,21 @@ def test_a_buffer_is_read_into_when_copies_from_it_are_done(
 
     monkeypatch.setattr(torch.cuda, "Event", stream.event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(files, "pinned", pinned)
     inventory, tensors = written
     names = {entry: name for name, entry in inventory.items()}
     groups = [(box,) for box in boxes_of(inventory)] * 3
     found: list[list[Tensor]] = [[] for _ in groups]
     with pytest.warns(UserWarning, match="in two steps: refused") if refused else nullcontext():
-        with read_ahead(groups, torch.device("cuda")) as read:
+        with read_ahead(groups, torch.device("cuda", 1)) as read:
             for (part,), into in zip(read, found, strict=True):
                 stream.copy(part, into)
             stream.work(len(groups))
     for (box,), (part,) in zip(groups, found, strict=True):
         assert torch.equal(part, tensors[names[box.entry]][box.slices])
     assert len(pins) == (0 if refused else files.BUFFERS) and len(set(pins)) <= 1
+    assert set(devices) == {torch.device("cuda", 1)}
 
 
 def test_runs(written: tuple[dict[str, Entry], dict[str, Tensor]]) -> None:
