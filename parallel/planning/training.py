@@ -143,6 +143,10 @@ def layer_experts_bytes(spec: Spec) -> int:
     return sum(prod(row.shape) for row in table(spec) if row.name in names)
 
 
+def embedding_bytes(spec: Spec, dtype: DType) -> int:
+    return spec.vocab * spec.hidden * DTYPE_BYTES[dtype]
+
+
 def _fused_layer_bytes(spec: Spec, tokens: int, expert_rank: int) -> int:
     """What training.grouped and kernels.triton_layer hold at the worst moment of a layer's gradient, in bf16."""
     q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -187,7 +191,7 @@ def training_memory(
     element, rows = DTYPE_BYTES[dtype], sequence_tokens * spec.hidden
     waiting = share.host_layers * layer_experts_bytes(spec)
     if not full and device == "cuda":
-        waiting += spec.vocab * spec.hidden * element  # the embedding, of which a pack needs few rows
+        waiting += embedding_bytes(spec, dtype)  # a pack needs few of its rows
     fused = dtype == "bf16" and device == "cuda"
     layer = _fused_layer_bytes(spec, sequence_tokens, expert_rank) if fused else _layer_bytes(spec, dtype, rows)
     if share.host_layers:
