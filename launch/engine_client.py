@@ -21,7 +21,7 @@ POLL_S = 0.05  # between attempts to reach a leader that is still loading
 
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-Dial = Callable[[], Coroutine[Any, Any, Connection]]  # returns once there is a leader that can work
+Dial = Callable[[], Coroutine[Any, Any, Connection]]  # returns once there may be a leader that can work
 
 
 def local(path: Path) -> Dial:
@@ -80,7 +80,7 @@ class EngineClient:
         self._on_loss = on_loss
         self._streams: dict[str, _Inbox] = {}
         self._writer: asyncio.StreamWriter | None = None
-        self._dialing: asyncio.Task[Connection] | None = None
+        self._dialing: asyncio.Task[tuple[Connection, bytes]] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._leaving = False
         self._loss = ""  # why there is no connection, after there was one
@@ -112,9 +112,9 @@ class EngineClient:
         """Returns once there is a leader, or the client is closed."""
         if self._writer is not None or self._closed:
             return
-        self._dialing = asyncio.create_task(self._dial())
+        self._dialing = asyncio.create_task(self._greeted())
         try:
-            reader, self._writer = await self._dialing
+            (reader, self._writer), greeting = await self._dialing
         except asyncio.CancelledError:
             if self._closed:
                 return
@@ -122,7 +122,7 @@ class EngineClient:
         self._leaving = False
         self._connections += 1
         self.found.set()
-        self._reading = asyncio.create_task(self._read(reader))
+        self._reading = asyncio.create_task(self._read(reader, greeting))
 
     async def keep_connected(self) -> None:
         """Connects, and again each time that the leader is gone; until `close`."""
@@ -173,11 +173,28 @@ class EngineClient:
         if self._writer is not None:
             self._writer.write(encode(message))
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _greeted(self) -> tuple[Connection, bytes]:
+        """A connection to a leader, and its first words, without which there is none: the socket of a process that was
+        killed takes connections until all of the process is gone."""
+        while True:
+            reader, writer = await self._dial()
+            try:
+                if words := await reader.read(READ_BYTES):
+                    return (reader, writer), words
+                writer.close()
+            except OSError:
+                writer.close()
+            except BaseException:
+                writer.close()
+                raise
+            await asyncio.sleep(POLL_S)
+
+    async def _read(self, reader: asyncio.StreamReader, data: bytes) -> None:
+        """data: what has been read already."""
         decoder = Decoder()
         reason = "the engine died"
         try:
-            while data := await reader.read(READ_BYTES):
+            while data:
                 tokens: dict[str, list[Token]] = {}
                 for message in decoder.feed(data):
                     if not isinstance(message, Tokens):
@@ -186,6 +203,7 @@ class EngineClient:
                     for token in message.tokens:
                         tokens.setdefault(token.request_id, []).append(token)
                 await self._hand_out(tokens)
+                data = await reader.read(READ_BYTES)
         except (OSError, ValueError) as error:
             reason = f"the connection to the engine failed: {error}"
         finally:

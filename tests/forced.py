@@ -20,25 +20,54 @@ from gptoss_launch.parallel.engine.wire import Generate, Message, Refused, Token
 from torch import Tensor
 
 
-class Forced:
-    """One sequence in row 0. `step` takes its next tokens."""
+class ForcedRows:
+    """Sequences of known tokens, one a row: what of them goes through the model together, and from where on, is the
+    caller's choice. A place may be computed again: a sequence goes on from wherever it is put."""
 
-    def __init__(self, engine: Engine, row: int = 0) -> None:
+    def __init__(self, engine: Engine, sequences: Sequence[list[int]], rows: Sequence[int] | None = None) -> None:
         self.engine = engine
         self.cache = scheduler_for(engine.plan).cache
-        self.running = Running(Request("forced", (0,), 1), 0.0, row=row)
-        self.running.tokens = []
+        self.running = [Running(Request("forced", (0,), 1), 0.0, row=row) for row in rows or range(len(sequences))]
+        for running, tokens in zip(self.running, sequences, strict=True):
+            running.tokens = tokens
+        self._steps = 0
 
-    def step(self, tokens: list[int], wanted: slice = slice(-1, None)) -> Tensor:
-        """Logits [S, V] after the wanted ones of `tokens`, over the vocabulary rows of this rank."""
-        engine, running, table = self.engine, self.running, self.running.table
-        start = table.length
-        running.tokens += tokens
-        self.cache.extend(table, len(tokens))
-        changes = tuple((kind, running.row, index, page) for kind, index, page in table.changes)
-        table.changes.clear()
-        item = Item(running, 0, start, len(tokens), draws=True)
-        record = encode(Step((item,), int(len(tokens) == 1), False, changes, ()), 0, engine.sizes)
+    def chunk(self, index: int, start: int, stop: int, wanted: slice = slice(-1, None)) -> Tensor:
+        """Logits [S, V] after the wanted ones of the tokens start to stop of a sequence."""
+        return self._step([self._item(index, start, stop)], int(stop - start == 1), wanted)
+
+    def decodes(self, indices: Sequence[int], starts: Sequence[int]) -> Tensor:
+        """Logits [S, V] after the token at its start, of each of these sequences, all in one step."""
+        items = [self._item(index, start, start + 1) for index, start in zip(indices, starts, strict=True)]
+        return self._step(items, len(items), slice(None))
+
+    def fill(self, index: int, start: int, stop: int) -> None:
+        """The tokens start to stop of a sequence, a step's worth at a time. Nothing before stop is computed again."""
+        for first in range(start, stop, self.engine.plan.step_tokens):
+            self.chunk(index, first, min(first + self.engine.plan.step_tokens, stop))
+            self.cache.drop_passed(self.running[index].table, stop)
+
+    def drop_passed(self, index: int, known: int) -> None:
+        self.cache.drop_passed(self.running[index].table, known)
+
+    def _item(self, index: int, start: int, stop: int) -> Item:
+        running = self.running[index]
+        running.table.length = start
+        self.cache.extend(running.table, stop - start)
+        return Item(running, 0, start, stop - start, draws=True)
+
+    def _step(self, items: list[Item], decodes: int, wanted: slice) -> Tensor:
+        """Logits over the vocabulary rows of this rank."""
+        engine = self.engine
+        changes = []
+        for item in items:
+            table = item.running.table
+            changes += [(kind, item.running.row, index, page) for kind, index, page in table.changes]
+            table.changes.clear()
+        record = encode(Step(tuple(items), decodes, False, tuple(changes), ()), self._steps, engine.sizes)
+        self._steps += 1
+        if engine.device.type == "cuda" and self._steps % 2:  # the host's buffer of a record is used again after four
+            torch.cuda.synchronize()
         with torch.inference_mode():
             engine.words.upload(record)
             words_W = engine.words.device_W
@@ -52,9 +81,24 @@ class Forced:
                 engine.plan.page_tokens,
                 engine.ops.locate,
             )
-            every = torch.arange(len(tokens), device=engine.device)
-            logits_SV = engine.forward(dataclasses.replace(batch, wanted_S=every[wanted]))
-        self.cache.drop_passed(table, len(running.tokens) - 1)
+            every = torch.arange(len(batch.tokens_T), device=engine.device)
+            return engine.forward(dataclasses.replace(batch, wanted_S=every[wanted]))
+
+
+class Forced:
+    """One sequence in row 0. `step` takes its next tokens."""
+
+    def __init__(self, engine: Engine, row: int = 0) -> None:
+        self.engine = engine
+        self._rows = ForcedRows(engine, [[]], [row])
+        self.running = self._rows.running[0]
+
+    def step(self, tokens: list[int], wanted: slice = slice(-1, None)) -> Tensor:
+        """Logits [S, V] after the wanted ones of `tokens`, over the vocabulary rows of this rank."""
+        start = len(self.running.tokens)
+        self.running.tokens += tokens
+        logits_SV = self._rows.chunk(0, start, start + len(tokens), wanted)
+        self._rows.drop_passed(0, start + len(tokens) - 1)
         return logits_SV
 
 

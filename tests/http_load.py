@@ -46,7 +46,7 @@ def engine(path: str, step_s: float) -> None:
     from gptoss_launch.launch.settings import Settings
     from gptoss_launch.launch.tokenizer import load_tokenizer
     from gptoss_launch.parallel.engine.request import Token
-    from gptoss_launch.parallel.engine.wire import Cancel, Decoder, Done, Generate, Tokens, encode
+    from gptoss_launch.parallel.engine.wire import Cancel, Decoder, Done, Generate, Hello, Tokens, encode
 
     plan = make_plan("tiny", Settings(machine="cpu", context_tokens=16384), need_weights=True)
     tokenizer = load_tokenizer(Path(str(plan.checkpoint)))
@@ -56,6 +56,7 @@ def engine(path: str, step_s: float) -> None:
         listener.bind(path)
         listener.listen()
         connection, _ = listener.accept()
+    connection.sendall(encode(Hello("leader", 0, os.getpid(), "here")))
     running: dict[str, Iterator[int]] = {}
     lengths: dict[str, int] = {}
     lock = threading.Lock()

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 OPENAI_WHEEL = "gpt-oss==0.0.9"
+QUERIES = 1024  # that attention is computed for together: scores of 64 heads over 32,768 keys are 9 GB in fp32
 
 
 def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
@@ -49,9 +51,17 @@ class Run:
     margins: Tensor
 
 
-@torch.no_grad()
 def transformers_run(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32, device: str = "cpu") -> Run:
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+    (run,) = transformers_runs(folder, [tokens], [list(range(len(tokens)))], dtype, device)
+    return run
+
+
+@torch.no_grad()
+def transformers_runs(
+    folder: Path, sequences: list[list[int]], wanted: list[list[int]], dtype: torch.dtype, device: str
+) -> list[Run]:
+    """Of each sequence by itself, at its wanted places."""
+    from transformers.models.gpt_oss import modeling_gpt_oss
 
     model = load_transformers(folder, dtype, device)
     routes: list[Tensor] = []
@@ -65,10 +75,35 @@ def transformers_run(folder: Path, tokens: list[int], dtype: torch.dtype = torch
         margins.append(best[..., chosen.shape[-1] - 1] - left_out[..., 0] if left_out.numel() else best[..., 0] * 0)
 
     for module in model.modules():
-        if isinstance(module, GptOssTopKRouter):
+        if isinstance(module, modeling_gpt_oss.GptOssTopKRouter):
             module.register_forward_hook(record)
-    logits = model(torch.tensor([tokens], device=device), use_cache=False).logits[0]
-    return Run(logits, torch.stack(routes), torch.stack(margins))
+    in_parts = functools.partial(_eager_in_parts, modeling_gpt_oss.eager_attention_forward)
+    runs = []
+    with mock.patch.object(modeling_gpt_oss, "eager_attention_forward", in_parts):
+        for tokens, places in zip(sequences, wanted, strict=True):
+            routes.clear()
+            margins.clear()
+            at = torch.tensor(places, device=device)
+            logits = model(torch.tensor([tokens], device=device), use_cache=False, logits_to_keep=at).logits[0]
+            chosen = torch.stack([part.flatten(0, -2)[at] for part in routes])
+            runs.append(Run(logits, chosen, torch.stack([part.flatten()[at] for part in margins])))
+    return runs
+
+
+def _eager_in_parts(
+    eager, module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **others
+) -> tuple[Tensor, None]:
+    """transformers' own attention, some queries at a time and over no keys that the mask hides from all of these: each
+    of them would have the weight exp(-inf) = 0. All scores of 32,768 tokens together would be 275 GB."""
+    parts = []
+    for start in range(0, query.shape[2], QUERIES):
+        part = slice(start, start + QUERIES)
+        mask = attention_mask[..., part, :]
+        seen = (mask > torch.finfo(mask.dtype).min / 2).flatten(0, -2).any(0).nonzero()
+        keys = slice(int(seen[0]), int(seen[-1]) + 1)
+        given = query[:, :, part], key[:, :, keys], value[:, :, keys], mask[..., keys]
+        parts.append(eager(module, *given, scaling, **others)[0])
+    return torch.cat(parts, dim=1), None
 
 
 @torch.no_grad()

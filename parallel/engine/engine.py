@@ -143,9 +143,15 @@ class Engine:
     @torch.inference_mode()
     def launch(self, record: Record) -> Launched:
         """Start the step; on the CPU it is over on return. Raises UserError for a file that the weights are read from
-        and that has been cut."""
-        if self._files is not None:
-            self._files.check()
+        and that has been cut: before the step, or while it was read, which is over on return on any device."""
+        if self._files is None:
+            return self._launch(record)
+        self._files.check()
+        launched = self._launch(record)
+        self._files.check()
+        return launched
+
+    def _launch(self, record: Record) -> Launched:
         head = record.head
         in_graph = bool(head.graph and not head.exact)
         if in_graph:

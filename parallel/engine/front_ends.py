@@ -1,15 +1,16 @@
-"""The leader's Unix socket: front ends connect, send Generate and Cancel, and get Tokens and Refused.
+"""The leader's Unix socket: front ends connect, are greeted, send Generate and Cancel, and get Tokens and Refused.
 
 Knows connections and messages; knows nothing of the engine. A connection that ends is told as a None in place of a
 message.
 """
 
+import os
 import selectors
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from .wire import Decoder, Message, encode
+from .wire import Decoder, Hello, Message, encode
 
 SEND_LIMIT_S = 10.0  # a front end that reads nothing for so long is taken for dead; the engine waits for nobody
 
@@ -24,6 +25,8 @@ class FrontEnds:
         self._listener.listen()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._decoders: dict[socket.socket, Decoder] = {}
+        # Told at once: to whom nothing was said, the kernel alone may have connected, and the process be dead.
+        self._greeting = Hello("leader", 0, os.getpid(), socket.gethostname())
 
     def poll(self, timeout_s: float | None) -> Iterator[tuple[socket.socket, Message | None]]:
         """What has arrived; waits for at most timeout_s if nothing has (None: as long as it takes)."""
@@ -33,6 +36,7 @@ class FrontEnds:
                 connection.settimeout(SEND_LIMIT_S)
                 self._decoders[connection] = Decoder()
                 self._selector.register(connection, selectors.EVENT_READ)
+                self.send(connection, self._greeting)
                 continue
             connection = key.fileobj
             assert isinstance(connection, socket.socket)

@@ -106,7 +106,7 @@ def start(
             slow_ways += ("no CUDA graphs: not all experts are on the GPU",)
     files = mapped(entry.path for entry in inventory.values()) if experts_on == "file" else None
     try:
-        weights = load(plan, rank, inventory, device, count, ops.pack, experts_on, plan.rest)
+        weights = load(plan, rank, inventory, device, count, ops.layout, experts_on, plan.rest)
     except (MemoryError, OSError, RuntimeError) as error:
         if not lacks_host_memory(error):
             raise
@@ -115,6 +115,7 @@ def start(
             "end what else uses it; --host-memory SIZE, less than was found, leaves experts in the file",
         ) from None
     tell_layers(ops, weights.layers)
+    notes = () if files is None else files.watch()
     meter.mark("weights_bytes")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
@@ -139,7 +140,7 @@ def start(
     )
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
-    notes = () if plan.rest == "bf16" else (rest.checked(engine, rank, inventory),)
+    notes += () if plan.rest == "bf16" else (rest.checked(engine, rank, inventory),)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
     times = step_times(engine)

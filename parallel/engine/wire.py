@@ -1,9 +1,9 @@
 """Messages between processes: frozen values, msgpack on a stream socket.
 
-Three conversations use it. Front end and leader rank: Generate and Cancel one way; Tokens, Refused, Done and Stats
-back. Every process and the supervisor: Hello, then Progress, Ready or Failed; a process whose supervisor connection
-ends must end too, so that nothing outlives the command, not even after kill -9. A node and the head: Hello and Leave
-one way; Assigned, Failed and Stop back. Where a replica lies on several nodes, Failed one way as well.
+Three conversations use it. Front end and leader rank: Generate and Cancel one way; Hello, then Tokens, Refused, Done
+and Stats back. Every process and the supervisor: Hello, then Progress, Ready or Failed; a process whose supervisor
+connection ends must end too, so that nothing outlives the command, not even after kill -9. A node and the head: Hello
+and Leave one way; Assigned, Failed and Stop back. Where a replica lies on several nodes, Failed one way as well.
 
 Knows nothing of sockets or event loops: bytes in, values out.
 """
@@ -101,8 +101,9 @@ class Stats:
 
 @dataclass(frozen=True)
 class Hello:
-    """Any process -> supervisor, first: who it is. role: "rank", "torchrun" or "http". And node -> head: role "node" or
-    "replica", for a connection of this node's or of one of its replicas; rank is that one's number."""
+    """Any process -> supervisor, first: who it is. role: "rank", "torchrun" or "http". Leader -> front end, first: role
+    "leader". And node -> head: role "node" or "replica", for a connection of this node's or of one of its replicas;
+    rank is that one's number."""
 
     role: str
     rank: int

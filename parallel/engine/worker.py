@@ -144,7 +144,7 @@ def lead(
 def launch_step(engine: "Engine", record: "Record") -> "Launched":
     """Raises StepError where the device or the host has no memory left for the step, if this rank is alone: others
     would have taken it, and wait for this one. And where a file that experts are read from has been cut, which only a
-    rank alone does: reading on would end the process.
+    rank alone does.
     """
     import torch
 

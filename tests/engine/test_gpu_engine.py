@@ -27,9 +27,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def engine(folder: Path, graphs: tuple[int, ...], kv_dtype: KvDType = "bf16") -> Engine:
-    plan = plain_plan(folder, "bf16", context_tokens=2048, step_tokens=512, device="cuda", sequences=8)
-    plan = dataclasses.replace(plan, kernels="triton", kv_tokens=8 * 2048, kv_dtype=kv_dtype)
+def engine(
+    folder: Path,
+    graphs: tuple[int, ...],
+    kv_dtype: KvDType = "bf16",
+    *,
+    sequences: int = 8,
+    context_tokens: int = 2048,
+    step_tokens: int = 512,
+) -> Engine:
+    plan = plain_plan(folder, "bf16", context_tokens, step_tokens, "cuda", sequences)
+    plan = dataclasses.replace(plan, kernels="triton", kv_tokens=sequences * context_tokens, kv_dtype=kv_dtype)
     return plain_engine(plan, triton_operations(), graphs)
 
 
@@ -60,6 +68,17 @@ def test_graphs_give_the_same_tokens(folder: Path, way: str, count: int) -> None
     asked = requests(count, WAYS[way])
     graphs, eager = engine(folder, (1, 4, 8)), engine(folder, ())
     assert answers(graphs, asked, ahead=True) == answers(eager, asked)
+
+
+@pytest.mark.parametrize(("context", "count"), [(16, 32), (127, 16), (128, 8), (129, 3), (4096, 3), (32768, 1)])
+def test_graphs_give_the_same_numbers_at_every_context(folder: Path, context: int, count: int) -> None:
+    """Log probabilities too. All prompts are one step, so that all decodes are together from the first to the last."""
+    asked = [dataclasses.replace(one, max_tokens=12, logprobs=3) for one in requests(count, Sampling(), context)]
+    room = {"sequences": count, "context_tokens": context + 16, "step_tokens": context * count}
+    graphs, eager = engine(folder, (count,), **room), engine(folder, (), **room)
+    found = answers(graphs, asked, ahead=True)
+    assert found == answers(eager, asked)
+    assert {len(tokens) for tokens in found.values()} == {12}
 
 
 def test_a_repeated_run_gives_the_same_bits(folder: Path) -> None:

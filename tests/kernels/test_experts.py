@@ -3,6 +3,7 @@
 Under the interpreter all arithmetic is fp32, so results agree to fp32; the bf16 kernels run on GPUs alone.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -235,6 +236,36 @@ def test_captured_in_a_graph(tokens: int) -> None:
             mine.copy_(new)
         graph.replay()
         assert error(found, expected(given)) < 4e-3
+
+
+@pytest.mark.parametrize("inner", [pytest.param(inner, marks=GPU) for inner in (736, 704, 384, 352, 2880)])
+def test_one_token_again_and_again(inner: int) -> None:
+    """A part of each expert, as 4 or 8 ranks have it, where some parts of K are empty. Calls follow each other without
+    a pause and with the memory of the one before: each gives what it gives alone, so that no program has stored before
+    those that read what was there have done so, nor read what was not yet there."""
+    case = Case(1, 2880, inner, 32, 0, 32, 4, torch.bfloat16)
+    first = inputs(case, 0, "cuda")
+    call, given = arguments(first), [first]
+    for seed in range(1, 8):  # other tokens and routes, the same weights
+        other = inputs(dataclasses.replace(case, inner=32), seed, "cuda")
+        given.append(dataclasses.replace(other, gate_up=first.gate_up, down=first.down))
+    calls = [(one.x_TH, one.weights_TX, one.experts_TX, *call[3:]) for one in given]
+    alone = []
+    for one, each in zip(given, calls, strict=True):
+        torch.cuda.synchronize()
+        alone.append(experts(*each))
+        torch.cuda.synchronize()
+        assert error(alone[-1], expected(one)) < 4e-3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [experts(*each) for each in calls * 5]
+    eager = [experts(*each) for each in calls * 25]
+    for place, found in enumerate(eager):
+        assert torch.equal(found, alone[place % len(calls)]), place
+    for _ in range(5):
+        graph.replay()
+        for place, found in enumerate(captured):
+            assert torch.equal(found, alone[place % len(calls)]), place
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(count, marks=GPU) for count in (1, 2, 17, 64, 3000)])

@@ -4,6 +4,7 @@ What is left to the CPU's own experts is held to what "exact" means (README), as
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +51,7 @@ def offloaded_engine(
     assert plan.checkpoint is not None
     ops, counts, slow = offloaded(offload, ops, torch.device(plan.device))
     inventory = read_inventory(Path(plan.checkpoint))
-    weights = load(plan, 0, inventory, torch.device(plan.device), pack=ops.pack, experts=offload.taken.kept)
+    weights = load(plan, 0, inventory, torch.device(plan.device), layout=ops.layout, experts=offload.taken.kept)
     assert slow == []
     tell_layers(ops, weights.layers)
     return Engine(plan, 0, weights, ops, Alone(), graph_sizes), counts
@@ -229,10 +230,6 @@ def test_a_mapped_file_that_is_cut_is_named_before_it_is_read(tmp_path: Path) ->
     engine, _, _ = start(plan, 0, Options(), Trace(tmp_path / "trace"), lambda done, total: None)
     request = Request("a", tuple(prompt(SPEC, 9)), 2, Sampling(temperature=0.0))
     assert len(answers(engine, [request])["a"]) == 2
-    sent: list[Message] = []
-    device = Device(lambda record: launch_step(engine, record), engine.graphs.size_for, engine.sizes, ahead=False)
-    matchers = grammars_of(str(TINY), SPEC.vocab)
-    leader = Leader(scheduler_for(plan), device, lambda _, message: sent.append(message), lambda _: None, matchers)
     file = folder / "model.safetensors"
     whole = file.stat().st_size
     with file.open("r+b") as opened:
@@ -243,13 +240,55 @@ def test_a_mapped_file_that_is_cut_is_named_before_it_is_read(tmp_path: Path) ->
         with pytest.raises(UserError, match=said):
             answers(engine, [request])
         opened.truncate(whole)  # zeros where experts were
-    for id in "bc":  # the requests fail, and whoever answers them lives
+    refused = refusals(engine, request)
+    assert [one.request_id for one in refused] == ["b", "c"] and all(said in one.message for one in refused)
+
+
+def refusals(engine: Engine, request: Request) -> list[Refused]:
+    """Of a leader that is asked twice: the requests fail, and it lives."""
+    sent: list[Message] = []
+    device = Device(lambda record: launch_step(engine, record), engine.graphs.size_for, engine.sizes, ahead=False)
+    matchers = grammars_of(str(TINY), SPEC.vocab)
+    scheduler = scheduler_for(engine.plan)
+    leader = Leader(scheduler, device, lambda _, message: sent.append(message), lambda _: None, matchers)
+    for id in "bc":
         leader.take("test", Generate(dataclasses.replace(request, id=id)))
         while not leader.idle:
             leader.turn()
-    refused = [message for message in sent if isinstance(message, Refused)]
-    assert [one.request_id for one in refused] == ["b", "c"] and all(said in one.message for one in refused)
     assert not any(isinstance(message, Tokens) for message in sent)
+    return [message for message in sent if isinstance(message, Refused)]
+
+
+@pytest.mark.parametrize("grows_again", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("misses", ["computed", "copied"])
+def test_a_mapped_file_that_is_cut_while_it_is_read_ends_the_requests_alone(
+    misses: Misses, device: Literal["cpu", "cuda"], grows_again: bool, tmp_path: Path
+) -> None:
+    """Also where it has its size again before the step is over: what was read were zeros."""
+    folder = checkpoint("three_blocks", tmp_path)
+    file = folder / "model.safetensors"
+    whole = file.stat().st_size
+    plan = dataclasses.replace(plain_plan(folder, device=device), offload=Offload(way(3, misses, "file"), ()))
+    engine, _, ready = start(plan, 0, Options(), Trace(tmp_path / "trace"), lambda done, total: None)
+    assert ready.notes == ()
+    request = Request("a", tuple(prompt(SPEC, 9)), 2, Sampling(temperature=0.0))
+    assert len(answers(engine, [request])["a"]) == 2
+    attend, add_norm = engine.ops.attend, engine.ops.add_norm
+
+    def cut(*given):
+        os.truncate(file, 4096)
+        return attend(*given)
+
+    def grown(*given):  # once a step, after the last layer
+        os.truncate(file, whole if grows_again else 4096)
+        return add_norm(*given)
+
+    engine.ops = dataclasses.replace(engine.ops, attend=cut, add_norm=grown)
+    refused = refusals(engine, request)
+    said = "was cut short for a while" if grows_again else f"has shrunk from {whole} to 4096 bytes"
+    assert [one.request_id for one in refused] == ["b", "c"]
+    assert all(f"model.safetensors {said}" in one.message for one in refused)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])

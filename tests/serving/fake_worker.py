@@ -25,6 +25,7 @@ from gptoss_launch.parallel.engine.wire import (
     Done,
     Failed,
     Generate,
+    Hello,
     Progress,
     Ready,
     Refused,
@@ -104,6 +105,7 @@ def answer_connection(connection: socket.socket, script: dict, plan: Plan, name:
                     return
                 time.sleep(script["delay_s"])
 
+    connection.sendall(encode(Hello("leader", 0, os.getpid(), socket.gethostname())))
     decoder = Decoder()
     while data := connection.recv(1 << 16):
         for message in decoder.feed(data):

@@ -1,12 +1,13 @@
 """The client of a leader rank, against a leader in the same process."""
 
 import asyncio
+import socket
 from contextlib import aclosing
 
 import pytest
 from gptoss_launch.launch.engine_client import EngineClient, EngineDiedError, local
 from gptoss_launch.parallel.engine.request import Request, Token
-from gptoss_launch.parallel.engine.wire import Cancel, Decoder, Done, Generate, Refused, Tokens, encode
+from gptoss_launch.parallel.engine.wire import Cancel, Decoder, Done, Generate, Hello, Refused, Tokens, encode
 from gptoss_launch.parallel.errors import UserError
 
 
@@ -19,6 +20,7 @@ class Leader:
 
     async def __call__(self, reader, writer):
         self.writers.append(writer)
+        writer.write(encode(Hello("leader", 0, 1, "here")))
         decoder = Decoder()
         while data := await reader.read(1000):
             for message in decoder.feed(data):
@@ -93,6 +95,30 @@ def test_a_restarted_leader_is_found_again(tmp_path):
         assert losses == [1] * 3
         client.close()
         await asyncio.wait_for(keeping, 1)
+
+    asyncio.run(story())
+
+
+def test_a_socket_of_a_dead_leader_is_no_leader(tmp_path):
+    """A killed process's socket takes connections until the process is gone: nobody ever says a word on them."""
+
+    async def story():
+        losses = []
+        dead = socket.socket(socket.AF_UNIX)
+        dead.bind(str(tmp_path / "s"))
+        dead.listen()
+        client = EngineClient(local(tmp_path / "s"), on_loss=lambda: losses.append(client.running))
+        keeping = asyncio.create_task(client.keep_connected())
+        await asyncio.sleep(0.1)  # connected, and waits for a word
+        assert not client.ready and not client.found.is_set()
+        dead.close()
+        (tmp_path / "s").unlink()
+        server = await asyncio.start_unix_server(Leader(), tmp_path / "s")
+        await asyncio.wait_for(client.found.wait(), 5)
+        assert client.ready and client.restarts == 0 and losses == []
+        client.close()
+        await asyncio.wait_for(keeping, 1)
+        server.close()
 
     asyncio.run(story())
 
