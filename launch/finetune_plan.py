@@ -17,6 +17,7 @@ from ..parallel.planning.training import (
     Share,
     TrainingMemory,
     all_values,
+    embedding_bytes,
     layer_experts_bytes,
     lora_values,
     training_memory,
@@ -131,10 +132,15 @@ def _smaller(
 
 
 def _waiting(settings: FinetuneSettings, spec: Spec) -> str:
-    if not settings.host_layers:
+    """Frozen weights that are not on the GPU."""
+    if settings.mode == "full" or settings.device == "cpu":
         return ""
-    size = format_size(settings.host_layers * layer_experts_bytes(spec))
-    return f", and {size} in host memory: the experts of {settings.host_layers} layers"
+    assert settings.dtype is not None
+    size, what = embedding_bytes(spec, settings.dtype), "the embedding"
+    if settings.host_layers:
+        size += settings.host_layers * layer_experts_bytes(spec)
+        what += f" and the experts of {settings.host_layers} layers"
+    return f", and {format_size(size)} in host memory: {what}"
 
 
 def _time(settings: FinetuneSettings, spec: Spec, gpu: str | None) -> str:

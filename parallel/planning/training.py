@@ -16,6 +16,7 @@ VALUE_BYTES = GRADIENT_BYTES = 4  # fp32, but for adapters that are bf16 on requ
 MOMENTS_BYTES = {"adamw": 4 + 4, "adamw8bit": 1 + 1}  # of a value; blocks of 256 share a scale, which is left out
 SAVED_BYTES = 4 + 4 + 4  # a value and its moments
 GATHERED_PARTS = 2  # of stage 3: the part that is computed with, and the one that is on its way
+BUCKET_VALUES = 500_000_000  # of gradients that are summed together: DeepSpeed's default, and our files'
 LOGITS_LIMIT_BYTES = 256 << 20  # of a chunk, in the compute dtype
 LOGITS_COPIES = 6  # plain: besides, in fp32, less their log-sum-exp, and their gradient; fused they are written over
 WIDE_ROW_COPIES = 4  # fp32, of a token's hidden state in a layer's norms and their gradients
@@ -118,9 +119,13 @@ def _trained(values: int, largest_part: int, dtype: DType, share: Share) -> _Tra
     moments = (cut if zero.stage else values) * MOMENTS_BYTES["adamw"] + (cut * VALUE_BYTES if zero.stage else 0)
     gradients = (cut if zero.stage >= 2 else values) * GRADIENT_BYTES
     if zero.stage:
-        gradients += largest_part * element  # as they come from a part, before they are summed and cut
+        # as they come from a part, before they are summed and cut
+        gradients += (largest_part + BUCKET_VALUES) * element
     if zero.on_host:
         host += round((moments + cut * GRADIENT_BYTES) * zero.on_host)
+        if zero.stage == 3:  # packs add up there, for whatever part
+            summed = cut * GRADIENT_BYTES
+            host += 1 << (summed - 1).bit_length() if zero.pinned else summed
         moments -= round(moments * zero.on_host)
         gradients = round(gradients * (1 - zero.on_host)) + 2 * largest_part * element
     return _Trained(weights, gradients, moments, host)
@@ -136,6 +141,10 @@ def layer_experts_bytes(spec: Spec) -> int:
     """Packed MXFP4 of a layer's experts, without biases."""
     names = tuple(f"layers.0.{product}.{part}" for product in ("gate_up", "down") for part in ("blocks", "scales"))
     return sum(prod(row.shape) for row in table(spec) if row.name in names)
+
+
+def embedding_bytes(spec: Spec, dtype: DType) -> int:
+    return spec.vocab * spec.hidden * DTYPE_BYTES[dtype]
 
 
 def _fused_layer_bytes(spec: Spec, tokens: int, expert_rank: int) -> int:
@@ -182,7 +191,7 @@ def training_memory(
     element, rows = DTYPE_BYTES[dtype], sequence_tokens * spec.hidden
     waiting = share.host_layers * layer_experts_bytes(spec)
     if not full and device == "cuda":
-        waiting += spec.vocab * spec.hidden * element  # the embedding, of which a pack needs few rows
+        waiting += embedding_bytes(spec, dtype)  # a pack needs few of its rows
     fused = dtype == "bf16" and device == "cuda"
     layer = _fused_layer_bytes(spec, sequence_tokens, expert_rank) if fused else _layer_bytes(spec, dtype, rows)
     if share.host_layers:

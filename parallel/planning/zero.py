@@ -52,11 +52,12 @@ _OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 class Zero:
     """stage: 0 replicates all; 1 cuts moments and fp32 values over ranks; 2 gradients too; 3 weights too
     (https://arxiv.org/abs/1910.02054). on_host: share of moments and fp32 values that the host keeps.
-    weights_on_host: with stage 3."""
+    weights_on_host: with stage 3. pinned: host memory of gradients, which torch rounds up to powers of two."""
 
     stage: int
     on_host: float
     weights_on_host: bool
+    pinned: bool = False
 
 
 def read_zero(config: Mapping[str, Any], dtype: DType) -> Zero:
@@ -97,7 +98,9 @@ def read_zero(config: Mapping[str, Any], dtype: DType) -> Zero:
         raise UserError(f"deepspeed: offload_optimizer.ratio with stage {stage}", "stage 3")
     if optimizer.get("super_offload"):
         raise UserError("deepspeed: offload_optimizer.super_offload cannot be used here", "ratio does without it")
-    return Zero(stage, float(ratio) if devices["offload_optimizer"] else 0.0, devices["offload_param"])
+    on_host = devices["offload_optimizer"]
+    pinned = on_host and bool(optimizer.get("pin_memory", False))
+    return Zero(stage, float(ratio) if on_host else 0.0, devices["offload_param"], pinned)
 
 
 def _asked(value: Any) -> bool:

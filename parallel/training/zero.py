@@ -124,7 +124,7 @@ class Sharded:
         self._leaves, self._world = leaves, world
         parameters = list(leaves.values())
         optimizer = adamw(parameters, job.recipe)
-        if zero.on_host and job.device == "cuda":
+        if zero.on_host and (job.device == "cuda" or zero.on_host < 1):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             recipe = job.recipe
@@ -138,6 +138,12 @@ class Sharded:
             )
         engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config, dist_init_required=False)
         self._engine: Any = engine
+        # what a ratio leaves on the GPU has an optimizer of its own, whose rate and moments DeepSpeed forgets elsewhere
+        self._groups = list(engine.optimizer.param_groups)
+        beside = getattr(engine.optimizer, "backup_optimizer", None)
+        if beside is not None:
+            beside.state = self._base().state
+            self._groups += beside.param_groups
 
     def add(self, function: Callable[[], tuple[Tensor, Any]], last: bool) -> tuple[Tensor, Any]:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -153,7 +159,7 @@ class Sharded:
             self._engine.train()
 
     def step(self, rate: float) -> float:
-        for group in self._engine.optimizer.param_groups:
+        for group in self._groups:
             group["lr"] = rate
         plain = self._plain()
         norm = _norm(self._leaves.values()) if plain else 0.0  # it tells the norm with ZeRO alone

@@ -8,8 +8,9 @@ full       all weights of the first --layers layers
 
 Packs of --pack-tokens, filled with documents of at most 2,048 tokens, whose lengths are spread as those of real
 conversations (log-normal, median 400 tokens, the second half learnt). Tokens are random: speed and memory do not depend
-on them, but for how evenly experts are used. The loop is the one that `finetune` runs. Prints one JSON object a line;
-the first steps, which compile, are left out. --cap GIB: torch gets no more memory than a GPU of so much would leave it.
+on them, but for how evenly experts are used. With --same-packs every step learns the same ones, so that its loss falls.
+The loop is the one that `finetune` runs. Prints one JSON object a line, which --out appends to a file; the first steps,
+which compile, are left out of speeds. --cap GIB: torch gets no more memory than a GPU of so much would leave it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import statistics
 import sys
@@ -32,7 +34,6 @@ from typing import Any, get_args
 
 import torch
 from gptoss_launch.launch.finetune_settings import read_deepspeed
-from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
 from gptoss_launch.parallel.planning.machine import format_size
 from gptoss_launch.parallel.planning.spec import Spec, read_config
 from gptoss_launch.parallel.training.job import AdapterDtype, Job, OptimizerKind, Recipe
@@ -74,14 +75,10 @@ def documents(spec: Spec, tokens: int, seed: int = 0) -> Iterator[Sample]:
         tokens -= length
 
 
-def first_layers(folder: Path, layers: int, into: Path) -> tuple[Spec, Path]:
-    """The checkpoint itself where it has no more."""
-    spec = read_config(folder / "config.json")
-    if layers >= spec.layers:
-        return spec, folder
-    spec = dataclasses.replace(spec, layers=layers, layer_kinds=spec.layer_kinds[:layers])
-    write_checkpoint(into, spec, folder / "tokenizer.json", 1, torch.device("cuda"))
-    return spec, into
+def first_layers(spec: Spec, layers: int) -> Spec:
+    """Of a checkpoint that may have more: what is not asked for is not read."""
+    kinds = spec.layer_kinds[:layers]
+    return dataclasses.replace(spec, layers=len(kinds), layer_kinds=kinds)
 
 
 def measure(folder: Path, spec: Spec, packs: int, run: Path, world: World, asked: argparse.Namespace) -> dict[str, Any]:
@@ -101,7 +98,7 @@ def measure(folder: Path, spec: Spec, packs: int, run: Path, world: World, asked
         sequence_tokens=pack_tokens,
         packs_per_step=packs,
         steps=steps + 1,
-        recipe=RECIPE,
+        recipe=dataclasses.replace(RECIPE, learning_rate=asked.learning_rate),
         seed=0,
         data="random",
         weights=(1.0,),
@@ -117,7 +114,7 @@ def measure(folder: Path, spec: Spec, packs: int, run: Path, world: World, asked
     )
     torch.cuda.reset_peak_memory_stats()
     trainee = load_trainee(job, world, None, lambda done, total: None)
-    samples = list(documents(spec, packs * (steps + 1) * pack_tokens))
+    samples = list(documents(spec, packs * (1 if asked.same_packs else steps + 1) * pack_tokens))
     seen: list[Step] = []
     used_bytes = []
     schedule = torch.profiler.schedule(wait=steps - PROFILED_STEPS, warmup=1, active=1, repeat=1)
@@ -165,6 +162,7 @@ def measure(folder: Path, spec: Spec, packs: int, run: Path, world: World, asked
         "step_s_median": statistics.median(step.step_s for step in warm),
         "reserved_bytes": max(step.memory_bytes for step in seen),
         "used_bytes": max(used_bytes),
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of this rank, at most; KiB on Linux
         "mfu": statistics.median(step.mfu or 0.0 for step in warm),  # planning.flops; 0: no peak is known
         "ranks": world.size,
         "deepspeed": asked.deepspeed,
@@ -172,6 +170,8 @@ def measure(folder: Path, spec: Spec, packs: int, run: Path, world: World, asked
         "adapter_dtype": asked.adapter_dtype,
         "host_layers": asked.host_layers,
         "cap_bytes": asked.cap * GIB if asked.cap else None,
+        "learning_rate": asked.learning_rate,
+        "same_packs": asked.same_packs,
         "trained_values": sum(trainee.values.values()),
         "losses": [step.loss for step in seen],
         "said": said,
@@ -234,7 +234,9 @@ def main() -> None:
     parser.add_argument("--packs", default="1,8")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm", type=int, default=WARM_STEPS, help="first steps that are left out")
-    parser.add_argument("--layers", type=int, default=6, help="of --case full")
+    parser.add_argument("--layers", type=int, default=6, help="of --case full: the first of the checkpoint")
+    parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate)
+    parser.add_argument("--same-packs", action="store_true", help="learn the same packs in every step")
     parser.add_argument("--deepspeed", metavar="NAME", help="a configuration of configs/deepspeed, or a file")
     parser.add_argument("--optimizer", choices=get_args(OptimizerKind), default="adamw")
     parser.add_argument("--adapter-dtype", choices=get_args(AdapterDtype), default="fp32")
@@ -258,7 +260,7 @@ def main() -> None:
 def run_cases(asked: argparse.Namespace, world: World, scratch: Path) -> None:
     folder, spec = asked.checkpoint, read_config(asked.checkpoint / "config.json")
     if asked.case == "full":
-        spec, folder = first_layers(folder, asked.layers, scratch / "first-layers")
+        spec = first_layers(spec, asked.layers)
     for packs in map(int, asked.packs.split(",")):
         run = scratch / "run"
         run.mkdir()

@@ -64,13 +64,13 @@ def test_every_configuration_of_deepspeed_is_one_that_is_honoured() -> None:
     assert found == {
         "zero0": Zero(0, 0.0, False),
         "zero1": Zero(1, 0.0, False),
-        "zero1-offload": Zero(1, 1.0, False),
+        "zero1-offload": Zero(1, 1.0, False, pinned=True),
         "zero2": Zero(2, 0.0, False),
-        "zero2-offload": Zero(2, 1.0, False),
+        "zero2-offload": Zero(2, 1.0, False, pinned=True),
         "zero3": Zero(3, 0.0, False),
-        "zero3-offload": Zero(3, 1.0, False),
-        "zero3-offload-half": Zero(3, 0.5, False),
-        "zero3-offload-all": Zero(3, 1.0, True),
+        "zero3-offload": Zero(3, 1.0, False, pinned=True),
+        "zero3-offload-part": Zero(3, 0.4, False),
+        "zero3-offload-all": Zero(3, 1.0, True, pinned=True),
     }
 
 
