@@ -87,12 +87,12 @@ def drift(engine: Engine, rank: int, inventory: Mapping[str, Entry], tokens: lis
     batch = one_sequence(tokens_T, plan.spec, plan.page_tokens)
     after = engine.frequencies, engine.kv_LPCSKD, batch, TORCH_DTYPE[plan.residual_dtype]
     x_TH = hidden_states(plan.spec, weights, weights.layers, engine.ops, engine.comm, *after)
-    with originals(plan, rank, inventory, weights) as those:
-        tokens_U, places_T = tokens_T.unique(return_inverse=True)
-        embedding = replace(weights, embed_VH=those.embedding(tokens_U), first_token=0)
-        after = engine.frequencies, engine.kv_LPCSKD, replace(batch, tokens_T=places_T), after[-1]
-        y_TH = hidden_states(plan.spec, embedding, those.layers(), engine.ops, engine.comm, *after)
-        wanted_TV = torch.cat([engine.ops.linear(y_TH, tile).cpu() for tile in those.head()], dim=1)
+    those = originals(plan, rank, inventory, weights)
+    tokens_U, places_T = tokens_T.unique(return_inverse=True)
+    embedding = replace(weights, embed_VH=those.embedding(tokens_U), first_token=0)
+    after = engine.frequencies, engine.kv_LPCSKD, replace(batch, tokens_T=places_T), after[-1]
+    y_TH = hidden_states(plan.spec, embedding, those.layers(), engine.ops, engine.comm, *after)
+    wanted_TV = torch.cat([engine.ops.linear(y_TH, tile).cpu() for tile in those.head()], dim=1)
     kl_T, same_T = [], []
     for start in range(0, count, ROWS):
         rows = slice(start, start + ROWS)

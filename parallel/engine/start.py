@@ -106,7 +106,7 @@ def start(
             slow_ways += ("no CUDA graphs: not all experts are on the GPU",)
     files = mapped(entry.path for entry in inventory.values()) if experts_on == "file" else None
     try:
-        weights = load(plan, rank, inventory, device, count, ops.pack, experts_on, plan.rest)
+        weights = load(plan, rank, inventory, device, count, ops.layout, experts_on, plan.rest)
     except (MemoryError, OSError, RuntimeError) as error:
         if not lacks_host_memory(error):
             raise

@@ -14,10 +14,10 @@ from . import attention, begin, experts, linear, norm, sample
 
 @dataclass(frozen=True)
 class Operations:
-    """Signatures and meaning are those of the plain versions in this folder. pack is called while weights are loaded,
-    on each product of a layer; `experts` reads what it made."""
+    """Signatures and meaning are those of the plain versions in this folder. layout: of the packed weights that
+    `experts` reads, which are brought into it while they are loaded."""
 
-    pack: Callable[..., experts.Packed]
+    layout: experts.Layout
     locate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     embed: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]]
     linear: Callable[..., Tensor]
@@ -31,7 +31,7 @@ class Operations:
 
 
 PLAIN = Operations(
-    pack=experts.Packed,
+    layout=experts.LAYOUT,
     locate=begin.locate,
     embed=begin.embed,
     linear=linear.linear,

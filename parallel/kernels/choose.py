@@ -51,7 +51,7 @@ def triton_operations() -> Operations:
     )
 
     return Operations(
-        pack=triton_mxfp4.pack,
+        layout=triton_mxfp4.LAYOUT,
         locate=triton_begin.locate,
         embed=triton_begin.embed,
         linear=triton_linear.linear,

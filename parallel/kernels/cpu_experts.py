@@ -103,9 +103,19 @@ def _parts(packed: plain.Packed) -> tuple[Tensor, Tensor, Tensor]:
     return packed.blocks, packed.scales, packed.bias
 
 
-def pack(blocks: Tensor, scales: Tensor, bias: Tensor) -> plain.Packed:
-    """The checkpoint's own layout; a bias of fp16 is read as fp32."""
-    return plain.Packed(blocks, scales, bias.float() if bias.dtype == torch.float16 else bias)
+def _pack(blocks: Tensor, scales: Tensor, bias: Tensor) -> plain.Packed:
+    return plain.Packed(blocks, scales, bias.to(_bias_dtype(bias.dtype)))
+
+
+def _room(shape: plain.Shape, dtype: torch.dtype, device: torch.device) -> plain.Packed:
+    return plain.room(shape, _bias_dtype(dtype), device)
+
+
+def _bias_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+LAYOUT = plain.Layout(_pack, _room, plain.put)  # the checkpoint's own; a bias of fp16 is read as fp32
 
 
 def cpu_operations(int8: bool = False, **build: Any) -> Operations:
@@ -125,7 +135,7 @@ def cpu_operations(int8: bool = False, **build: Any) -> Operations:
             f"the CPU experts ({level.name}) are off by {error:.1e} of the largest value, limit {limit:.0e}",
             "--kernels plain computes them with torch",
         )
-    return dataclasses.replace(PLAIN, pack=pack, experts=run)
+    return dataclasses.replace(PLAIN, layout=LAYOUT, experts=run)
 
 
 def disagreement(run: CpuExperts) -> float:

@@ -4,12 +4,13 @@ T tokens, H hidden, I intermediate, E experts of this rank, X experts a token. W
 Sources: OpenAI's gpt_oss/torch/model.py, MLPBlock and swiglu.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .mxfp4 import dequantize
+from .mxfp4 import BLOCK_BYTES, dequantize
 from .norm import add_norm
 from .precision import wide
 
@@ -23,6 +24,38 @@ class Packed:
     blocks: Tensor
     scales: Tensor
     bias: Tensor
+
+
+Shape = tuple[int, int, int]  # experts, rows (outputs), MXFP4 blocks of a row: of a product's scales
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How kernels want packed experts in memory, and how they are brought there from the checkpoint's layout.
+
+    pack(blocks, scales, bias): a whole product, where the bias is; may keep what it is given. Or bit by bit, so that
+    nothing else of a product has to be where its kernels read it: room(shape, dtype, device), with a bias of that dtype
+    and nothing filled in; then put(packed, place, blocks, scales) for each expert, from wherever it is, [out, in / 32,
+    16] and [out, in / 32]. The bias is filled in before.
+    """
+
+    pack: Callable[[Tensor, Tensor, Tensor], Packed]
+    room: Callable[[Shape, torch.dtype, torch.device], Packed]
+    put: Callable[[Packed, int, Tensor, Tensor], None]
+
+
+def room(shape: Shape, dtype: torch.dtype, device: torch.device) -> Packed:
+    blocks = torch.empty((*shape, BLOCK_BYTES), dtype=torch.uint8, device=device)
+    scales = torch.empty(shape, dtype=torch.uint8, device=device)
+    return Packed(blocks, scales, torch.empty(shape[:2], dtype=dtype, device=device))
+
+
+def put(packed: Packed, place: int, blocks: Tensor, scales: Tensor) -> None:
+    packed.blocks[place].copy_(blocks, non_blocking=True)
+    packed.scales[place].copy_(scales, non_blocking=True)
+
+
+LAYOUT = Layout(Packed, room, put)  # the checkpoint's own
 
 
 def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1, sign bit clear
 FP4_VALUES = _MAGNITUDES + tuple(-value for value in _MAGNITUDES)  # bit 3 is the sign
+BLOCK_BYTES = 16  # without its scale
 SCALE_BIAS = 127  # E8M0: 2 ** (byte - 127); 255 is NaN
 
 

@@ -23,31 +23,45 @@ def _value(code):
 
 
 @triton.jit
-def _dequantize(blocks, scales, out, count, PER_ROW: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr):
-    """PER_ROW blocks become a row of `out`, whose rows are STRIDE values apart."""
+def places(count, expert_blocks, row_blocks, PER_ROW: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr):
+    """(number in the source, first value in the result, whether it is one) of the blocks of a program, which are of one
+    expert. count: blocks of an expert, PER_ROW to a row. expert_blocks, row_blocks: from one to the next in the source.
+    STRIDE: values from a row to the next in the result."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    here = block < count
-    codes = tl.load(blocks + block[:, None] * 16 + tl.arange(0, 16)[None, :], mask=here[:, None], other=0).to(tl.int32)
-    scale = tl.load(scales + block, mask=here, other=0).to(tl.int32)
+    expert = tl.program_id(1).to(tl.int64)
+    row, column = block // PER_ROW, block % PER_ROW
+    source = expert * expert_blocks + row * row_blocks + column
+    return source, (expert * (count // PER_ROW) + row) * STRIDE + column * 32, block < count
+
+
+@triton.jit
+def _dequantize(blocks, scales, out, count, expert_blocks, row_blocks, PER_ROW: tl.constexpr, STRIDE: tl.constexpr,
+                BLOCKS: tl.constexpr):  # fmt: skip
+    source, to, here = places(count, expert_blocks, row_blocks, PER_ROW, STRIDE, BLOCKS)
+    codes = tl.load(blocks + source[:, None] * 16 + tl.arange(0, 16)[None, :], mask=here[:, None], other=0).to(tl.int32)
+    scale = tl.load(scales + source, mask=here, other=0).to(tl.int32)
     # 2 ** (scale - 127) by its bits; of 0 it is a subnormal number, and 255 is NaN
     bits = tl.where(scale == 0, 1 << 22, tl.where(scale == 255, 0x7FC00000, scale << 23))
     factor = bits.to(tl.float32, bitcast=True)[:, None]
     pair = tl.join(_value(codes & 15) * factor, _value(codes >> 4) * factor).reshape(BLOCKS, 32)
-    to = block // PER_ROW * STRIDE + block % PER_ROW * 32
     tl.store(out + to[:, None] + tl.arange(0, 32)[None, :], pair.to(out.dtype.element_ty), mask=here[:, None])
 
 
 def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype, spare: int = 0) -> Tensor:
-    """blocks, scales: contiguous. spare: columns that every row of the result has besides, for the caller to fill."""
-    if not (blocks.is_contiguous() and scales.is_contiguous()):
-        raise ValueError("MXFP4 that is not contiguous")
-    per_row = blocks.shape[-2]
-    out = torch.empty((*blocks.shape[:-2], per_row * 32 + spare), dtype=dtype, device=blocks.device)
-    _dequantize[triton.cdiv(scales.numel(), BLOCKS),](
+    """blocks: [experts, rows, blocks of a row, 16], whole or some rows or some blocks of each row; scales: the same of
+    theirs. spare: columns that every row of the result has besides, for the caller to fill."""
+    experts, rows, per_row = scales.shape
+    expert_blocks, row_blocks, one = scales.stride()
+    if one != 1 or blocks.stride() != (expert_blocks * 16, row_blocks * 16, 16, 1):
+        raise ValueError(f"MXFP4 whose blocks are not side by side: strides {blocks.stride()} and {scales.stride()}")
+    out = torch.empty((experts, rows, per_row * 32 + spare), dtype=dtype, device=blocks.device)
+    _dequantize[triton.cdiv(rows * per_row, BLOCKS), experts](
         blocks,
         scales,
         out,
-        scales.numel(),
+        rows * per_row,
+        expert_blocks,
+        row_blocks,
         PER_ROW=per_row,
         STRIDE=per_row * 32 + spare,
         BLOCKS=BLOCKS,

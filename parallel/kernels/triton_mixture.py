@@ -63,29 +63,34 @@ def _invert(pairs, rows, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _fill(b, bias, out, count, scale, IN: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+def _fill(b, bias, out, count, all_rows, scale, IN: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
           ROWS: tl.constexpr, REST: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < count
     column = tl.arange(0, REST)
-    value = tl.load(b + row[:, None] * R + column[None, :], mask=here[:, None] & (column < R)[None, :], other=0.0)
+    source = expert * all_rows + row
+    value = tl.load(b + source[:, None] * R + column[None, :], mask=here[:, None] & (column < R)[None, :], other=0.0)
     value = value.to(tl.float32) * scale
-    last = tl.load(bias + row, mask=here, other=0.0).to(tl.float32)
+    last = tl.load(bias + source, mask=here, other=0.0).to(tl.float32)
     value = tl.where((column == R)[None, :], last[:, None], value)
-    to = out + row[:, None] * W + IN + column[None, :]
+    to = out + (expert * count + row)[:, None] * W + IN + column[None, :]
     tl.store(to, value.to(out.dtype.element_ty), mask=here[:, None] & (column < W - IN)[None, :])
 
 
 def fill(matrix_EOW: Tensor, b_EOR: Tensor | None, bias_EO: Tensor, scale: float) -> None:
-    """Writes the columns of a product that come after its weights."""
+    """Writes the columns of a product that come after its weights; of all rows, or of some, which `b` and `bias` are
+    then views of."""
     experts, rows, width = matrix_EOW.shape
-    rank = 0 if b_EOR is None else b_EOR.shape[2]
-    count, rest = experts * rows, rank + SPARE
-    _fill[triton.cdiv(count, FILL_ROWS),](
+    rank, all_rows = 0 if b_EOR is None else b_EOR.shape[2], bias_EO.stride(0)
+    assert b_EOR is None or b_EOR.stride() == (all_rows * rank, rank, 1)
+    rest = rank + SPARE
+    _fill[triton.cdiv(rows, FILL_ROWS), experts](
         bias_EO if b_EOR is None else b_EOR,
         bias_EO,
         matrix_EOW,
-        count,
+        rows,
+        all_rows,
         scale,
         IN=width - rest,
         R=rank,

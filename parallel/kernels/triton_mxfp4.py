@@ -16,13 +16,14 @@ nothing of experts' routes or of ranks.
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .experts import Packed
+from .experts import Layout, Packed, Shape
 
 TILE_ROWS, TILE_COLUMNS, BLOCK_COLUMNS = 16, 64, 32
 HALVES, SCALES = 256, 32  # 16-bit halves and scale bytes of a tile
@@ -45,27 +46,56 @@ class Tiles(Packed):
 
 
 def pack(blocks: Tensor, scales: Tensor, bias: Tensor) -> Tiles:
-    """From the checkpoint's layout, see `experts.Packed`, on the device that holds it; one expert at a time."""
+    """From the checkpoint's layout, see `experts.Layout`."""
     experts, rows, count, _ = blocks.shape
-    if scales.numel() and int(scales.max()) > _MAX_SCALE:
-        raise ValueError(f"an MXFP4 scale is {int(scales.max())}, over {_MAX_SCALE} (2**{_MAX_SCALE - 127})")
-    tiles, steps = -(-rows // TILE_ROWS), -(-count // 2)
-    device = blocks.device
-    out = torch.empty((experts, tiles, steps, 32, 8), dtype=torch.int16, device=device)
-    out_scales = torch.empty((experts, tiles, steps, 8, 4), dtype=torch.uint8, device=device)
-    more = (0, 2 * steps - count, 0, tiles * TILE_ROWS - rows)  # zeros to the right and below
+    packed = room((experts, rows, count), bias.dtype, bias.device)
+    packed.bias.copy_(bias)
     for expert in range(experts):
-        byte = torch.nn.functional.pad(blocks[expert], (0, 0, *more))
-        code = torch.stack((byte & 15, byte >> 4), -1).to(torch.int16)
-        code = code.view(tiles, 8, 2, steps, 2, 4, 2, 2, 2)  # tile g rh step b t q kh h
-        code = code.permute(4, 6, 0, 3, 1, 5, 7, 2, 8).reshape(4, tiles, steps, 32, 8)
-        placed = [(code[p] >> 3 << sign) | ((code[p] & 7) << low) for p, (sign, low) in enumerate(_SHIFTS)]
-        out[expert] = placed[0] | placed[1] | placed[2] | placed[3]
-        scale = torch.nn.functional.pad(scales[expert], more).view(tiles, 8, 2, steps, 2)
-        out_scales[expert] = scale.permute(0, 3, 1, 2, 4).flatten(-2)
-    arrivals = torch.zeros(tiles * MAX_SLOTS, dtype=torch.int32, device=device)
-    return Tiles(out, out_scales, bias.contiguous(), arrivals)
+        put(packed, expert, blocks[expert], scales[expert])
+    return packed
 
+
+def room(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tiles:
+    experts, rows, count = shape
+    tiles, steps = -(-rows // TILE_ROWS), -(-count // 2)
+    return Tiles(
+        blocks=torch.empty((experts, tiles, steps, 32, 8), dtype=torch.int16, device=device),
+        scales=torch.empty((experts, tiles, steps, 8, 4), dtype=torch.uint8, device=device),
+        bias=torch.empty((experts, rows), dtype=dtype, device=device),
+        arrivals=torch.zeros(tiles * MAX_SLOTS, dtype=torch.int32, device=device),
+    )
+
+
+def put(packed: Packed, place: int, blocks: Tensor, scales: Tensor) -> None:
+    if scales.numel() and int(scales.max()) > _MAX_SCALE:  # before they move: on the host nothing waits for it
+        raise ValueError(f"an MXFP4 scale is {int(scales.max())}, over {_MAX_SCALE} (2**{_MAX_SCALE - 127})")
+    _, tiles, steps, _, _ = packed.blocks.shape
+    rows, count = scales.shape
+    blocks, scales = (part.to(packed.blocks.device, non_blocking=True) for part in (blocks, scales))
+    more = (0, 2 * steps - count, 0, tiles * TILE_ROWS - rows)  # zeros to the right and below
+    byte = torch.nn.functional.pad(blocks, (0, 0, *more)).view(
+        tiles, 8, 2, steps, 2, 4, 2, 2
+    )  # tile g rh step b t q kh
+    index = byte.permute(4, 6, 0, 3, 1, 5, 7, 2).reshape(4, -1).int()
+    pairs, first = _pairs(index.device)
+    words = torch.nn.functional.embedding(index.add_(first), pairs).sum(0, dtype=torch.int32)
+    packed.blocks[place] = words.view(torch.int16).view(tiles, steps, 32, 8)
+    scale = torch.nn.functional.pad(scales, more).view(tiles, 8, 2, steps, 2)
+    packed.scales[place] = scale.permute(0, 3, 1, 2, 4).flatten(-2)
+
+
+@cache
+def _pairs(device: torch.device) -> tuple[Tensor, Tensor]:
+    """int32 [4 * 256, 1]: what a byte adds to two halves, h = 0 in the lower bits, in each of the planes, no two of
+    which have a bit in common; and where in there each plane begins, [4, 1]."""
+    byte = torch.arange(256)
+    planes = [[(code >> 3 << sign) | ((code & 7) << low) for code in (byte & 15, byte >> 4)] for sign, low in _SHIFTS]
+    words = torch.cat([even | odd << 16 for even, odd in planes])
+    first = torch.arange(0, len(words), 256)
+    return words.to(torch.int32)[:, None].to(device), first.to(torch.int32)[:, None].to(device)
+
+
+LAYOUT = Layout(pack, room, put)
 
 _PLANES_ASM = tl.constexpr("""{ .reg .b32 a, b;
 and.b32 $0, $4, 0x81C081C0;

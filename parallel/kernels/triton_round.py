@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_dequantize import places
+
 BLOCKS = 128  # of a program
 
 
@@ -33,11 +35,11 @@ def _nearest(size, exponent):
 
 
 @triton.jit
-def _round(x, out, count, PER_ROW: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    here = (block < count)[:, None]
-    column = tl.arange(0, 32)[None, :]
-    value = tl.load(x + block[:, None] * 32 + column, mask=here, other=0.0).to(tl.float32)
+def _round(x, out, count, expert_blocks, row_blocks, PER_ROW: tl.constexpr, STRIDE: tl.constexpr,
+           BLOCKS: tl.constexpr):  # fmt: skip
+    source, to, here = places(count, expert_blocks, row_blocks, PER_ROW, STRIDE, BLOCKS)
+    here, column = here[:, None], tl.arange(0, 32)[None, :]
+    value = tl.load(x + source[:, None] * 32 + column, mask=here, other=0.0).to(tl.float32)
     size = tl.abs(value)
     largest = tl.max(size, 1)
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127 - 2  # 2: that of E2M1's largest value
@@ -48,17 +50,26 @@ def _round(x, out, count, PER_ROW: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: t
     high_error = tl.sum((high - size) * (high - size), 1)
     best = tl.where((high_error < low_error)[:, None], high, low)
     best = tl.where(value < 0, -best, best)
-    to = block // PER_ROW * STRIDE + block % PER_ROW * 32
     tl.store(out + to[:, None] + column, best.to(out.dtype.element_ty), mask=here)
 
 
 def nearest_mxfp4(values: Tensor, dtype: torch.dtype, spare: int = 0) -> Tensor:
-    """values: contiguous. spare: columns that every row of the result has besides, for the caller to fill."""
-    if not values.is_contiguous():
-        raise ValueError("values that are not contiguous")
-    per_row, count = values.shape[-1] // 32, values.numel() // 32
-    out = torch.empty((*values.shape[:-1], per_row * 32 + spare), dtype=dtype, device=values.device)
-    _round[triton.cdiv(count, BLOCKS),](
-        values, out, count, PER_ROW=per_row, STRIDE=per_row * 32 + spare, BLOCKS=BLOCKS, num_warps=8
+    """values: [experts, rows, columns], whole or some rows or some whole blocks of each row. spare: columns that every
+    row of the result has besides, for the caller to fill."""
+    (experts, rows, columns), (of_expert, of_row, one) = values.shape, values.stride()
+    if one != 1 or any(count % 32 for count in (columns, of_expert, of_row)):
+        raise ValueError(f"values that are no whole blocks: shape {tuple(values.shape)}, strides {values.stride()}")
+    per_row = columns // 32
+    out = torch.empty((experts, rows, columns + spare), dtype=dtype, device=values.device)
+    _round[triton.cdiv(rows * per_row, BLOCKS), experts](
+        values,
+        out,
+        rows * per_row,
+        of_expert // 32,
+        of_row // 32,
+        PER_ROW=per_row,
+        STRIDE=columns + spare,
+        BLOCKS=BLOCKS,
+        num_warps=8,
     )
     return out

@@ -4,7 +4,6 @@ Activations are not rounded: what is saved is memory, and bytes that a decode st
 out. Does not know which weights of a model these are, nor whether what comes out is good enough.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,16 +58,6 @@ def quantized(weight_OI: Tensor, codes: torch.dtype, dtype: torch.dtype) -> Quan
     scale_O = (wide_OI.abs().amax(1) / largest).clamp_min(least).bfloat16().float()
     codes_OI = (wide_OI / scale_O[:, None]).clamp_(-largest, largest)  # scales are rounded: some exceed it
     return Quantized((codes_OI.round_() if codes == torch.int8 else codes_OI).to(codes), scale_O, dtype)
-
-
-def joined(parts: Sequence[Weight]) -> Weight:
-    """Rows of all parts, in their order."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    narrow = [part for part in parts if isinstance(part, Quantized)]
-    octets_OI = torch.cat([part.codes_OI.view(torch.uint8) for part in narrow])  # torch joins no fp8 everywhere
-    scale_O, first = torch.cat([part.scale_O for part in narrow]), narrow[0]
-    return Quantized(octets_OI.view(first.codes_OI.dtype), scale_O, first.dtype)
 
 
 def linear(x_TI: Tensor, weight_OI: Quantized, bias_O: Tensor | None = None) -> Tensor:

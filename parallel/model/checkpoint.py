@@ -1,26 +1,31 @@
 """safetensors files -> this rank's tensors, through the shard table and nothing else.
 
-Each rank asks for its own slices only; at any time the host holds one tensor more than what has been placed. The files
-were checked before (`planning.headers`), so a mismatch here is our own mistake.
+All of the rank's tensors are made first, so that nothing that passes through the device leaves gaps between them; then
+they are filled, a piece at a time, with what was read meanwhile. Each rank asks for its own slices only, and the host
+holds no more of what has not been placed than a few pieces. The files were checked before (`planning.headers`), so a
+mismatch here is our own mistake.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.experts import Packed
+from ..kernels.experts import LAYOUT, Layout, Packed
 from ..kernels.quantize import quantize
-from ..kernels.weight_only import CODES, Quantized, Weight, joined, quantized
+from ..kernels.weight_only import CODES, Quantized, Weight, quantized
 from ..planning.headers import Entry, wide_name
 from ..planning.memory import DENSE_TILE_BYTES, WIDE_BYTES, is_rest, stored_dtype
 from ..planning.plan import DType, Rest
-from ..planning.shards import Mesh, Row, is_zero_here, local_bytes, local_shape, local_slices, table
+from ..planning.shards import Mesh, Row, is_zero_here, local_shape, local_slices, table
 from ..planning.spec import Spec
 from .dtypes import TORCH_DTYPE
-from .files import open_files
+from .files import Box, mapped, read_ahead
 from .weights import Layer, Weights
 
 
@@ -43,151 +48,206 @@ def load(
     inventory: Mapping[str, Entry],
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
-    pack: Callable[[Tensor, Tensor, Tensor], Packed] = Packed,
+    layout: Layout = LAYOUT,
     experts: Literal["device", "memory", "file"] = "device",
     rest: Rest = "bf16",
+    embedding_device: torch.device | None = None,
 ) -> Weights:
     """The share of `rank`; experts that the files have in bf16 are quantized as they come. Calls progress(done_bytes,
-    total_bytes) after each tensor, in bytes of MXFP4 files.
+    total_bytes) after each piece, in bytes of MXFP4 files.
 
-    pack: `Operations.pack`, of blocks, scales and bias of one product. It is called layer by layer, for gate_up and
-    then for down. experts: where it gets them: on the device, in host memory, or as views into the mapped file (of
-    blocks and scales; a replica of one rank). rest: what attention, embedding and head are kept in.
+    layout: of the experts, whose products are asked for layer by layer, gate_up and then down, first in `room` and
+    again in `put`. experts: where they are: on the device, in host memory, or as views into the mapped file (of blocks
+    and scales, in `pack`; a replica of one rank). rest: what attention, embedding and head are kept in.
+    embedding_device: of the embedding, if not on the device.
     """
-    rows = {row.name: row for row in table(plan.spec)}
-    total_bytes = sum(_read_bytes(row, plan, rank) for row in rows.values())
-    done_bytes = 0
-    experts_device = device if experts == "device" else torch.device("cpu")
-    with open_files(inventory) as file_of:
-
-        def done(row: Row) -> None:
-            nonlocal done_bytes
-            done_bytes += _read_bytes(row, plan, rank)
+    room = _Room(plan, rank, inventory, device, layout, experts, rest, {row.name: row for row in table(plan.spec)}, [])
+    made = room.all(embedding_device or device)
+    done_bytes, total_bytes = 0, sum(piece.counted_bytes for piece in room.pieces)
+    with read_ahead([piece.boxes for piece in room.pieces], device) as tensors:
+        for piece, parts in zip(room.pieces, tensors, strict=True):
+            piece.put(*parts)
+            done_bytes += piece.counted_bytes
             progress(done_bytes, total_bytes)
+    return made
 
-        def read(name: str) -> Tensor:
-            row = rows[name]
-            is_expert = any(cut.axis == "ep" for cut in row.cuts)
-            if is_expert and experts == "file" and row.dtype == "U8":
-                assert plan.mesh.ranks == 1 and not plan.expert_order
-                tensor = file_of(row.published).get_tensor(row.published)
-            else:
-                there = experts_device if is_expert else device
-                tensor = _place(file_of(row.published), row, plan, rank, there)
-            done(row)
-            return tensor
 
-        def read_weight(name: str) -> Weight:
-            row = rows[name]
-            if rest == "bf16":
-                return read(name)
-            assert is_rest(row)
-            weight = _quantized_rows(file_of(row.published), row, plan, rank, device, CODES[rest])
-            done(row)
-            return weight
+@dataclass(frozen=True)
+class _Piece:
+    """boxes: what is read at a time. put: takes a tensor in host memory for each, which is another's soon."""
 
-        def read_packed(prefix: str) -> Packed:
-            blocks, scales = rows[f"{prefix}.blocks"], rows[f"{prefix}.scales"]
-            if blocks.published in inventory:
-                return pack(read(blocks.name), read(scales.name), read(f"{prefix}.bias"))
-            if experts == "file":
+    boxes: tuple[Box, ...]
+    put: Callable[..., None]
+    counted_bytes: int
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Makes tensors with nothing in them; pieces: what is to be filled in, in the order in which they were made."""
+
+    plan: Placed
+    rank: int
+    inventory: Mapping[str, Entry]
+    device: torch.device
+    layout: Layout
+    experts: Literal["device", "memory", "file"]
+    rest: Rest
+    rows: Mapping[str, Row]
+    pieces: list[_Piece]
+
+    def all(self, embedding_device: torch.device) -> Weights:
+        plan, rank = self.plan, self.rank
+        return Weights(
+            embed_VH=replace(self, device=embedding_device)._matrix("embed"),
+            layers=tuple(self._layer(f"layers.{layer}") for layer in range(plan.spec.layers)),
+            norm_H=self._tensor("norm"),
+            head_VH=self._matrix("head"),
+            first_token=local_slices(self.rows["embed"], plan.mesh, rank)[0].start,
+            first_expert=local_slices(self.rows["layers.0.gate_up.bias"], plan.mesh, rank)[0].start,
+        )
+
+    def _layer(self, prefix: str) -> Layer:
+        return Layer(
+            attn_norm_H=self._tensor(f"{prefix}.attn_norm"),
+            qkv_QH=self._matrix(*(f"{prefix}.{letter}.weight" for letter in "qkv")),
+            qkv_bias_Q=self._tensor(*(f"{prefix}.{letter}.bias" for letter in "qkv")),
+            sinks_N=self._tensor(f"{prefix}.sinks"),
+            out_HQ=self._matrix(f"{prefix}.o.weight"),
+            out_bias_H=self._tensor(f"{prefix}.o.bias"),
+            mlp_norm_H=self._tensor(f"{prefix}.mlp_norm"),
+            router_EH=self._tensor(f"{prefix}.router.weight"),
+            router_bias_E=self._tensor(f"{prefix}.router.bias"),
+            gate_up=self._product(f"{prefix}.gate_up"),
+            down=self._product(f"{prefix}.down"),
+        )
+
+    def _matrix(self, *names: str) -> Weight:
+        """Rows of all of `names` in this order, in what the rest is kept in."""
+        if self.rest == "bf16":
+            return self._tensor(*names)
+        shape, dtype, codes = self._shape(*names), TORCH_DTYPE[self.plan.dtype], CODES[self.rest]
+        codes_OI = torch.empty(shape, dtype=codes, device=self.device)
+        made = Quantized(codes_OI, torch.empty(shape[:1], dtype=torch.float32, device=self.device), dtype)
+
+        def put(rows: slice, tensor: Tensor) -> None:
+            """On the device it is never whole as it was."""
+            some = quantized(tensor.to(self.device, non_blocking=True).to(dtype), codes, dtype)
+            made.codes_OI[rows], made.scale_O[rows] = some.codes_OI, some.scale_O
+
+        assert all(is_rest(self.rows[name]) for name in names)
+        self._fill(names, put)
+        return made
+
+    def _tensor(self, *names: str) -> Tensor:
+        """Rows of all of `names` in this order, in the dtype that the forward pass reads."""
+        dtype = _kept_dtype(self.rows[names[0]], self.plan)
+        made = torch.empty(self._shape(*names), dtype=dtype, device=self.device)
+        self._fill_tensor(made, *names)
+        return made
+
+    def _fill_tensor(self, made: Tensor, *names: str) -> None:
+        def put(rows: slice, tensor: Tensor) -> None:
+            made[rows] = tensor.to(made.device, non_blocking=True)  # converted there
+
+        if any(is_zero_here(self.rows[name], self.plan.mesh, self.rank) for name in names):
+            made.zero_()
+        else:
+            self._fill(names, put)
+
+    def _fill(self, names: Sequence[str], put: Callable[[slice, Tensor], None]) -> None:
+        """put: called with rows of what was made, and what belongs there as it is in the file."""
+        first = 0
+        for row in (self.rows[name] for name in names):
+            entry, (mine, *others) = self.inventory[row.published], local_slices(row, self.plan.mesh, self.rank)
+            if row.by_expert and self.plan.expert_order:
+                order = self._order(row)[mine]
+                boxes = tuple(Box(entry, (slice(expert, expert + 1), *others)) for expert in order)
+                self._add(boxes, lambda *parts: put(slice(0, None), torch.cat(parts)))
+                assert len(names) == 1
+                continue
+            for tile in tiles_of(row, self.plan, self.rank):
+                box = Box(entry, (slice(mine.start + tile.start, mine.start + tile.stop), *others))
+                there = slice(first + tile.start, first + tile.stop)
+                self._add((box,), lambda tensor, there=there: put(there, tensor))
+            first += mine.stop - mine.start
+
+    def _product(self, prefix: str) -> Packed:
+        blocks, scales, bias = (self.rows[f"{prefix}.{part}"] for part in ("blocks", "scales", "bias"))
+        dtype, is_wide = _kept_dtype(bias, self.plan), blocks.published not in self.inventory
+        if self.experts == "file":
+            if is_wide:
                 raise UserError(
                     f"{wide_name(blocks)} is bf16: experts can be read from the file as they are only in MXFP4",
                     "more --host-memory keeps them in memory",
                 )
-            packed = _quantized(file_of(wide_name(blocks)), blocks, plan, rank, experts_device)
-            done(blocks)
-            done(scales)
-            return pack(*packed, read(f"{prefix}.bias"))
+            assert self.plan.mesh.ranks == 1 and not self.plan.expert_order
+            there = {row: mapped(self.inventory[row.published]) for row in (blocks, scales, bias)}
+            self._add((), lambda: None, sum(row.nbytes for row in there))
+            return self.layout.pack(there[blocks], there[scales], there[bias].to(dtype, copy=True))
+        where = self.device if self.experts == "device" else torch.device("cpu")
+        experts, *within = local_slices(blocks, self.plan.mesh, self.rank)
+        count, out, row_blocks = self._shape(scales.name)
+        packed = self.layout.room((count, out, row_blocks), dtype, where)
+        self._fill_tensor(packed.bias, bias.name)
+        counted_bytes = sum(prod(self._shape(row.name)[1:]) for row in (blocks, scales))  # of one
+        for place, expert in enumerate(self._order(blocks)[experts]):
+            one = slice(expert, expert + 1)
+            if is_wide:
+                entry = self.inventory[wide_name(blocks)]
+                boxes = (Box(entry, (one, *(slice(0, size) for size in entry.shape[1:]))),)
+                put = partial(_put_quantized, self.layout, packed, place, within, where)
+            else:
+                parts = (self.inventory[row.published] for row in (blocks, scales))
+                boxes = tuple(Box(entry, (one, *cut)) for entry, cut in zip(parts, (within, within[:2]), strict=True))
+                put = partial(_put, self.layout, packed, place)
+            self._add(boxes, put, counted_bytes)
+        return packed
 
-        def read_layer(prefix: str) -> Layer:
-            return Layer(
-                attn_norm_H=read(f"{prefix}.attn_norm"),
-                qkv_QH=joined([read_weight(f"{prefix}.{letter}.weight") for letter in "qkv"]),
-                qkv_bias_Q=torch.cat([read(f"{prefix}.{letter}.bias") for letter in "qkv"]),
-                sinks_N=read(f"{prefix}.sinks"),
-                out_HQ=read_weight(f"{prefix}.o.weight"),
-                out_bias_H=read(f"{prefix}.o.bias"),
-                mlp_norm_H=read(f"{prefix}.mlp_norm"),
-                router_EH=read(f"{prefix}.router.weight"),
-                router_bias_E=read(f"{prefix}.router.bias"),
-                gate_up=read_packed(f"{prefix}.gate_up"),
-                down=read_packed(f"{prefix}.down"),
-            )
+    def _order(self, row: Row) -> Sequence[int]:
+        """Of experts, of which a rank has a slice."""
+        order = self.plan.expert_order
+        return order[int(row.name.split(".")[1])] if order else range(row.shape[0])
 
-        return Weights(
-            embed_VH=read_weight("embed"),
-            layers=tuple(read_layer(f"layers.{layer}") for layer in range(plan.spec.layers)),
-            norm_H=read("norm"),
-            head_VH=read_weight("head"),
-            first_token=local_slices(rows["embed"], plan.mesh, rank)[0].start,
-            first_expert=local_slices(rows["layers.0.gate_up.bias"], plan.mesh, rank)[0].start,
-        )
+    def _shape(self, *names: str) -> tuple[int, ...]:
+        """Of this rank's rows of all of them."""
+        shapes = [local_shape(self.rows[name], self.plan.mesh, self.rank) for name in names]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def _add(self, boxes: tuple[Box, ...], put: Callable[..., None], counted_bytes: int | None = None) -> None:
+        counted_bytes = sum(box.nbytes for box in boxes) if counted_bytes is None else counted_bytes
+        self.pieces.append(_Piece(boxes, put, counted_bytes))
 
 
-def _place(file: Any, row: Row, plan: Placed, rank: int, device: torch.device) -> Tensor:
-    """This rank's slice of one tensor, on the device, in the dtype that the forward pass reads."""
+def _put(layout: Layout, packed: Packed, place: int, blocks: Tensor, scales: Tensor) -> None:
+    layout.put(packed, place, blocks[0], scales[0])
+
+
+def _put_quantized(
+    layout: Layout, packed: Packed, place: int, within: Sequence[slice], where: torch.device, values: Tensor
+) -> None:
+    """values: an expert as the file has it in bf16, [1, in, out]. within: the part of its blocks that belongs here."""
+    blocks, scales = quantize(values[0].to(where).T)
+    layout.put(packed, place, blocks[tuple(within)].contiguous(), scales[tuple(within[:2])].contiguous())
+
+
+def _kept_dtype(row: Row, plan: Placed) -> torch.dtype:
     kept = stored_dtype(row, plan.dtype)
-    dtype = torch.uint8 if kept is None else TORCH_DTYPE[kept]
-    if is_zero_here(row, plan.mesh, rank):
-        return torch.zeros(local_shape(row, plan.mesh, rank), dtype=dtype, device=device)
-    tensor = _read(file, row, plan, rank)
-    # a tensor that needs no conversion would still be a view into the mapped file: own memory is what was planned for
-    return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+    assert kept is not None, "packed experts are never whole"
+    return TORCH_DTYPE[kept]
 
 
-def read_rows(file: Any, row: Row, plan: Placed, rank: int, device: torch.device, some: slice | None = None) -> Tensor:
-    """Some of the rows that this rank has of a matrix that is no expert's, counted from its first one; or all."""
-    (mine, *rest), kept = local_slices(row, plan.mesh, rank), stored_dtype(row, plan.dtype)
-    assert kept is not None and not row.by_expert
-    if some is not None:
-        mine = slice(mine.start + some.start, mine.start + some.stop)
-    tensor = file.get_slice(row.published)[(mine, *rest)]
-    return tensor.to(device=device, dtype=TORCH_DTYPE[kept], copy=True).contiguous()
+def read_rows(
+    inventory: Mapping[str, Entry], row: Row, plan: Placed, rank: int, device: torch.device, some: slice
+) -> Tensor:
+    """Some of the rows that this rank has of a matrix that is no expert's, counted from its first one."""
+    assert not row.by_expert
+    mine, *others = local_slices(row, plan.mesh, rank)
+    tensor = mapped(inventory[row.published])[(slice(mine.start + some.start, mine.start + some.stop), *others)]
+    return tensor.to(device=device, dtype=_kept_dtype(row, plan), copy=True).contiguous()
 
 
 def tiles_of(row: Row, plan: Placed, rank: int) -> Iterator[slice]:
-    """This rank's rows of a matrix, so many at a time that they take DENSE_TILE_BYTES in fp32."""
-    rows, columns = local_shape(row, plan.mesh, rank)
-    step = max(1, DENSE_TILE_BYTES // (WIDE_BYTES * columns))
+    """This rank's rows of a tensor, so many at a time that they take DENSE_TILE_BYTES in fp32."""
+    rows, *others = local_shape(row, plan.mesh, rank)
+    step = max(1, DENSE_TILE_BYTES // (WIDE_BYTES * prod(others)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _quantized_rows(
-    file: Any, row: Row, plan: Placed, rank: int, device: torch.device, codes: torch.dtype
-) -> Quantized:
-    """This rank's slice of a matrix in 8 bits. On the device it is never whole as it was."""
-    shape, dtype = local_shape(row, plan.mesh, rank), TORCH_DTYPE[plan.dtype]
-    scales = torch.empty(shape[:1], dtype=torch.float32, device=device)
-    made = Quantized(torch.empty(shape, dtype=codes, device=device), scales, dtype)
-    for tile in tiles_of(row, plan, rank):
-        some = quantized(read_rows(file, row, plan, rank, device, tile), codes, dtype)
-        made.codes_OI[tile], made.scale_O[tile] = some.codes_OI, some.scale_O
-    return made
-
-
-def _read(file: Any, row: Row, plan: Placed, rank: int) -> Tensor:
-    """This rank's slice as it is in the file; experts in the plan's order, one by one, where it has one."""
-    stored, slices = file.get_slice(row.published), local_slices(row, plan.mesh, rank)
-    if not (plan.expert_order and row.by_expert):
-        return stored[slices]
-    order = plan.expert_order[int(row.name.split(".")[1])]
-    return torch.cat([stored[(slice(expert, expert + 1), *slices[1:])] for expert in order[slices[0]]])
-
-
-def _quantized(file: Any, row: Row, plan: Placed, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Blocks and scales of this rank's slice of a product that the file has in bf16, [experts, in, out]: an expert at
-    a time, on the device. row: that of the blocks."""
-    stored, (experts, *rest) = file.get_slice(wide_name(row)), local_slices(row, plan.mesh, rank)
-    order = plan.expert_order[int(row.name.split(".")[1])] if plan.expert_order else range(row.shape[0])
-    made = []
-    for expert in order[experts]:
-        blocks, scales = quantize(stored[expert : expert + 1][0].to(device).T)
-        made.append((blocks[tuple(rest)].contiguous(), scales[tuple(rest[:2])].contiguous()))
-    blocks, scales = zip(*made, strict=True)
-    return torch.stack(blocks), torch.stack(scales)
-
-
-def _read_bytes(row: Row, plan: Placed, rank: int) -> int:
-    """What this rank asks the file for."""
-    return 0 if is_zero_here(row, plan.mesh, rank) else local_bytes(row, plan.mesh, rank)

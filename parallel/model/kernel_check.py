@@ -201,7 +201,7 @@ def _experts(ops: Operations, random: _Random) -> Iterator[float]:
     weights_TX = random.normal(random.tokens, EXPERTS_PER_TOKEN, dtype=torch.float32).softmax(-1)
     experts_TX = random.whole(0, EXPERTS - 1, random.tokens, 1)
     experts_TX = torch.cat([experts_TX, (experts_TX + 1) % (EXPERTS - 1)], dim=-1)
-    packs = [ops.pack(one.blocks, one.scales, one.bias) for one in (gate_up, down)]
+    packs = [ops.layout.pack(one.blocks, one.scales, one.bias) for one in (gate_up, down)]
     wide = [Packed(one.blocks, one.scales, one.bias.double()) for one in (gate_up, down)]
     wanted = PLAIN.experts(x_TH.double(), weights_TX, experts_TX, *wide, 0, LIMIT)
     yield _error(ops.experts(x_TH, weights_TX, experts_TX, *packs, 0, LIMIT), wanted)

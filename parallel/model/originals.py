@@ -5,30 +5,27 @@ the weights that are compared. Does not know what is computed with them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..planning.headers import Entry
-from ..planning.shards import Row, table
+from ..planning.shards import Row, local_shape, table
 from .checkpoint import Placed, read_rows, tiles_of
-from .files import open_files
 from .weights import Layer, Weights
 
 
 @dataclass(frozen=True)
 class Originals:
-    """rows: of the shard table, by name. file_of: as `files.open_files` gives it."""
+    """rows: of the shard table, by name."""
 
     plan: Placed
     rank: int
     weights: Weights
     rows: dict[str, Row]
-    file_of: Callable[[str], Any]
+    inventory: Mapping[str, Entry]
 
     def embedding(self, tokens_U: Tensor) -> Tensor:
         """[U, H]: rows of these tokens, zeros for those that another rank holds."""
@@ -53,11 +50,9 @@ class Originals:
 
     def _read(self, name: str, some: slice | None = None) -> Tensor:
         row = self.rows[name]
-        return read_rows(self.file_of(row.published), row, self.plan, self.rank, self.weights.embed_VH.device, some)
+        some = slice(0, local_shape(row, self.plan.mesh, self.rank)[0]) if some is None else some
+        return read_rows(self.inventory, row, self.plan, self.rank, self.weights.embed_VH.device, some)
 
 
-@contextmanager
-def originals(plan: Placed, rank: int, inventory: Mapping[str, Entry], weights: Weights) -> Iterator[Originals]:
-    """While the files are open."""
-    with open_files(inventory) as file_of:
-        yield Originals(plan, rank, weights, {row.name: row for row in table(plan.spec)}, file_of)
+def originals(plan: Placed, rank: int, inventory: Mapping[str, Entry], weights: Weights) -> Originals:
+    return Originals(plan, rank, weights, {row.name: row for row in table(plan.spec)}, inventory)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels import PLAIN, Operations
 from ..kernels import experts as plain
-from ..kernels.experts import Packed
+from ..kernels.experts import Layout, Packed, Shape
 from ..kernels.precision import wide
 from ..planning.plan import Offload
 from .counts import Counts
@@ -80,57 +80,97 @@ class Layer(Protocol):
 
 
 class Holder:
-    """`pack` of an offloaded model: called for gate_up and down of each layer in turn, with experts on the host."""
+    """The layout of an offloaded model's experts: gate_up and down of each layer come in turn, with experts on the
+    host. Held.bias is that of all of a layer's experts there."""
 
     def __init__(self, offload: Offload, ops: Operations, device: torch.device, slow: list[str]) -> None:
         self._pins = Pins(slow)
         self._offload, self._ops, self._device, self._calls = offload, ops, device, 0
         self._slots: Slots | None = None
+        self.layout = Layout(self._pack, self._room, self._put)
 
-    def __call__(self, blocks: Tensor, scales: Tensor, bias: Tensor) -> Held:
-        way, layer, count = self._offload.taken, self._calls // 2, len(blocks)
+    def _pack(self, blocks: Tensor, scales: Tensor, bias: Tensor) -> Held:
+        """Of views into the mapped file, which stay there."""
+        assert self._offload.taken.kept == "file"
+        count, out, row_blocks = scales.shape
+        whole = Packed(blocks, scales, _read_by_cpu(bias, self._offload))
+        held = self._held(whole, (count, out, row_blocks), bias)
+        for expert in held.slots.places:
+            self._put(held, expert, blocks[expert], scales[expert])
+        return held
+
+    def _room(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Held:
+        """In host memory: experts in the layout of the kernels, so that a copy of one is a copy and nothing else; or
+        those that the CPU computes, as it reads them."""
+        way, on_host = self._offload.taken, torch.device("cpu")
+        bias = torch.empty(shape[:2], dtype=dtype)
+        if way.misses == "copied":
+            whole = self._ops.layout.room(shape, dtype, on_host)
+            parts = {part: self._pinned(getattr(whole, part)) for part in PARTS}
+            whole = dataclasses.replace(whole, **parts)
+        else:
+            whole = plain.room((shape[0] - len(self._hot()), *shape[1:]), dtype, on_host)
+            whole = dataclasses.replace(whole, bias=_read_by_cpu(whole.bias, self._offload))
+        return self._held(whole, shape, bias)
+
+    def _put(self, held: Packed, place: int, blocks: Tensor, scales: Tensor) -> None:
+        """place: the number of the expert."""
+        assert isinstance(held, Held)
+        way, slot, bias = self._offload.taken, held.slots.places.get(place), held.bias[place]
+        if slot is not None:
+            self._ops.layout.put(held.packed, slot, blocks, scales)
+            held.packed.bias[slot] = bias.to(self._device)
+        if way.kept == "file":
+            return
+        if way.misses == "copied":
+            one = self._one(blocks, scales, bias) if slot is None else held.packed
+            for part in PARTS:
+                getattr(held.host, part)[place] = getattr(one, part)[slot or 0].cpu()
+        elif slot is None:
+            there = int(held.host_places[place])
+            plain.put(held.host, there, blocks, scales)
+            held.host.bias[there] = bias
+
+    def _one(self, blocks: Tensor, scales: Tensor, bias: Tensor) -> Packed:
+        """On the device, whose room is planned for no more."""
+        return self._ops.layout.pack(blocks[None], scales[None], bias[None].to(self._device))
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return self._pins(tensor) if self._device.type == "cuda" else tensor
+
+    def _hot(self) -> tuple[int, ...]:
+        """Those of this layer that are on the device at the beginning, in the order of their slots."""
+        hot = self._offload.hot
+        return hot[self._calls // 2] if hot else tuple(range(self._offload.taken.slots))
+
+    def _held(self, whole: Packed, shape: Shape, bias: Tensor) -> Held:
+        """With nothing on the device yet. whole: on the host, with what will be there."""
+        way, count = self._offload.taken, shape[0]
+        hot, layer = self._hot(), self._calls // 2
         self._calls += 1
-        hot = self._offload.hot[layer] if self._offload.hot else tuple(range(way.slots))
         if self._slots is None:  # shared by both products of a layer
             events = [[torch.cuda.Event() for _ in hot] if self._device.type == "cuda" else [] for _ in range(2)]
             slots = self._slots = Slots(OrderedDict((expert, slot) for slot, expert in enumerate(hot)), *events)
             slots.places = OrderedDict(reversed(slots.places.items()))  # the most used one is given up last
         else:
             slots, self._slots = self._slots, None
-        whole = Packed(blocks, scales, bias)
-        kept = torch.tensor(hot, dtype=torch.int64)
-        packed = self._ops.pack(*(getattr(whole, part)[kept].to(self._device) for part in PARTS))
         device_places = torch.full((count,), -1, dtype=torch.int64)
-        device_places[kept] = torch.arange(len(hot))
+        device_places[list(hot)] = torch.arange(len(hot))
+        others = [expert for expert in range(count) if expert not in set(hot)]
         host_places = torch.full((count,), -1, dtype=torch.int64)
-        others = torch.tensor([expert for expert in range(count) if expert not in set(hot)], dtype=torch.int64)
-        if way.misses == "computed" and way.kept == "memory":
-            host_places[others] = torch.arange(len(others))
-            whole = Packed(*(getattr(whole, part)[others] for part in PARTS))
-        else:
-            host_places[others] = others
-        if way.misses == "computed":
-            if whole.bias.dtype == torch.float16:  # which the CPU's experts do not read
-                whole = dataclasses.replace(whole, bias=whole.bias.float())
-        elif way.kept == "memory":
-            whole = self._in_layout(whole)
+        fewer = way.misses == "computed" and way.kept == "memory"
+        host_places[others] = torch.arange(len(others)) if fewer else torch.tensor(others, dtype=torch.int64)
+        packed = self._ops.layout.room((len(hot), *shape[1:]), bias.dtype, self._device)
         empty = torch.empty((0,), device=self._device)
         repacks = way.misses == "copied" and way.kept == "file"
         return Held(
-            empty, empty, empty, packed, whole, repacks, slots, device_places.to(self._device), host_places, layer
+            empty, empty, bias, packed, whole, repacks, slots, device_places.to(self._device), host_places, layer
         )
 
-    def _in_layout(self, whole: Packed) -> Packed:
-        """In that of the kernels, so that a copy of an expert is a copy and nothing else. One expert at a time passes
-        through the device, whose room is planned for no more."""
-        parts: list[list[Tensor]] = [[] for _ in PARTS]
-        for expert in range(len(whole.blocks)):
-            one = [getattr(whole, part)[expert : expert + 1].to(self._device) for part in PARTS]
-            packed = self._ops.pack(*one)
-            for place, part in enumerate(PARTS):
-                parts[place].append(getattr(packed, part).cpu())
-        joined = (torch.cat(part) for part in parts)
-        return Packed(*(self._pins(one) if self._device.type == "cuda" else one for one in joined))
+
+def _read_by_cpu(bias: Tensor, offload: Offload) -> Tensor:
+    """As its experts read it, if they compute anything."""
+    return bias.float() if offload.taken.misses == "computed" and bias.dtype == torch.float16 else bias
 
 
 class Stalls:
@@ -277,7 +317,8 @@ class Copied:
             one = [getattr(product.host, part)[expert : expert + 1] for part in PARTS]
             self.counts.moved_bytes += sum(part.nbytes for part in one)
             if product.repacks:
-                packed = self.ops.pack(*(part.to(product.packed.blocks.device) for part in one))
+                blocks, scales, bias = one
+                packed = self.ops.layout.pack(blocks, scales, bias.to(product.packed.blocks.device))
                 one = [getattr(packed, part) for part in PARTS]
             for part, value in zip(PARTS, one, strict=True):
                 getattr(product.packed, part)[place : place + 1].copy_(value, non_blocking=True)
@@ -341,7 +382,7 @@ def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         stalls = Stalls(counts, on_gpu=stream is not None)
         return (
-            dataclasses.replace(ops, pack=holder, experts=Copied(ops, counts, stream, stalls, offload.ahead)),
+            dataclasses.replace(ops, layout=holder.layout, experts=Copied(ops, counts, stream, stalls, offload.ahead)),
             counts,
             slow,
         )
@@ -353,7 +394,7 @@ def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[
     except NoLibraryError as error:
         on_cpu = PLAIN.experts
         slow.append(f"plain torch experts on the CPU, some 100 times slower: {error}")
-    return dataclasses.replace(ops, pack=holder, experts=Computed(ops, counts, on_cpu)), counts, slow
+    return dataclasses.replace(ops, layout=holder.layout, experts=Computed(ops, counts, on_cpu)), counts, slow
 
 
 def tell_layers(ops: Operations, layers: Sequence[Layer]) -> None:

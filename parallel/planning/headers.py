@@ -9,11 +9,12 @@ Format: 8 bytes of little-endian header length, a JSON header, the data (https:/
 import json
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .shards import Row, table
+from .shards import BYTES_PER_ELEMENT, Row, table
 from .spec import MXFP4_BLOCK, Spec
 
 INDEX = "model.safetensors.index.json"
@@ -24,11 +25,13 @@ _FETCH_AGAIN = "the download is incomplete or damaged: fetch the file again"
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor is: its file, and its dtype and shape as the header declares them."""
+    """Where one tensor is: its file, its dtype and shape as the header declares them, and its bytes in the file."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    start_bytes: int
+    size_bytes: int
 
 
 def read_inventory(folder: Path) -> dict[str, Entry]:
@@ -46,7 +49,7 @@ def read_inventory(folder: Path) -> dict[str, Entry]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: no readable weight_map", _FETCH_AGAIN) from None
     elif (folder / SINGLE_FILE).exists():
-        named = {tensor: SINGLE_FILE for tensor in _read_header(folder / SINGLE_FILE)}
+        named = {tensor: SINGLE_FILE for tensor in _read_header(folder / SINGLE_FILE)[0]}
     else:
         raise UserError(f"{folder} holds neither {INDEX} nor {SINGLE_FILE}", "name the folder of a checkpoint")
     inventory: dict[str, Entry] = {}
@@ -55,17 +58,20 @@ def read_inventory(folder: Path) -> dict[str, Entry]:
         if not path.exists():
             tensor = next(tensor for tensor, where in named.items() if where == file)
             raise UserError(f"{index} names {file} for {tensor}, and there is no such file", _FETCH_AGAIN)
-        header = _read_header(path)
+        header, after = _read_header(path)
         for tensor, where in named.items():
             if where == file:
                 if tensor not in header:
                     raise UserError(f"{path}: no tensor {tensor}, though {INDEX} says so", _FETCH_AGAIN)
-                inventory[tensor] = Entry(path, header[tensor]["dtype"], tuple(header[tensor]["shape"]))
+                one = header[tensor]
+                start, stop = one["data_offsets"]
+                inventory[tensor] = Entry(path, one["dtype"], tuple(one["shape"]), after + start, stop - start)
     return inventory
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """Tensor name -> {dtype, shape, data_offsets}; the file's size is checked against the offsets."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Tensor name -> {dtype, shape, data_offsets}, and where in the file the data begins, from which offsets count; the
+    file's size is checked against them."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -78,12 +84,15 @@ def _read_header(path: Path) -> dict[str, Any]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         for entry in header.values():
             _ = entry["dtype"], list(entry["shape"])
+            start, stop = entry["data_offsets"]
+            if not 0 <= start <= stop:
+                raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path}: the header is no safetensors header", _FETCH_AGAIN) from None
     if size < 8 + length + end:
         short = next(name for name, entry in header.items() if 8 + length + entry["data_offsets"][1] > size)
         raise UserError(f"{path}: truncated, {size} bytes of {8 + length + end}; first missing: {short}", _FETCH_AGAIN)
-    return header
+    return header, 8 + length
 
 
 def check_inventory(spec: Spec, inventory: dict[str, Entry], folder: Path, *, quantizes: bool = False) -> None:
@@ -103,6 +112,7 @@ def check_inventory(spec: Spec, inventory: dict[str, Entry], folder: Path, *, qu
         if entry.shape != row.shape:
             found, wanted = list(entry.shape), list(row.shape)
             raise UserError(f"{entry.path}: {row.published} is {found}, wanted {wanted}", _wanted(row))
+        _check_size(entry, row.published, row.nbytes)
 
 
 def wide_name(row: Row) -> str:
@@ -115,6 +125,12 @@ def _check_wide(row: Row, entry: Entry) -> None:
     if (entry.dtype, entry.shape) != ("BF16", shape):
         found = f"{wide_name(row)} is {entry.dtype} {list(entry.shape)}"
         raise UserError(f"{entry.path}: {found}, wanted BF16 {list(shape)}", _wanted(row))
+    _check_size(entry, wide_name(row), prod(shape) * BYTES_PER_ELEMENT["BF16"])
+
+
+def _check_size(entry: Entry, published: str, size_bytes: int) -> None:
+    if entry.size_bytes != size_bytes:
+        raise UserError(f"{entry.path}: {published} has {entry.size_bytes} bytes, wanted {size_bytes}", _FETCH_AGAIN)
 
 
 def _wanted(row: Row) -> str:

@@ -19,7 +19,9 @@ GATHERED_PARTS = 2  # of stage 3: the part that is computed with, and the one th
 LOGITS_LIMIT_BYTES = 256 << 20  # of a chunk, in the compute dtype
 LOGITS_COPIES = 6  # plain: besides, in fp32, less their log-sum-exp, and their gradient; fused they are written over
 WIDE_ROW_COPIES = 4  # fp32, of a token's hidden state in a layer's norms and their gradients
-KEPT_LIMIT_BYTES = 2 << 30  # of a layer's first product: what is larger is dequantized again for its gradient
+# Of the matrices of a layer's experts, dequantized or cast, at a time; and what a part of their rows or columns is a
+# multiple of: whole tiles of a grouped product, whole blocks of MXFP4.
+PART_LIMIT_BYTES, PART_MULTIPLE = 256 << 20, 256
 SPARE_COLUMNS = 8  # of a product of experts, beside weights and adapter: kernels.triton_mixture
 FUSED_SLACK = 1.1  # of what is counted so: 2.1 GB were seen on an H200 where 2.3 are counted
 FUSED_HIDDEN_COPIES = 8  # a layer's hidden states: what its norms and its router read, and gradients
@@ -124,6 +126,12 @@ def _trained(values: int, largest_part: int, dtype: DType, share: Share) -> _Tra
     return _Trained(weights, gradients, moments, host)
 
 
+def part_size(size: int, one_bytes: int) -> int:
+    """Rows or columns of a product of experts that are there at a time. one_bytes: of one, for all experts."""
+    parts = -(-size * one_bytes // PART_LIMIT_BYTES)
+    return min(size, -(-size // (parts * PART_MULTIPLE)) * PART_MULTIPLE)
+
+
 def layer_experts_bytes(spec: Spec) -> int:
     """Packed MXFP4 of a layer's experts, without biases."""
     names = tuple(f"layers.0.{product}.{part}" for product in ("gate_up", "down") for part in ("blocks", "scales"))
@@ -133,16 +141,16 @@ def layer_experts_bytes(spec: Spec) -> int:
 def _fused_layer_bytes(spec: Spec, tokens: int, expert_rank: int) -> int:
     """What training.grouped and kernels.triton_layer hold at the worst moment of a layer's gradient, in bf16."""
     q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    routed, spare = tokens * spec.experts_per_token, expert_rank + SPARE_COLUMNS
-    gate_up = spec.experts * 2 * spec.intermediate * (spec.hidden + spare) * 2
-    down = spec.experts * spec.hidden * (spec.intermediate + spare) * 2
+    routed, width = tokens * spec.experts_per_token, spec.hidden + expert_rank + SPARE_COLUMNS
+    row, column = spec.experts * width * 2, spec.experts * 2 * spec.intermediate * 2
+    part = max(part_size(2 * spec.intermediate, row) * row, part_size(spec.hidden, column) * column)
     values = (
         tokens * spec.hidden * FUSED_HIDDEN_COPIES
         + tokens * (5 * q_width + 6 * kv_width)  # q, k, v twice, attention's result twice, a gradient
         + routed * spec.hidden * FUSED_ROW_COPIES
         + routed * spec.intermediate * FUSED_INNER_COPIES
     )
-    return values * 2 + (gate_up + down if gate_up <= KEPT_LIMIT_BYTES else gate_up)
+    return values * 2 + part
 
 
 def _layer_bytes(spec: Spec, dtype: DType, rows: int) -> int:
@@ -173,10 +181,12 @@ def training_memory(
     """One pack of `sequence_tokens` at a time; every layer is computed again for its gradient."""
     element, rows = DTYPE_BYTES[dtype], sequence_tokens * spec.hidden
     waiting = share.host_layers * layer_experts_bytes(spec)
+    if not full and device == "cuda":
+        waiting += spec.vocab * spec.hidden * element  # the embedding, of which a pack needs few rows
     fused = dtype == "bf16" and device == "cuda"
     layer = _fused_layer_bytes(spec, sequence_tokens, expert_rank) if fused else _layer_bytes(spec, dtype, rows)
     if share.host_layers:
-        layer += layer_experts_bytes(spec) * 2 // 3  # the larger product, as it comes from the host
+        layer += layer_experts_bytes(spec)  # as they come from the host
     # those of a CUDA graph are not the head's
     workspace = layer + LOGITS_LIMIT_BYTES if fused else max(layer, LOGITS_COPIES * LOGITS_LIMIT_BYTES)
     process = PROCESS[device]

@@ -17,7 +17,8 @@ from .samples import Sample, sample
 class Pack:
     """tokens_T, positions_T: int64; positions begin again with each document. learnt_R: tokens after which something is
     learnt, none of them the last of a document; targets_R: the token that follows each; weights_R (fp32): what
-    predicting it counts. weight: all of them together. bounds: first token of each document, then the end."""
+    predicting it counts. All but tokens_T are on the device; those wait in host memory, where an embedding may be.
+    weight: all of weights_R together. bounds: first token of each document, then the end."""
 
     tokens_T: Tensor
     positions_T: Tensor
@@ -38,7 +39,7 @@ def make_pack(samples: Sequence[Sample], device: torch.device) -> Pack:
     weights_T = torch.cat([torch.frombuffer(one.weights, dtype=torch.float32) for one in samples])
     follows = weights_T.nonzero()[:, 0]  # the first token of a document has weight 0
     return Pack(
-        tokens_T.to(device),
+        tokens_T,
         torch.cat([torch.arange(len(one)) for one in samples]).to(device),
         (follows - 1).to(device),
         tokens_T[follows].to(device),

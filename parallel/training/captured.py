@@ -57,13 +57,13 @@ class Captured:
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """As `forward`. What it returns is written over by the next call."""
         x_TH: Any = _Replay.apply(self._anchor, self, inputs)
-        return x_TH, self._experts_LTX[:, : len(inputs.tokens_T)]
+        return x_TH, self._experts_LTX[:, : len(inputs.tokens)]
 
     def play(self, inputs: Inputs) -> Tensor:
         for ours, new in zip(self._tensors, _tensors(inputs, self._tensors_of), strict=True):
             ours[: len(new)].copy_(new)  # what is left over stays as it was: it is nobody's
         self._forth.replay()
-        return self._x_TH[: len(inputs.tokens_T)]
+        return self._x_TH[: len(inputs.tokens)]
 
     def play_back(self, grad_TH: Tensor) -> None:
         self._grad_TH[: len(grad_TH)].copy_(grad_TH)
@@ -73,7 +73,7 @@ class Captured:
 
 def _tensors(inputs: Inputs, tensors_of: Callable[[Any], list[Tensor]]) -> list[Tensor]:
     masks = [tensor for mask in inputs.masks.values() for tensor in tensors_of(mask)]
-    return [inputs.tokens_T, *inputs.turn, *masks]
+    return [inputs.tokens, *inputs.turn, *masks]
 
 
 class _Replay(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels.mxfp4 import dequantize
 from ..kernels.quantize import quantize
-from ..model.files import open_files
+from ..model.files import mapped
 from ..model.random_checkpoint import SINGLE_FILE_LIMIT_BYTES
 from ..planning.headers import INDEX, SINGLE_FILE, check_inventory, read_inventory
 from ..planning.shards import table
@@ -94,33 +94,31 @@ def _merged(job: Job, saved: Path, names: list[str], layout: Literal["bf16", "mx
     folder = Path(job.checkpoint)
     inventory = read_inventory(folder)
     check_inventory(job.spec, inventory, folder)
-    with open_files(inventory) as file_of:
 
-        def stored(name: str) -> Tensor:
-            published = rows[name].published
-            return file_of(published).get_tensor(published)
+    def stored(name: str) -> Tensor:
+        return mapped(inventory[rows[name].published])
 
-        for name in names:
-            published = rows[name].published
-            product = name.rpartition(".")[0]
-            if name.endswith(".scales"):
-                continue  # with its blocks
-            if not name.endswith(".blocks"):
-                tensor = values[name] if job.mode == "full" else _plus(stored(name), added, product, name)
-                yield published, tensor.to(torch.bfloat16)
-                continue
-            touched = job.mode == "full" or product in added
-            if layout == "mxfp4" and not touched:
-                yield published, stored(name)
-                yield rows[f"{product}.scales"].published, stored(f"{product}.scales")
-                continue
-            weight = _expert_weight(stored, values, added, product)
-            if layout == "bf16":
-                yield published.removesuffix("_blocks"), weight.transpose(1, 2).to(torch.bfloat16)
-            else:
-                blocks, scales = quantize(weight)
-                yield published, blocks
-                yield rows[f"{product}.scales"].published, scales
+    for name in names:
+        published = rows[name].published
+        product = name.rpartition(".")[0]
+        if name.endswith(".scales"):
+            continue  # with its blocks
+        if not name.endswith(".blocks"):
+            tensor = values[name] if job.mode == "full" else _plus(stored(name), added, product, name)
+            yield published, tensor.to(torch.bfloat16)
+            continue
+        touched = job.mode == "full" or product in added
+        if layout == "mxfp4" and not touched:
+            yield published, stored(name)
+            yield rows[f"{product}.scales"].published, stored(f"{product}.scales")
+            continue
+        weight = _expert_weight(stored, values, added, product)
+        if layout == "bf16":
+            yield published.removesuffix("_blocks"), weight.transpose(1, 2).to(torch.bfloat16)
+        else:
+            blocks, scales = quantize(weight)
+            yield published, blocks
+            yield rows[f"{product}.scales"].published, scales
 
 
 def _plus(weight: Tensor, added: Mapping[str, LowRank], product: str, name: str) -> Tensor:

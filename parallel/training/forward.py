@@ -33,15 +33,16 @@ class Precision:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the layers see of a pack. turn: cos and sin [T, D / 2]. masks: as `attention` has prepared them."""
+    """What the model sees of a pack. tokens: their ids [T], or where the embedding is frozen their rows of it [T, H].
+    turn: cos and sin [T, D / 2]. masks: as `attention` has prepared them."""
 
-    tokens_T: Tensor
+    tokens: Tensor
     turn: tuple[Tensor, Tensor]
     masks: Mapping[LayerKind, Any]
 
 
-def inputs_of(spec: Spec, pack: Pack, attention: Attention) -> Inputs:
-    device = pack.tokens_T.device
+def inputs_of(spec: Spec, model: Model, pack: Pack, attention: Attention) -> Inputs:
+    device = pack.positions_T.device
     turn = rotation(pack.positions_T, inverse_frequencies(spec).to(device), concentration(spec))
     windows: dict[LayerKind, int | None] = {"window": spec.window_tokens, "full": None}
     masks: dict[LayerKind, Any] = {
@@ -49,7 +50,16 @@ def inputs_of(spec: Spec, pack: Pack, attention: Attention) -> Inputs:
         for kind, tokens in windows.items()
         if kind in spec.layer_kinds
     }
-    return Inputs(pack.tokens_T, turn, masks)
+    trained = model.embed_VH.requires_grad
+    tokens = pack.tokens_T.to(device) if trained else embedded(model.embed_VH, pack.tokens_T, device)
+    return Inputs(tokens, turn, masks)
+
+
+def embedded(embed_VH: Tensor, tokens_T: Tensor, device: torch.device) -> Tensor:
+    """Rows [T, H] on `device` of a frozen embedding in host memory, as the tokens are."""
+    # torch keeps pinned memory until its copy has been made
+    rows_TH = torch.empty((len(tokens_T), embed_VH.shape[1]), dtype=embed_VH.dtype, pin_memory=device.type == "cuda")
+    return torch.index_select(embed_VH, 0, tokens_T, out=rows_TH).to(device, non_blocking=True)
 
 
 def forward(
@@ -65,9 +75,10 @@ def forward(
 
     recompute: keep only what enters each layer and compute the layer again for its gradient.
     """
-    residual_TH: Tensor = model.within(
-        "embed", lambda: torch.nn.functional.embedding(inputs.tokens_T, model.embed_VH).to(precision.residual)
-    )
+    rows_TH = inputs.tokens
+    if model.embed_VH.requires_grad:
+        rows_TH = model.within("embed", lambda: torch.nn.functional.embedding(inputs.tokens, model.embed_VH))
+    residual_TH: Tensor = rows_TH.to(precision.residual)
     experts: list[Tensor] = []
     again = _Again()
     for number, (kind, layer) in enumerate(zip(spec.layer_kinds, model.layers, strict=True)):

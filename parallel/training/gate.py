@@ -5,6 +5,7 @@ Weights that did not load, or a forward pass that computes something else, show 
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from ..model.weights import Weights
 from ..planning.pages import layers_per_page
 from ..planning.spec import Spec
 from .batch import Pack, make_pack
+from .forward import embedded
+from .model import whole
 from .samples import Sample, sample
 
 TOKENS = 512  # of the first document are looked at
@@ -28,9 +31,11 @@ MOST_TIMES = 2.0
 
 @torch.no_grad()
 def serving_logits(spec: Spec, weights: Weights, tokens_T: Tensor, residual_dtype: torch.dtype) -> Tensor:
-    """Logits [T, V] after each token, by the pass that serves: one sequence, one page for each kind of layer."""
-    device, tokens = tokens_T.device, len(tokens_T)
-    batch = one_sequence(tokens_T, spec, tokens)
+    """Logits [T, V] after each token, by the pass that serves: one sequence, one page for each kind of layer. tokens_T:
+    in host memory, as the embedding is."""
+    device, tokens = weights.norm_H.device, len(tokens_T)
+    batch = one_sequence(torch.arange(tokens, device=device), spec, tokens)
+    weights = replace(weights, embed_VH=embedded(whole(weights.embed_VH), tokens_T, device))  # a row for each token
     kv_LPCSKD = torch.zeros(
         (layers_per_page(spec), len(batch.pages), 2, tokens, spec.kv_heads, spec.head_dim),
         dtype=weights.embed_VH.dtype,

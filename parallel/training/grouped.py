@@ -2,13 +2,15 @@
 
 A product of an expert is one matrix, laid out in kernels.triton_mixture: its weights, which are dequantized or cast
 together for all experts of a layer, what is added to them, and its bias. One product then computes all three, and its
-gradient the gradients of all three. Where it is not large, the matrix of the first product lives until its gradient.
+gradient the gradients of all three. Of all matrices of a layer there are only so many rows at a time, or columns for
+the gradient, that they are no larger than what else a layer needs: every sum is still the sum of one product.
 
 T tokens, X experts a token, P = T X rows in the order of their experts, E experts, I columns in, O rows out, R rank,
 W columns of a product.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from ..kernels.triton_mixture import (
     weigh,
 )
 from ..kernels.triton_round import nearest_mxfp4
-from ..planning.training import KEPT_LIMIT_BYTES
+from ..planning.training import part_size
 from .products import Experts
 
 
@@ -45,22 +47,64 @@ class _Product:
     def rank(self) -> int:
         return 0 if self.experts.added is None else self.experts.added.a.shape[1]
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """[E, O, W]"""
-        base, added = self.experts.base, self.experts.added
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """E, O, I"""
+        base = self.experts.base
         if isinstance(base, Packed):
-            # experts may wait in host memory
-            device = self.order.starts_E.device
-            blocks, scales = (part.to(device, non_blocking=True) for part in (base.blocks, base.scales))
-            matrix = dequantize(blocks, scales, dtype, self.rank + SPARE)
+            experts, rows, blocks = base.scales.shape
+            return experts, rows, blocks * 32
+        experts, rows, columns = base.weight.shape
+        return experts, rows, columns
+
+    def brought(self) -> "_Product":
+        """With packed experts on the device, if they wait in host memory: before the product goes forth or back."""
+        base, device = self.experts.base, self.order.starts_E.device
+        if not isinstance(base, Packed):
+            return self
+        return self.of(*(part.to(device, non_blocking=True) for part in (base.blocks, base.scales)))
+
+    def of(self, blocks: Tensor, scales: Tensor) -> "_Product":
+        return replace(self, experts=replace(self.experts, base=Packed(blocks, scales, self.experts.base.bias)))
+
+    def forth(self, rows_PW: Tensor) -> Tensor:
+        """[P, O]"""
+        (experts, rows, columns), dtype = self.shape, rows_PW.dtype
+
+        def product(some: slice) -> Tensor:
+            matrix = self._part(some, slice(0, columns), dtype)
+            return grouped_mm(rows_PW, matrix.transpose(1, 2), offs=self.order.ends_E)
+
+        step = part_size(rows, experts * rows_PW.shape[1] * dtype.itemsize)
+        return _side_by_side(rows, step, rows, product)
+
+    def back(self, grad_PO: Tensor) -> Tensor:
+        """[P, W]: the gradient of the rows that went forth."""
+        (experts, rows, columns), dtype = self.shape, grad_PO.dtype
+
+        def product(some: slice) -> Tensor:
+            return grouped_mm(grad_PO, self._part(slice(0, rows), some, dtype), offs=self.order.ends_E)
+
+        step = part_size(columns, experts * rows * dtype.itemsize)
+        return _side_by_side(columns, step, columns + self.rank + SPARE, product)
+
+    def _part(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """[E, rows, columns]; with the last of the weights' columns come those after them."""
+        base, added = self.experts.base, self.experts.added
+        spare = self.rank + SPARE if columns.stop == self.shape[2] else 0
+        if isinstance(base, Packed):
+            here = slice(None), rows, slice(columns.start // 32, columns.stop // 32)
+            matrix = dequantize(base.blocks[here], base.scales[here], dtype, spare)
         else:
-            weight, spare = base.weight, self.rank + SPARE
+            weight = base.weight.detach()[:, rows, columns]
             if base.as_mxfp4:
-                matrix = nearest_mxfp4(weight.detach(), dtype, spare)
+                matrix = nearest_mxfp4(weight, dtype, spare)
             else:
                 matrix = weight.new_empty((*weight.shape[:2], weight.shape[2] + spare), dtype=dtype)
                 matrix[..., : weight.shape[2]] = weight
-        fill(matrix, None if added is None else added.b, base.bias, 1.0 if added is None else added.scale)
+        if spare:
+            b_EOR, scale = (None, 1.0) if added is None else (added.b[:, rows], added.scale)
+            fill(matrix, b_EOR, base.bias[:, rows], scale)
         return matrix
 
     def lower(self, rows_PW: Tensor) -> None:
@@ -94,6 +138,19 @@ class _Product:
         return dweight, dbias, da, db
 
 
+def _side_by_side(size: int, step: int, width: int, product: Callable[[slice], Tensor]) -> Tensor:
+    """[P, width]: what `product` gives for `step` after `step` of `size`."""
+    if step >= size:
+        return product(slice(0, size))
+    out = None
+    for low in range(0, size, step):
+        part = product(slice(low, min(low + step, size)))
+        out = part.new_empty((len(part), width)) if out is None else out
+        out[:, low : low + part.shape[1]] = part
+    assert out is not None
+    return out
+
+
 def _trained(experts: Experts) -> tuple[Tensor | None, ...]:
     """Whatever of a product may get a gradient: weight, bias, A and B."""
     base, added = experts.base, experts.added
@@ -117,31 +174,32 @@ class _AtOnce(torch.autograd.Function):
         *trained: Tensor | None,
     ) -> Tensor:
         order = sort(experts_TX, len(gate_up.base.bias))
-        first, second = _Product(gate_up, order), _Product(down, order)
+        first, second = _Product(gate_up, order).brought(), _Product(down, order)
         rows_PW = gather(x_TH, order, first.rank)
         first.lower(rows_PW)
-        matrix = first.matrix(x_TH.dtype)
-        h_PO = grouped_mm(rows_PW, matrix.transpose(1, 2), offs=order.ends_E)
+        h_PO = first.forth(rows_PW)
         inner_PW = swiglu(h_PO, second.rank, limit)
         second.lower(inner_PW)
-        kept = matrix if matrix.nbytes <= KEPT_LIMIT_BYTES else None
-        ctx.save_for_backward(weights_TX, order.pairs_P, order.rows_P, order.starts_E, rows_PW, kept, h_PO, inner_PW)
+        base = first.experts.base
+        packed = (base.blocks, base.scales) if isinstance(base, Packed) else ()  # need not be brought again
+        ctx.save_for_backward(weights_TX, order.pairs_P, order.rows_P, order.starts_E, rows_PW, h_PO, inner_PW, *packed)
         ctx.experts, ctx.limit = (gate_up, down), limit
         if not wanted:
             return torch.empty_like(x_TH)
-        del matrix, kept
-        y_PH = grouped_mm(inner_PW, second.matrix(x_TH.dtype).transpose(1, 2), offs=order.ends_E)
+        y_PH = second.brought().forth(inner_PW)
         return gather_back(y_PH, y_PH.shape[1], order, len(x_TH), weights_TX)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weights_TX, pairs_P, rows_P, starts_E, rows_PW, kept, h_PO, inner_PW = ctx.saved_tensors
+        weights_TX, pairs_P, rows_P, starts_E, rows_PW, h_PO, inner_PW, *packed = ctx.saved_tensors
         order, limit = Order(pairs_P, rows_P, starts_E), ctx.limit
         first, second = (_Product(experts, order) for experts in ctx.experts)
-        grad_TH, ends_E = grads[0].contiguous(), order.ends_E
+        if packed:
+            first = first.of(*packed)
+        grad_TH = grads[0].contiguous()
         # of the last product as if every weight were one
         grad_PH = gather(grad_TH, order, None)
-        dinner_PW = grouped_mm(grad_PH, second.matrix(grad_PH.dtype), offs=ends_E)
+        dinner_PW = second.brought().back(grad_PH)
         dweights_TX, dlow_PR, low_PR = weigh(inner_PW, dinner_PW, weights_TX, order, second.rank)
         width = h_PO.shape[1] // 2
         weighed_PW = None
@@ -150,9 +208,7 @@ class _AtOnce(torch.autograd.Function):
         of_second = second.gradients(grad_PH, inner_PW[:, :width], dlow_PR, low_PR, weighed_PW)
         dh_PO = swiglu_backward(h_PO, dinner_PW, second.raise_gradient(dlow_PR), weights_TX, order, limit)
         del dinner_PW
-        matrix = first.matrix(dh_PO.dtype) if kept is None else kept
-        drows_PW = grouped_mm(dh_PO, matrix, offs=ends_E)
-        del matrix
+        drows_PW = first.back(dh_PO)
         width = grad_TH.shape[1]
         low = slice(width, width + first.rank)
         trained = not isinstance(first.experts.base, Packed)

@@ -162,7 +162,7 @@ class Pass:
         blank = make_pack([sample([0] * job.sequence_tokens, [0] * job.sequence_tokens)], self.world.device)
         # DeepSpeed's weights are not where they were
         allowed = self.world.device.type == "cuda" and job.deepspeed is None
-        inputs = inputs_of(job.spec, blank, self.attention)
+        inputs = inputs_of(job.spec, self.trainee.model, blank, self.attention)
         return captured.choose(self.through, inputs, self.attention.tensors, self.trainee.leaves.values(), allowed)
 
     def add_up(
@@ -215,7 +215,7 @@ class Pass:
 
     def _loss(self, one: Pack) -> tuple[Tensor, Tensor]:
         """(sum of a pack's weighted losses, tokens of each expert)."""
-        x_TH, experts_LTX = self.through(inputs_of(self.job.spec, one, self.attention))
+        x_TH, experts_LTX = self.through(inputs_of(self.job.spec, self.trainee.model, one, self.attention))
         return summed_loss(self.trainee.model, one, x_TH, self.ops), loads(self.job.spec, experts_LTX)
 
     def _mine(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Pack]:

@@ -71,8 +71,8 @@ def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Mo
         layers.append(
             Layer(
                 attn_norm_H=layer.attn_norm_H,
-                qkv=(Linear(_whole(layer.qkv_QH), layer.qkv_bias_Q, q_k_v),),
-                o=Linear(_whole(layer.out_HQ), layer.out_bias_H, o),
+                qkv=(Linear(whole(layer.qkv_QH), layer.qkv_bias_Q, q_k_v),),
+                o=Linear(whole(layer.out_HQ), layer.out_bias_H, o),
                 sinks_N=layer.sinks_N,
                 mlp_norm_H=layer.mlp_norm_H,
                 router_EH=layer.router_EH,
@@ -81,10 +81,10 @@ def lora_model(spec: Spec, weights: Weights, added: Mapping[str, LowRank]) -> Mo
                 down=Experts(layer.down, pairs["down"]),
             )
         )
-    return Model(_whole(weights.embed_VH), tuple(layers), weights.norm_H, _whole(weights.head_VH))
+    return Model(whole(weights.embed_VH), tuple(layers), weights.norm_H, whole(weights.head_VH))
 
 
-def _whole(weight: Weight) -> Tensor:
+def whole(weight: Weight) -> Tensor:
     """Training reads checkpoints as they are."""
     assert isinstance(weight, Tensor)
     return weight

@@ -5,16 +5,16 @@ Knows nothing of settings, data or the loop.
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..kernels.experts import Packed
+from ..kernels.experts import LAYOUT, Packed, Shape
 from ..kernels.mxfp4 import dequantize
 from ..model.checkpoint import load
-from ..model.files import open_files
+from ..model.files import mapped
 from ..model.weights import Weights
 from ..offload.pinned import pinned
 from ..planning.headers import check_inventory, read_inventory
@@ -39,21 +39,23 @@ class OneDevice:
 def load_frozen(
     spec: Spec, folder: Path, dtype: DType, device: torch.device, progress: Progress, host_layers: int = 0
 ) -> Weights:
-    """Weights in the compute dtype, experts packed as they are in the files; those of the first `host_layers` wait in
-    host memory for whoever computes with them. Raises UserError for a broken folder."""
+    """Weights in the compute dtype, experts packed as they are in the files. The embedding is in host memory, since a
+    pack needs few of its rows; experts of the first `host_layers` wait there for whoever computes with them. Raises
+    UserError for a broken folder."""
     inventory = read_inventory(folder)
     check_inventory(spec, inventory, folder)
     products = itertools.count()
 
-    def pack(blocks: Tensor, scales: Tensor, bias: Tensor) -> Packed:
+    def room(shape: Shape, dtype: torch.dtype, device: torch.device) -> Packed:
         """Two of each layer, one layer after the other."""
-        if next(products) < 2 * host_layers:
-            keep = pinned if device.type == "cuda" else lambda one: one
-            return Packed(keep(blocks), keep(scales), bias.to(device))
-        return Packed(blocks.to(device), scales.to(device), bias.to(device))
+        if next(products) >= 2 * host_layers:
+            return LAYOUT.room(shape, dtype, device)
+        keep = pinned if device.type == "cuda" else lambda one: one
+        there = LAYOUT.room(shape, dtype, torch.device("cpu"))
+        return Packed(keep(there.blocks), keep(there.scales), there.bias.to(device))
 
-    experts = "memory" if host_layers else "device"
-    return load(OneDevice(spec, dtype), 0, inventory, device, progress, pack, experts)
+    layout, cpu = replace(LAYOUT, room=room), torch.device("cpu")
+    return load(OneDevice(spec, dtype), 0, inventory, device, progress, layout, embedding_device=cpu)
 
 
 def parameter_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
@@ -77,19 +79,17 @@ def read_parameters(
     rows = {row.name: row for row in table(spec)}
     shapes = parameter_shapes(spec)
     groups = parts(shapes)
-    with open_files(inventory) as file_of:
 
-        def stored(name: str) -> Tensor:
-            published = rows[name].published
-            return file_of(published).get_tensor(published).to(device)
+    def stored(name: str) -> Tensor:
+        return mapped(inventory[rows[name].published]).to(device)
 
-        def read(name: str) -> Tensor:
-            if name in rows:
-                return stored(name).float()
-            product = name.removesuffix("weight")
-            weight = dequantize(stored(f"{product}blocks"), stored(f"{product}scales"), torch.float32)
-            return weight.view(shapes[name])
+    def read(name: str) -> Tensor:
+        if name in rows:
+            return stored(name).float()
+        product = name.removesuffix("weight")
+        weight = dequantize(stored(f"{product}blocks"), stored(f"{product}scales"), torch.float32)
+        return weight.view(shapes[name])
 
-        for number, (part, names) in enumerate(groups.items()):
-            yield part, {name: read(name) for name in names}
-            progress(number + 1, len(groups))
+    for number, (part, names) in enumerate(groups.items()):
+        yield part, {name: read(name) for name in names}
+        progress(number + 1, len(groups))

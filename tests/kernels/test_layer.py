@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from gptoss_launch.parallel.kernels.triton_mixture import sort
+from gptoss_launch.parallel.planning import training
 from gptoss_launch.parallel.planning.spec import Spec
-from gptoss_launch.parallel.training import attention, grouped, operations
+from gptoss_launch.parallel.training import attention, operations
 from gptoss_launch.parallel.training.batch import make_pack
 from gptoss_launch.parallel.training.forward import Precision, forward, inputs_of, summed_loss
 from gptoss_launch.parallel.training.model import full_model
@@ -19,10 +20,11 @@ from small_models import GPU, SPECS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("kept_bytes", [1 << 31, 0])
-def test_fused_operations_are_exact(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a product's matrix kept for its gradient, and made again."""
-    monkeypatch.setattr(grouped, "KEPT_LIMIT_BYTES", kept_bytes)
+@pytest.mark.parametrize("limit_bytes", [1 << 28, 1])
+def test_fused_operations_are_exact(limit_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the matrices of a product whole, and a block of rows or columns at a time."""
+    monkeypatch.setattr(training, "PART_LIMIT_BYTES", limit_bytes)
+    monkeypatch.setattr(training, "PART_MULTIPLE", 32)
     dtype, most = (torch.float32, 1e-5) if DEVICE.type == "cpu" else (torch.bfloat16, operations.ERROR_LIMIT)
     assert operations.largest_error(operations.fused(), DEVICE, dtype) < most
 
@@ -82,7 +84,8 @@ def test_a_layer_computed_again_has_the_same_gradients() -> None:
 
     def gradients(ops: operations.Operations, recompute: bool) -> dict[str, torch.Tensor]:
         leaves = {name: value.to(DEVICE).requires_grad_() for name, value in values.items()}
-        model, inputs = full_model(spec, leaves), inputs_of(spec, pack, attention.PLAIN)
+        model = full_model(spec, leaves)
+        inputs = inputs_of(spec, model, pack, attention.PLAIN)
         x_TH, _ = forward(spec, model, inputs, attention.PLAIN, Precision(dtype, dtype), recompute, ops)
         loss = summed_loss(model, pack, x_TH)
         loss.backward()

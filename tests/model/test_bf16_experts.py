@@ -1,5 +1,6 @@
 """A checkpoint whose experts are bf16, as Hugging Face saves it, is loaded in MXFP4: as our export would have it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -66,6 +67,6 @@ def test_what_cannot_be(wide: tuple[Path, dict[str, torch.Tensor]]) -> None:
     with pytest.raises(UserError, match="bf16: experts can be read from the file"):
         load(plain_plan(folder), 0, inventory, torch.device("cpu"), experts="file")
     name = "model.layers.0.mlp.experts.down_proj"
-    inventory[name] = inventory[name].__class__(inventory[name].path, "BF16", (1, 2, 3))
+    inventory[name] = dataclasses.replace(inventory[name], shape=(1, 2, 3))
     with pytest.raises(UserError, match=r"down_proj is BF16 \[1, 2, 3\], wanted BF16 \[8, 96, 96\]"):
         check_inventory(SPEC, inventory, folder, quantizes=True)

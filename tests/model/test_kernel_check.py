@@ -40,8 +40,8 @@ def test_right_ones_agree(small: None, dtype: torch.dtype) -> None:
 
 
 def test_no_operation_is_left_out() -> None:
-    """Packing is tried with the experts that read what it makes."""
-    assert {field.name for field in dataclasses.fields(Operations)} == {"pack", *NAMES}
+    """The layout is tried with the experts that read what it makes."""
+    assert {field.name for field in dataclasses.fields(Operations)} == {"layout", *NAMES}
 
 
 def test_references_are_not_compared_with_themselves() -> None:

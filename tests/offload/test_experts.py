@@ -51,7 +51,7 @@ def offloaded_engine(
     assert plan.checkpoint is not None
     ops, counts, slow = offloaded(offload, ops, torch.device(plan.device))
     inventory = read_inventory(Path(plan.checkpoint))
-    weights = load(plan, 0, inventory, torch.device(plan.device), pack=ops.pack, experts=offload.taken.kept)
+    weights = load(plan, 0, inventory, torch.device(plan.device), layout=ops.layout, experts=offload.taken.kept)
     assert slow == []
     tell_layers(ops, weights.layers)
     return Engine(plan, 0, weights, ops, Alone(), graph_sizes), counts

@@ -101,6 +101,20 @@ def test_wrong_tensors(damage: Callable[[Tensors], None], named: str, tmp_path: 
     assert f"{DAMAGED} U8 [4, 64, 2, 16]" in caught.value.hint
 
 
+def test_offsets_that_hold_another_number_of_bytes(tmp_path: Path) -> None:
+    write_file(tmp_path / SINGLE_FILE, wanted_tensors())
+    raw = (tmp_path / SINGLE_FILE).read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    start, stop = header[DAMAGED]["data_offsets"]
+    for offsets, named in (([start, stop - 1], f"{DAMAGED} has 8191 bytes, wanted 8192"), ([stop, start], "header")):
+        header[DAMAGED]["data_offsets"] = offsets
+        changed = json.dumps(header).encode()
+        (tmp_path / SINGLE_FILE).write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
+        with pytest.raises(UserError, match=named):
+            check(tmp_path)
+
+
 def test_truncated_file_names_the_first_tensor_that_is_missing(tmp_path: Path) -> None:
     write_two_files(tmp_path)
     path = tmp_path / "b.safetensors"

@@ -43,14 +43,14 @@ def test_losses_loads_and_gradients_are_those_of_single_launches(device: str, ho
     def losses(run: captured.Run) -> list[Tensor]:
         found = []
         for pack in (pack_of(300), pack_of(7, 130, 1), pack_of(33, 200)):
-            x_TH, experts_LTX = run(inputs_of(SPEC, pack, flex))
+            x_TH, experts_LTX = run(inputs_of(SPEC, model, pack, flex))
             loss = summed_loss(model, pack, x_TH)
             loss.backward()
             found += [loss.detach(), loads(SPEC, experts_LTX)]
         return found + [leaf.grad.clone() for leaf in leaves.values() if leaf.grad is not None]
 
     exact = losses(through)
-    choice = captured.choose(through, inputs_of(SPEC, pack_of(300), flex), flex.tensors, leaves.values(), True)
+    choice = captured.choose(through, inputs_of(SPEC, model, pack_of(300), flex), flex.tensors, leaves.values(), True)
     assert choice.why == "passes: two CUDA graphs"
     found = losses(choice.run)  # gradients began from zero again
     assert len(found) == len(exact) == 6 + len(leaves)

@@ -62,7 +62,7 @@ def saved_run(base: Path, folder: Path, mode: str = "lora", attention_rank: int 
 @torch.no_grad()
 def trained_logits(trainee: Trainee) -> Tensor:
     pack = make_pack([sample(TOKENS, [0.0] * len(TOKENS))], CPU)
-    inputs = inputs_of(SPECS[NAME], pack, attention.PLAIN)
+    inputs = inputs_of(SPECS[NAME], trainee.model, pack, attention.PLAIN)
     hidden, _ = forward(SPECS[NAME], trainee.model, inputs, attention.PLAIN, Precision(torch.float32, torch.float32))
     return hidden @ trainee.model.head_VH.T
 

@@ -71,7 +71,7 @@ def adapter(name: str) -> dict[str, Tensor]:
 def loss_of(name: str, folder: Path, tensors: dict[str, Tensor], pack: Pack, recompute: bool = True) -> Tensor:
     spec = SPECS[name]
     model = lora_model(spec, load_frozen(spec, folder, "fp32", CPU, quiet), pairs(tensors, RANKS))
-    hidden, _ = forward(spec, model, inputs_of(spec, pack, attention.PLAIN), attention.PLAIN, FP32, recompute)
+    hidden, _ = forward(spec, model, inputs_of(spec, model, pack, attention.PLAIN), attention.PLAIN, FP32, recompute)
     return cross_entropy(hidden[pack.learnt_R], model.head_VH, pack.targets_R, pack.weights_R)
 
 
@@ -94,7 +94,7 @@ def test_hidden_states_give_the_logits_of_serving(name: str, checkpoints: Path) 
     }
     for way, model in models.items():
         with torch.no_grad():
-            hidden, chosen = forward(spec, model, inputs_of(spec, pack, attention.PLAIN), attention.PLAIN, FP32)
+            hidden, chosen = forward(spec, model, inputs_of(spec, model, pack, attention.PLAIN), attention.PLAIN, FP32)
             logits = hidden @ model.head_VH.T
         error = ((logits - serving).abs().max() / serving.abs().max()).item()
         print(f"{name}, {way}: largest error {error:.1e} of the largest logit")
@@ -179,7 +179,7 @@ def test_full_gradients_are_those_of_transformers(checkpoints: Path) -> None:
     (one,) = documents("three_blocks", (70,))
     pack = make_pack([one], CPU)
     model = full_model(spec, parameters)
-    hidden, _ = forward(spec, model, inputs_of(spec, pack, attention.PLAIN), attention.PLAIN, FP32)
+    hidden, _ = forward(spec, model, inputs_of(spec, model, pack, attention.PLAIN), attention.PLAIN, FP32)
     cross_entropy(hidden[pack.learnt_R], model.head_VH, pack.targets_R, pack.weights_R).backward()
     theirs = oracles.load_transformers(folder)
     logits = theirs(torch.tensor([list(one.tokens)]), use_cache=False).logits[0, :-1]
