@@ -2,10 +2,11 @@
 
 For each cap and way to treat misses a process of its own, whose allocator may take no more than the cap leaves beside
 the CUDA context: one request, greedy, a prompt of 128 tokens and 64 more. Prints one JSON object a line: tokens a
-second of the decode steps beside the estimate of the plan, the most that was taken of the device, and how many of the
-first tokens are those of the first run. --rest int8 or fp8 is for all runs but the first, --look-ahead N for those with
-a cap. --dtype fp16 is the way of sm_75, on any GPU. Engine and plan are those of `serve --gpu-memory`; no HTTP. Ends
-with 1 where a run failed, took more than its cap, or copied experts and drew other tokens than the first one.
+second of the decode steps beside the estimate of the plan and what the link allows for the bytes that went over it, the
+most that was taken of the device, and how many of the first tokens are those of the first run. --rest int8 or fp8 is
+for all runs but the first, --look-ahead N for those with a cap. --dtype fp16 is the way of sm_75, on any GPU. Engine
+and plan are those of `serve --gpu-memory`; no HTTP. Ends with 1 where a run failed, took more than its cap, or copied
+experts and drew other tokens than the first one.
 """
 
 import argparse
@@ -33,8 +34,9 @@ def one(checkpoint: str, cap: str, misses: str, rest: str, ahead: str, dtype: st
     from gptoss_launch.parallel.engine.start import Options, start
     from gptoss_launch.parallel.engine.trace import Trace
     from gptoss_launch.parallel.engine.wire import Message, Tokens
-    from gptoss_launch.parallel.planning.machine import parse_size
+    from gptoss_launch.parallel.planning.machine import parse_size, probe
     from gptoss_launch.parallel.planning.memory import PROCESS
+    from gptoss_launch.parallel.planning.offload import known
 
     cap_bytes = None if cap == "none" else parse_size(cap)
     more: dict[str, Any] = (
@@ -55,22 +57,26 @@ def one(checkpoint: str, cap: str, misses: str, rest: str, ahead: str, dtype: st
         """Keeps the tokens, too."""
 
         ids: list[int]
+        moved_bytes: list[int]  # so far, as each token came
 
         def _take(self, front_end: str, message: Message) -> None:
             super()._take(front_end, message)
             if isinstance(message, Tokens):
                 self.ids += [token.id for token in message.tokens]
+                self.moved_bytes.append(0 if engine.experts is None else engine.experts.moved_bytes)
 
     r = random.Random(7)
     prompt = tuple(r.randrange(200_000) for _ in range(PROMPT_TOKENS))
     run = Kept(engine)
     times: dict[str, list[float]] = {}
     for name in ("warm", "timed"):
-        run.ids = []
+        run.ids, run.moved_bytes = [], []
         run.ask([Request(name, prompt, NEW_TOKENS, Sampling(temperature=0.0))])
         run.until_idle()
         times[name] = run.came_s[name]
     came_s = times["timed"][WARM_TOKENS:]
+    moved_bytes = (run.moved_bytes[-1] - run.moved_bytes[WARM_TOKENS]) / (len(came_s) - 1)  # for each token
+    link = known(probe().speeds).link
     free, _ = torch.cuda.mem_get_info()
     row = {
         "bench": "offload",
@@ -89,6 +95,8 @@ def one(checkpoint: str, cap: str, misses: str, rest: str, ahead: str, dtype: st
         "tok_s": round((len(came_s) - 1) / (came_s[-1] - came_s[0]), 2),
         "predicted_tok_s": None if plan.offload == "none" else plan.offload.taken.tok_s,
         "link_bytes_predicted": None if plan.offload == "none" else plan.offload.taken.link_bytes,
+        "link_bytes": moved_bytes,
+        "link_bound_tok_s": round(link / moved_bytes, 2) if link and moved_bytes else None,
         "load_s": round(ready.load_s, 1),
         "cap_bytes": cap_bytes,
         "reserved_bytes": torch.cuda.max_memory_reserved(),
