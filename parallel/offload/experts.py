@@ -10,7 +10,8 @@ not know how the plan was chosen, nor anything of layers but the order in which 
 import dataclasses
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -52,10 +53,12 @@ class Held(Packed):
     repacks: those on the host are in the checkpoint's layout, and a copy has to be brought into the kernels'.
 
     device_places, host_places: int64 [E], where each expert is; -1: not there. The first on the device, the second on
-    the CPU, and both only where places never change. layer: counted from 0.
+    the CPU, and both only where places never change. layer: counted from 0. whole: room on the device for all of a
+    layer's experts, one for all layers: None where nothing is copied, or experts are read one by one anyway.
     """
 
     packed: Packed
+    whole: Packed | None
     host: Packed
     repacks: bool
     slots: Slots
@@ -87,6 +90,7 @@ class Holder:
         self._pins = Pins(slow)
         self._offload, self._ops, self._device, self._calls = offload, ops, device, 0
         self._slots: Slots | None = None
+        self._whole: list[Packed | None] = []  # of gate_up and of down
         self.layout = Layout(self._pack, self._room, self._put)
 
     def _pack(self, blocks: Tensor, scales: Tensor, bias: Tensor) -> Held:
@@ -147,6 +151,10 @@ class Holder:
         """With nothing on the device yet. whole: on the host, with what will be there."""
         way, count = self._offload.taken, shape[0]
         hot, layer = self._hot(), self._calls // 2
+        if self._calls < 2:
+            gathers = way.misses == "copied" and self._ops.experts is not plain.experts
+            self._whole.append(self._ops.layout.room(shape, bias.dtype, self._device) if gathers else None)
+        whole_layer = self._whole[self._calls % 2]
         self._calls += 1
         if self._slots is None:  # shared by both products of a layer
             events = [[torch.cuda.Event() for _ in hot] if self._device.type == "cuda" else [] for _ in range(2)]
@@ -164,8 +172,23 @@ class Holder:
         empty = torch.empty((0,), device=self._device)
         repacks = way.misses == "copied" and way.kept == "file"
         return Held(
-            empty, empty, bias, packed, whole, repacks, slots, device_places.to(self._device), host_places, layer
+            empty,
+            empty,
+            bias,
+            packed,
+            whole_layer,
+            whole,
+            repacks,
+            slots,
+            device_places.to(self._device),
+            host_places,
+            layer,
         )
+
+
+def _copy_one(source: Packed, at: int, target: Packed, place: int) -> None:
+    for part in PARTS:
+        getattr(target, part)[place].copy_(getattr(source, part)[at], non_blocking=True)
 
 
 def _read_by_cpu(bias: Tensor, offload: Offload) -> Tensor:
@@ -225,36 +248,89 @@ class Copied:
         guesses_TX = self._guess(x_TH, gate_up.layer)
         chosen = experts_TX.flatten()
         told = (chosen if guesses_TX is None else torch.cat([chosen, guesses_TX.T.flatten()])).tolist()  # at one go
-        wanted, guessed = sorted(set(told[: len(chosen)])), told[len(chosen) :]
+        chosen, guessed = told[: len(chosen)], told[len(chosen) :]
         self.counts.waited_s += time.perf_counter() - began_s
-        out_TH = torch.zeros(x_TH.shape, dtype=wide(x_TH.dtype), device=x_TH.device)
-        slots, room = gate_up.slots, len(gate_up.slots.places)
-        for start in range(0, len(wanted), room):
-            some = wanted[start : start + room]
-            missed = self.counts.misses
-            places = self._bring(some, gate_up, down)
-            if self.counts.misses > missed:
-                self.stalls.begin()
-            if self.ops.experts is plain.experts:
-                for expert in some:  # in the order of the plain operation, so that the sums have the same bits
-                    self._await(slots, places[expert])
-                    chosen_TX = experts_TX == expert
-                    packs = gate_up.packed, down.packed
-                    plain.add_expert(out_TH, x_TH, weights_TX, chosen_TX, *packs, places[expert], limit)
-                self.stalls.end()
-            else:
-                for expert in some:
-                    self._await(slots, places[expert])
-                self.stalls.end()
-                table_E = torch.full((len(gate_up.host.blocks),), -1, dtype=torch.int64)
-                table_E[some] = torch.tensor([places[expert] for expert in some])
-                places_TX = table_E.to(x_TH.device)[experts_TX]
-                out_TH += self.ops.experts(x_TH, weights_TX, places_TX, gate_up.packed, down.packed, 0, limit)
-            for place in places.values() if slots.free else ():
-                slots.free[place].record()
+        routed = x_TH, weights_TX, experts_TX
+        if gate_up.whole is None or down.whole is None:
+            out_TH = self._one_by_one(*routed, sorted(set(chosen)), gate_up, down, limit)
+        elif len(chosen) <= len(gate_up.slots.places):
+            out_TH = self._from_slots(*routed, chosen, gate_up, down, limit)
+        else:
+            packs = gate_up.whole, down.whole
+            with self._gathered(sorted(set(chosen)), (gate_up, down), packs):
+                out_TH = self.ops.experts(*routed, *packs, 0, limit)
         if guessed:
             self._bring_ahead(list(dict.fromkeys(guessed)), self.layers[gate_up.layer + 1])
+        return out_TH
+
+    def _one_by_one(
+        self,
+        x_TH: Tensor,
+        weights_TX: Tensor,
+        experts_TX: Tensor,
+        wanted: Sequence[int],
+        gate_up: Held,
+        down: Held,
+        limit: float,
+    ) -> Tensor:
+        """In the order of the plain operation, so that the sums have the same bits."""
+        out_TH = torch.zeros(x_TH.shape, dtype=wide(x_TH.dtype), device=x_TH.device)
+        slots, packs, room = gate_up.slots, (gate_up.packed, down.packed), len(gate_up.slots.places)
+        for start in range(0, len(wanted), room):
+            some = wanted[start : start + room]
+            places = self._bring(some, gate_up, down)
+            for expert in some:
+                self._await(slots, places[expert])
+                plain.add_expert(out_TH, x_TH, weights_TX, experts_TX == expert, *packs, places[expert], limit)
+            self.stalls.end()
+            self._release(slots, places.values())
         return out_TH.to(x_TH.dtype)
+
+    def _from_slots(
+        self,
+        x_TH: Tensor,
+        weights_TX: Tensor,
+        experts_TX: Tensor,
+        chosen: Sequence[int],
+        gate_up: Held,
+        down: Held,
+        limit: float,
+    ) -> Tensor:
+        """Where a slot is only changes addresses: the bits are those of all experts in their places."""
+        slots = gate_up.slots
+        places = self._bring(sorted(set(chosen)), gate_up, down)
+        places_TX = torch.tensor([places[expert] for expert in chosen]).view(experts_TX.shape).to(x_TH.device)
+        for place in places.values():
+            self._await(slots, place)
+        self.stalls.end()
+        out_TH = self.ops.experts(x_TH, weights_TX, places_TX, gate_up.packed, down.packed, 0, limit)
+        self._release(slots, places.values())
+        return out_TH
+
+    @contextmanager
+    def _gathered(self, wanted: Sequence[int], products: Sequence[Held], packs: Sequence[Packed]) -> Iterator[None]:
+        """`wanted` in their places among all of the layer's, in packs, while the body runs: kernels that sum up over a
+        token's experts give the same bits only if they see them at one go. The cache stays as it is."""
+        slots = products[0].slots
+        missed = [expert for expert in wanted if expert not in slots.places]
+        self.counts.hits += len(wanted) - len(missed)
+        self.counts.misses += len(missed)
+        if missed:
+            self.stalls.begin()
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())  # the layer before has read what is there
+        with torch.cuda.stream(self.stream):
+            for held, pack in zip(products, packs, strict=True):
+                for expert in wanted:
+                    slot = slots.places.get(expert)
+                    if slot is None:
+                        self._fill(expert, held, pack, expert)
+                    else:
+                        _copy_one(held.packed, slot, pack, expert)
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        self.stalls.end()
+        yield
 
     def _guess(self, x_TH: Tensor, layer: int) -> Tensor | None:
         """What the next layer would choose if its input were this one's, [T, X], the likeliest first; None where it is
@@ -297,6 +373,8 @@ class Copied:
         slots.ahead.clear()
         self.counts.hits += len(places)
         self.counts.misses += len(missing)
+        if missing:
+            self.stalls.begin()
         for expert in missing:
             _, place = slots.places.popitem(last=False)
             slots.places[expert] = places[expert] = place
@@ -304,24 +382,26 @@ class Copied:
         return places
 
     def _copy(self, expert: int, place: int, slots: Slots, products: Sequence[Held]) -> None:
-        if self.stream is None:
-            self._fill(expert, place, products)
-            return
-        self.stream.wait_event(slots.free[place])  # one that was never recorded is not waited for
+        if self.stream is not None:
+            self.stream.wait_event(slots.free[place])  # one that was never recorded is not waited for
         with torch.cuda.stream(self.stream):
-            self._fill(expert, place, products)
-            slots.ready[place].record()
+            for held in products:
+                self._fill(expert, held, held.packed, place)
+            if slots.ready:
+                slots.ready[place].record()
 
-    def _fill(self, expert: int, place: int, products: Sequence[Held]) -> None:
-        for product in products:
-            one = [getattr(product.host, part)[expert : expert + 1] for part in PARTS]
-            self.counts.moved_bytes += sum(part.nbytes for part in one)
-            if product.repacks:
-                blocks, scales, bias = one
-                packed = self.ops.layout.pack(blocks, scales, bias.to(product.packed.blocks.device))
-                one = [getattr(packed, part) for part in PARTS]
-            for part, value in zip(PARTS, one, strict=True):
-                getattr(product.packed, part)[place : place + 1].copy_(value, non_blocking=True)
+    def _fill(self, expert: int, held: Held, pack: Packed, place: int) -> None:
+        """The host's `expert`, to its place in a pack on the device."""
+        self.counts.moved_bytes += sum(getattr(held.host, part)[expert].nbytes for part in PARTS)
+        if held.repacks:
+            one = (getattr(held.host, part)[expert : expert + 1].to(pack.blocks.device) for part in PARTS)
+            _copy_one(self.ops.layout.pack(*one), 0, pack, place)
+        else:
+            _copy_one(held.host, expert, pack, place)
+
+    def _release(self, slots: Slots, places: Iterable[int]) -> None:
+        for place in places if slots.free else ():
+            slots.free[place].record()
 
     def _await(self, slots: Slots, place: int) -> None:
         if slots.ready:

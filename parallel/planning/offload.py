@@ -17,7 +17,7 @@ from .layouts import PAGE_TOKENS, Place, context_choices, memories
 from .machine import Speeds
 from .memory import PROCESS, Room, stored_element_bytes
 from .placement import Routing
-from .plan import DType, RankMemory, Way
+from .plan import DType, Misses, RankMemory, Way
 from .shards import Mesh, table
 from .spec import Spec
 
@@ -87,6 +87,12 @@ def known(speeds: Speeds) -> Speeds:
     return dataclasses.replace(ASSUMED, **given)
 
 
+def staged_experts(spec: Spec, place: Place, misses: Misses) -> int:
+    """On the device besides the slots. Where kernels read all that a step needs at one go, one layer's are there
+    together while a prompt runs (`offload.experts`)."""
+    return STAGED_EXPERTS + (spec.experts if misses == "copied" and not place.unpacks else 0)
+
+
 @cache
 def expert_bytes(spec: Spec, dtype: DType) -> int:
     """Of one expert of one layer, with its biases."""
@@ -104,23 +110,23 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
     assert place.host_free_bytes is not None
     gpu, one = place.gpus[0], expert_bytes(spec, place.dtype)
     least = spec.experts_per_token if asked.longest_context else 0  # a longest context still leaves room for a token's
-    for room in _rooms(spec, asked):
-        row = memories(spec, place, Mesh(), room)[0]
-        besides = STAGED_EXPERTS * one + GAPS_BYTES  # what the workspace takes besides
-        base = row.device_bytes - row.graphs_bytes - spec.layers * spec.experts * one + besides
-        slots = min(spec.experts, (gpu.free_bytes - base) // (spec.layers * one))
-        if slots >= least:
-            break
-    else:
-        return
     host_free = place.host_free_bytes - PROCESS["cuda"].host_bytes
-    share = hit_share(spec, asked, slots)
     needed = float(spec.layers * spec.experts_per_token * one)
-    dense = _token_bytes(spec, place, room.context_tokens) - needed
     gpu_speed = bandwidth(gpu.name)
     for misses in ("copied", "computed"):
+        for room in _rooms(spec, asked):
+            row = memories(spec, place, Mesh(), room)[0]
+            besides = staged_experts(spec, place, misses) * one + GAPS_BYTES  # what the workspace takes besides
+            base = row.device_bytes - row.graphs_bytes - spec.layers * spec.experts * one + besides
+            slots = min(spec.experts, (gpu.free_bytes - base) // (spec.layers * one))
+            if slots >= least:
+                break
+        else:
+            continue
         if misses == "copied" and not slots:
             continue
+        share = hit_share(spec, asked, slots)
+        dense = _token_bytes(spec, place, room.context_tokens) - needed
         waiting = spec.layers * one * (spec.experts if misses == "copied" else spec.experts - slots)
         kept = "memory" if waiting <= host_free else "file"
         if host_free < 0:
