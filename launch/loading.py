@@ -10,6 +10,8 @@ from ..parallel.planning.machine import format_size
 from ..parallel.planning.plan import Plan
 from .resolve import TINY
 
+SHOWN_S = 0.05  # parts of the start that take less are left out
+
 
 class Bar:
     """Bytes done of bytes to do; draws only in a terminal, and leaves nothing behind."""
@@ -68,7 +70,9 @@ def memory_lines(plan: Plan, answers: Sequence[Ready], node: int = 0) -> list[st
             for name, seconds in answer.times.items()
         ]
         replica = f"replica {place // plan.ranks} " if plan.dp > 1 else ""
-        lines.append(f"{replica}rank {place % plan.ranks}: " + ", ".join([*parts, f"loaded in {answer.load_s:.1f} s"]))
+        laps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in answer.phases.items() if seconds >= SHOWN_S)
+        parts.append(f"loaded in {answer.load_s:.1f} s" + (f" ({laps})" if laps else ""))
+        lines.append(f"{replica}rank {place % plan.ranks}: " + ", ".join(parts))
     return lines
 
 

@@ -7,6 +7,8 @@ be planned with neither weights nor network. Loads no torch.
 import importlib.resources
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,17 @@ from typing import Any
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.choice import Asked
 from ..parallel.planning.headers import check_inventory, read_inventory
-from ..parallel.planning.machine import probe, read_machine
+from ..parallel.planning.machine import Machine, machine_speeds_file, probe, read_machine
 from ..parallel.planning.placement import read_routing
 from ..parallel.planning.plan import Plan
 from ..parallel.planning.planner import plan as choose_plan
 from ..parallel.planning.spec import PUBLISHED, Spec, read_config
+from ..parallel.planning.speeds import read_speeds
 from .settings import ServeSettings, Settings
 
 TINY = "tiny"
 CONFIG = "config.json"
+MEASURE_LIMIT_S = 180.0
 NOT_WANTED = ["original/*", "metal/*"]  # the same weights again in other layouts
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -57,10 +61,30 @@ def make_plan(model: str, settings: Settings, *, need_weights: bool) -> Plan:
         rest_kl=settings.rest_kl,
         routing=read_routing(settings.routing, spec.layers, spec.experts) if settings.routing else None,
     )
-    plan = choose_plan(spec, machine, asked, model=model, checkpoint=str(folder) if folder else None)
+    checkpoint = str(folder) if folder else None
+    plan = choose_plan(spec, machine, asked, model=model, checkpoint=checkpoint)
     if need_weights and settings.machine:
         check_gpus(plan, 0, "leave out --machine")
+    elif need_weights and plan.offload != "none" and not machine.measured:
+        plan = choose_plan(spec, _measured(machine), asked, model=model, checkpoint=checkpoint)
     return plan
+
+
+def _measured(machine: Machine) -> Machine:
+    """With its bandwidths, which takes some seconds the first time; without what cannot be measured, which the plan
+    then says it assumes."""
+    file = machine_speeds_file(machine.gpus, machine.cpu_cores)
+    command = [sys.executable, "-m", "gptoss_launch.parallel.offload.bandwidths", str(file)]
+    environment = os.environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    print("measuring what this machine's memory and link give, once", file=sys.stderr)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MEASURE_LIMIT_S)
+        said = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = [str(error)]
+    if said:
+        print(f"it could not be measured: {said[0]}", file=sys.stderr)
+    return replace(machine, speeds=read_speeds(file))
 
 
 def check_gpus(plan: Plan, node: int, hint: str) -> None:

@@ -126,16 +126,21 @@ def tiktoken_vocabulary(folder: Path) -> bytes:
 
 def _token_bytes(token: str, alphabet: Mapping[int, int]) -> bytes:
     """Bytes of a vocabulary entry; one that is not spelled in the byte alphabet stands for itself."""
-    if all(ord(char) in alphabet for char in token):
-        return bytes(alphabet[ord(char)] for char in token)
-    return token.encode("utf-8", "replace")
+    try:
+        return token.translate(alphabet).encode("latin-1")  # 200,000 of them are waited for at every start
+    except UnicodeEncodeError:
+        return token.encode("utf-8", "replace")
 
 
 def _byte_alphabet() -> dict[int, int]:
-    """Code point -> byte of byte-level BPE (GPT-2's `bytes_to_unicode`, inverted).
+    """Code point -> byte of byte-level BPE (GPT-2's `bytes_to_unicode`, inverted), as `str.translate` wants it.
 
-    Bytes that Latin-1 can print stand for themselves, the 68 others are moved to U+0100 onwards, in order.
+    Bytes that Latin-1 can print stand for themselves, the 68 others are moved to U+0100 onwards, in order; their own
+    code points stand for no byte, nor do any others.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     moved = [byte for byte in range(256) if byte not in printable]
-    return {byte: byte for byte in printable} | {0x100 + place: byte for place, byte in enumerate(moved)}
+    return dict.fromkeys(moved, _NO_BYTE) | {0x100 + place: byte for place, byte in enumerate(moved)}
+
+
+_NO_BYTE = 0xFFFF  # a noncharacter, which Latin-1 cannot spell

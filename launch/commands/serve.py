@@ -57,7 +57,6 @@ def command(
     from ..extras import need_serve_extra
     from ..resolve import make_plan
     from ..tables import print_plan
-    from ..tokenizer import load_tokenizer
 
     settings = load_settings(ServeSettings, config, flags)
     if settings.engine == "vllm":
@@ -87,11 +86,9 @@ def command(
     door = open_door(model, settings, nodes)
     with door.listener, door.nodes or nullcontext():
         plan = make_plan(model, settings, need_weights=True)
-        assert plan.checkpoint is not None
         if plan.nodes != settings.nnodes:
             message = f"--dp {plan.dp} gives work to {plan.nodes} of --nnodes {settings.nnodes}"
             raise UserError(message, f"--nnodes {plan.nodes}, or more replicas")
-        load_tokenizer(Path(plan.checkpoint))  # what is wrong with it is said before anything starts
         print_plan(plan, to_stderr=True)
         if nodes is not None:
             click.echo(f"other nodes join at {nodes.head}, by the same command with a --node-rank of theirs", err=True)

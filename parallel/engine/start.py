@@ -1,7 +1,6 @@
 """From a plan to an engine that is loaded, warm and measured, on one rank."""
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
 from . import rest
 from .engine import Engine
+from .laps import Laps
 from .lockstep import Ring, Steps
 from .lockstep_network import Broadcasts
 from .measure import Meter, capture, step_times, warm_up
@@ -74,13 +74,18 @@ def join_in_step(plan: Plan, rank: int, options: Options, file: Path, words: int
 
 
 def start(
-    plan: Plan, rank: int, options: Options, trace: Trace, progress: Callable[[int, int], None]
+    plan: Plan,
+    rank: int,
+    options: Options,
+    trace: Trace,
+    progress: Callable[[int, int], None],
+    laps: Laps | None = None,
 ) -> tuple[Engine, Recorder | None, Ready]:
     """The engine of `rank`; the recorder if one is wanted; and what it all took, for the supervisor.
 
-    A replica of several ranks has joined (`join`) before.
+    A replica of several ranks has joined (`join`) before. laps: of what the process did before.
     """
-    began_s = time.monotonic()
+    laps = laps or Laps()
     assert plan.checkpoint is not None
     device = torch.device(plan.device)
     if plan.device == "cuda":
@@ -104,6 +109,7 @@ def start(
         if plan.offload.taken.device == "cuda":  # on the CPU only the place of the experts is another
             ops, offload_counts, slow_offload = offloaded(plan.offload, ops, device)
             slow_ways += ("no CUDA graphs: not all experts are on the GPU",)
+    laps.mark("kernels")
     files = mapped(entry.path for entry in inventory.values()) if experts_on == "file" else None
     try:
         weights = load(plan, rank, inventory, device, count, ops.layout, experts_on, plan.rest)
@@ -117,11 +123,13 @@ def start(
     tell_layers(ops, weights.layers)
     notes = () if files is None else files.watch()
     meter.mark("weights_bytes")
+    laps.mark("weights")
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
     if plan.ranks > 1:
         comm = Marked(connect(plan, device), trace)
     communication_bytes = meter.outside_bytes() - outside_bytes
+    laps.mark("links")
     slow_paths = [*slow_offload, *slow_ways]
     if plan.device == "cuda" and plan.kernels == "plain":
         slow_paths.append(f"plain torch without CUDA graphs: Triton's kernels are for bf16, not for {plan.dtype}")
@@ -140,14 +148,17 @@ def start(
     )
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
+    laps.mark("first steps")
     notes += () if plan.rest == "bf16" else (rest.checked(engine, rank, inventory),)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
+    laps.mark("graphs" if plan.rest == "bf16" else "comparison and graphs")
     times = step_times(engine)
+    laps.mark("timing")
     if recorder is not None:
         recorder.reset()
     return (
         engine,
         recorder,
-        Ready(rank, plan.digest, memory, times, time.monotonic() - began_s, tuple(slow_paths), notes),
+        Ready(rank, plan.digest, memory, times, laps.total_s, tuple(slow_paths), notes, laps.parts_s),
     )

@@ -10,7 +10,7 @@ Knows nothing of sockets or event loops: bytes in, values out.
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import msgpack
@@ -125,8 +125,8 @@ class Ready:
     """Any process -> supervisor: it can work.
 
     memory: bytes by part as measured, for the comparison with the plan, and read_bytes, of the files.
-    times: seconds of a step and of its parts. slow_paths: slower ways that are taken, with the reason. notes: what
-    else was found out at the start.
+    times: seconds of a step and of its parts. load_s: from when the process began to now; phases: its parts by name.
+    slow_paths: slower ways that are taken, with the reason. notes: what else was found out at the start.
     """
 
     rank: int
@@ -136,6 +136,7 @@ class Ready:
     load_s: float
     slow_paths: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, lacks_host_memory
 from ..planning.plan import Plan
 from .front_ends import FrontEnds
+from .laps import Laps
 from .lifeline import hold
 from .trace import Trace, trace_file
 from .wire import Failed, Progress, Ready, encode
@@ -35,6 +36,7 @@ IDLE_POLL_S = 5.0
 
 
 def main() -> None:
+    laps = Laps()
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("--plan", "--control", "--listen"):
         parser.add_argument(name, type=Path, required=True)
@@ -46,7 +48,7 @@ def main() -> None:
     control = hold(arguments.control, "rank", rank)  # before torch is loaded: from here on nothing outlives the command
     trace = Trace(trace_file(arguments.control, rank))
     try:
-        run(arguments, Plan.load(arguments.plan), rank, control, trace)
+        run(arguments, Plan.load(arguments.plan), rank, control, trace, laps)
     except UserError as error:
         fail(control, Failed(rank, error.message, error.hint, error.exit_code))
     except Exception as error:
@@ -60,13 +62,14 @@ def fail(control: socket.socket, message: Failed) -> None:
     sys.exit(message.exit_code)
 
 
-def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.socket, trace: Trace) -> None:
+def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.socket, trace: Trace, laps: Laps) -> None:
     """Load, report, serve; returns never."""
     from .engine import sizes_of
     from .grammars import grammars_of
     from .lockstep import steps_file
     from .start import Options, join_in_step, start
 
+    laps.mark("imports")
     last_s = 0.0
 
     def progress(done_bytes: int, total_bytes: int) -> None:
@@ -80,7 +83,8 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
     if grammars is not None:
         grammars.load()  # while the weights are read
     steps = join_in_step(plan, rank, options, steps_file(arguments.control), sizes_of(plan).words)
-    engine, recorder, ready = start(plan, rank, options, trace, progress)
+    laps.mark("joining")
+    engine, recorder, ready = start(plan, rank, options, trace, progress, laps)
     if grammars is not None:
         front_ends = FrontEnds(arguments.listen)
         control.sendall(encode(ready))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..planning.plan import DTYPE_BYTES, Plan
+from ..planning.speeds import calibration_folder
 from .comm import WAYS, Comm, Group, Limits, Linked, message_sizes
 
 REPEATS = 30  # all-reduces per measurement, of which the fastest of three runs counts
@@ -80,10 +81,9 @@ def _seconds(linked: Linked, way: str, message: torch.Tensor) -> float:
 
 
 def cache_file(device: torch.device, ranks: int) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss-launch" / "calibration"
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
     software = f"cuda{torch.version.cuda}-torch{torch.__version__}"
-    return base / f"all-reduce-in-graph-{name}-x{ranks}-{software}.json"
+    return calibration_folder() / f"all-reduce-in-graph-{name}-x{ranks}-{software}.json"
 
 
 def read_cache(path: Path, buffer_bytes: int) -> Limits | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..offload.pinned import NotPinnedError, pinned
 from ..planning.headers import Entry
 
@@ -88,14 +90,17 @@ def read_ahead(groups: Sequence[Sequence[Box]], device: torch.device) -> Iterato
     stream are waited for. Buffers hold the largest group, and are pinned where `device` is a GPU.
     """
     size_bytes = max((_layout(boxes)[-1] for boxes in groups), default=0)
-    gpu = device if device.type == "cuda" else None
+    gpu = None
+    if device.type == "cuda":
+        gpu = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     count = min(BUFFERS if gpu else CPU_BUFFERS, len(groups))
     with ExitStack() as stack:
         files: dict[Path, int] = {}
         for path in sorted({box.entry.path for boxes in groups for box in boxes}):
             files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, files[path])
-        pool = ThreadPoolExecutor(THREADS if gpu else 1, "read")
+        # a thread that waits for an event of one GPU may make a context on another, unless it knows better
+        pool = ThreadPoolExecutor(THREADS if gpu else 1, "read", gpu and partial(torch.cuda.set_device, gpu))
         stack.callback(pool.shutdown, cancel_futures=True)  # before the files are closed
         buffers = [_Buffer(_host_memory(size_bytes, gpu is not None), gpu) for _ in range(count)]
 
@@ -166,5 +171,6 @@ def _read(file: int, into: Tensor, offset: int, entry: Entry) -> None:
     while view:
         count = os.preadv(file, [view], offset)
         if count == 0:
-            raise OSError(f"{entry.path} ends at byte {offset}, and had more when it was opened")
+            message = f"{entry.path} ends at byte {offset}, and had more when its header was read"
+            raise UserError(message, "bring the checkpoint back and start again")
         view, offset = view[count:], offset + count

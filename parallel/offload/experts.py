@@ -125,7 +125,7 @@ class Holder:
         if way.misses == "copied":
             one = self._one(blocks, scales, bias) if slot is None else held.packed
             for part in PARTS:
-                getattr(held.host, part)[place] = getattr(one, part)[slot or 0].cpu()
+                getattr(held.host, part)[place].copy_(getattr(one, part)[slot or 0])
         elif slot is None:
             there = int(held.host_places[place])
             plain.put(held.host, there, blocks, scales)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError, did_you_mean
+from .speeds import Speeds, read_speeds, speeds_file
 
 Link = Literal["nvlink", "pcie", "none"]
 LINKS: tuple[Link, ...] = ("nvlink", "pcie", "none")
@@ -42,16 +43,6 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """Bytes a second; None: not known. host: what all cores together read from memory. link: between host and one GPU.
-    disk: what a mapped file gives that is not in memory."""
-
-    host: float | None = None
-    link: float | None = None
-    disk: float | None = None
-
-
-@dataclass(frozen=True)
 class Machine:
     """`nodes` equal nodes; everything else is of one node."""
 
@@ -62,6 +53,11 @@ class Machine:
     nodes: int
     link: Link  # between GPUs of a node; "none" with fewer than two
     speeds: Speeds = Speeds()
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is known what the host's memory gives, and the link to a GPU if there is one."""
+        return self.speeds.host is not None and (not self.gpus or self.speeds.link is not None)
 
 
 def parse_size(text: str) -> int:
@@ -96,14 +92,21 @@ def probe() -> Machine:
     """
     gpus, link = _probe_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         name=platform.node() or "this machine",
         gpus=gpus,
         host_memory_bytes=available_host_bytes(),
-        cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpu_cores=cores,
         nodes=int(nodes) if nodes.isdigit() and int(nodes) else 1,
         link=link,
+        speeds=read_speeds(machine_speeds_file(gpus, cores)),
     )
+
+
+def machine_speeds_file(gpus: tuple[Gpu, ...], cores: int) -> Path:
+    """Of this machine, by what it was found to have."""
+    return speeds_file(gpus[0].name if gpus else None, cores)
 
 
 def _probe_gpus(visible: str | None) -> tuple[tuple[Gpu, ...], Link]:

@@ -1,13 +1,16 @@
 """MODEL: folders, published ids without a network, the hub's cache, and what is said when there is none of them."""
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from gptoss_launch.launch.resolve import make_plan, resolve
 from gptoss_launch.launch.settings import ServeSettings, Settings
 from gptoss_launch.parallel.errors import UserError
+from gptoss_launch.parallel.planning.plan import Plan
 from gptoss_launch.parallel.planning.spec import PUBLISHED
+from gptoss_launch.parallel.planning.speeds import Speeds, keep_speeds
 
 MODEL = "openai/gpt-oss-20b"
 ROOM = Settings(host_memory_bytes=40 << 30, gpu_memory_bytes=0)
@@ -75,6 +78,37 @@ def test_nodes_are_those_that_serve_together(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="does not run here: GPUs needed 8, found 0"):
         make_plan("tiny", ServeSettings(machine="h100x8", nnodes=2), need_weights=True)
+
+
+def test_bandwidths_are_measured_once_where_a_plan_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    commands: list[list[str]] = []
+
+    def measure(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        if len(commands) == 1:
+            return subprocess.CompletedProcess(command, 1, "", "Traceback\nOSError: no memory\n")
+        keep_speeds(Path(command[-1]), Speeds(host=123e9))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("gptoss_launch.launch.resolve.subprocess.run", measure)
+
+    def made(host_memory_bytes: int, need_weights: bool = True) -> Plan:
+        room = {"host_memory_bytes": host_memory_bytes, "gpu_memory_bytes": 0, "context_tokens": 1024, "sequences": 2}
+        return make_plan("tiny", Settings(**room, dtype="bf16"), need_weights=need_weights)
+
+    memory = made(1 << 33).memory[0]
+    short = memory.device_bytes + memory.host_bytes - (1 << 20)  # not all experts fit
+    made(short, need_weights=False)
+    assert commands == []
+    assert "host memory 20.0 GB/s (assumed, not known)" in " ".join(made(short).why)
+    assert capsys.readouterr().err.endswith("\nit could not be measured: OSError: no memory\n")
+    for _ in range(2):
+        assert "host memory 123.0 GB/s, disk" in " ".join(made(short).why)
+    assert len(commands) == 2
 
 
 def test_offline_download_says_what_to_do(hub: Path) -> None:

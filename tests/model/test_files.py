@@ -1,12 +1,16 @@
 """Boxes of tensors, read ahead: the bytes of the file, in the order asked for, whatever way they are read."""
 
 import itertools
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.model import files
 from gptoss_launch.parallel.model.files import Box, mapped, read_ahead
+from gptoss_launch.parallel.offload.pinned import NotPinnedError
 from gptoss_launch.parallel.planning.headers import Entry, read_inventory
 from safetensors.torch import save_file
 from small_models import GPU
@@ -61,6 +65,71 @@ def test_what_is_read_is_what_is_there(
             assert box.nbytes == part.nbytes and box.shape == part.shape
 
 
+class LateCopies:
+    """A GPU's stream: copies are done when somebody waits for an event after them, and no earlier."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Tensor, list[Tensor]]] = []
+        self.lock = threading.Lock()
+
+    def event(self, blocking: bool) -> "LateEvent":
+        return LateEvent(self)
+
+    def copy(self, part: Tensor, into: list[Tensor]) -> None:
+        with self.lock:
+            self.waiting.append((part, into))
+
+    def work(self, until: int) -> None:
+        with self.lock:
+            for place, (part, into) in enumerate(self.waiting[:until]):
+                if not into:
+                    into.append(part.clone())
+                self.waiting[place] = (torch.empty(0), into)
+
+
+class LateEvent:
+    def __init__(self, stream: LateCopies) -> None:
+        self.stream, self.after = stream, 0
+
+    def record(self, stream: object) -> None:
+        self.after = len(self.stream.waiting)
+
+    def synchronize(self) -> None:
+        self.stream.work(self.after)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_buffer_is_read_into_when_copies_from_it_are_done(
+    refused: bool, written: tuple[dict[str, Entry], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, pinned or not, with threads that read several groups at a time."""
+    stream, pins, devices = LateCopies(), list[int](), list[torch.device]()
+
+    def pinned(tensor: Tensor) -> Tensor:
+        if refused:
+            raise NotPinnedError("refused")
+        pins.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(files, "pinned", pinned)
+    inventory, tensors = written
+    names = {entry: name for name, entry in inventory.items()}
+    groups = [(box,) for box in boxes_of(inventory)] * 3
+    found: list[list[Tensor]] = [[] for _ in groups]
+    with pytest.warns(UserWarning, match="in two steps: refused") if refused else nullcontext():
+        with read_ahead(groups, torch.device("cuda", 1)) as read:
+            for (part,), into in zip(read, found, strict=True):
+                stream.copy(part, into)
+            stream.work(len(groups))
+    for (box,), (part,) in zip(groups, found, strict=True):
+        assert torch.equal(part, tensors[names[box.entry]][box.slices])
+    assert len(pins) == (0 if refused else files.BUFFERS) and len(set(pins)) <= 1
+    assert set(devices) == {torch.device("cuda", 1)}
+
+
 def test_runs(written: tuple[dict[str, Entry], dict[str, Tensor]]) -> None:
     cube = written[0]["cube"]
     for slices, runs in (
@@ -92,7 +161,7 @@ def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
     last = max(entry.start_bytes for entry in inventory.values())
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(last + 10)
-    with pytest.raises(OSError, match=f"model.safetensors ends at byte {last + 10}"):
+    with pytest.raises(UserError, match=f"model.safetensors ends at byte {last + 10}"):
         with read_ahead(groups, torch.device("cpu")) as read:
             for _ in read:
                 pass

@@ -5,8 +5,8 @@ are decoded together, at the same context; at the longest, of which there are fe
 routing did not flip the largest error is at most 1.5 times that of transformers in bf16 on the tokens at that context;
 the share of flipped ones, over all contexts of a batch size, at most 1.2 times.
 
-Three ways: bf16 as it is served; the same forced to what sm_80 has, in a process of its own, as Triton keeps what it
-has compiled; and fp16 with fp32 residuals through torch alone, as on sm_75.
+Four ways: bf16 as it is served; with most experts computed by the CPU; forced to what sm_80 has, in a process of its
+own, as Triton keeps what it has compiled; and fp16 with fp32 residuals through torch alone, as on sm_75.
 """
 
 import dataclasses
@@ -17,15 +17,19 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import oracles
 import pytest
 import torch
 from forced import ForcedRows
+from gptoss_launch.parallel.engine.engine import Engine
+from gptoss_launch.parallel.engine.start import Options
+from gptoss_launch.parallel.engine.start import start as start_engine
+from gptoss_launch.parallel.engine.trace import Trace
 from gptoss_launch.parallel.kernels import PLAIN, Operations
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
-from gptoss_launch.parallel.planning.plan import DType
+from gptoss_launch.parallel.planning.plan import DType, Offload, Plan, Way
 from gptoss_launch.parallel.planning.spec import PUBLISHED, alternating_kinds, read_config
 from small_models import TINY, plain_engine, plain_plan, prompt
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +43,7 @@ pytestmark = [
 BATCHES, CONTEXTS = (1, 3, 8, 16, 32), (16, 127, 128, 129, 4096, 32768)
 ROWS, LONG = 32, 4  # sequences; those of the longest context
 NEW = 8  # tokens that are decoded at each context
+STEP_TOKENS = 8192  # of prompts
 SMALL_SHARED_BYTES = 99 << 10  # most that a block may have on sm_86 and sm_89, the least from sm_80 on
 HOPPER = ("wgmma", "griddepcontrol", "cp.async.bulk", "setmaxnreg", "fence.proxy.async")
 
@@ -97,28 +102,30 @@ def transformers(folder: Path, dtype: torch.dtype, device: str) -> oracles.Run:
     )
 
 
+def plan_of(folder: Path, dtype: DType, device: Literal["cuda", "cpu"] = "cuda") -> Plan:
+    plan = plain_plan(folder, dtype, max(lengths()), STEP_TOKENS, device, ROWS)
+    kept = sum(lengths()) + 2 * ROWS * (NEW + plan.page_tokens)
+    return dataclasses.replace(plan, kv_tokens=kept, residual_dtype="fp32" if dtype == "fp16" else dtype)
+
+
 def rows_of(
     folder: Path,
     oracle: Oracle,
-    ops: Operations,
-    dtype: DType,
-    device: Any = "cuda",
+    engine: Engine,
     batches: Sequence[int] = BATCHES,
     contexts: Sequence[int] = CONTEXTS,
 ) -> Iterator[dict[str, Any]]:
     """Errors and flips of every batch size at every context."""
     routes: list[torch.Tensor] = []
+    norm_route = engine.ops.norm_route
 
     def recording_route(*inputs):
-        *others, experts = ops.norm_route(*inputs)
+        *others, experts = norm_route(*inputs)
         routes.append(experts)
         return *others, experts
 
-    plan = plain_plan(folder, dtype, max(lengths()), 8192, device, ROWS)
-    kept = sum(lengths()) + 2 * ROWS * (NEW + plan.page_tokens)
-    residual: DType = "fp32" if dtype == "fp16" else dtype
-    plan = dataclasses.replace(plan, kv_tokens=kept, residual_dtype=residual)
-    forced = ForcedRows(plain_engine(plan, dataclasses.replace(ops, norm_route=recording_route)), sequences(folder))
+    engine.ops = dataclasses.replace(engine.ops, norm_route=recording_route)
+    forced = ForcedRows(engine, sequences(folder))
     filled = [0] * ROWS
     for context in contexts:
         starts = [start(length, context) for length in lengths()]
@@ -185,11 +192,27 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
+@pytest.fixture(autouse=True)
+def released() -> Iterator[None]:
+    yield
+    release()
+
+
 def test_bf16_as_served(folder: Path, oracle: Oracle) -> None:
     from gptoss_launch.parallel.kernels.choose import triton_operations
 
-    check(list(rows_of(folder, oracle, triton_operations(), "bf16")), "as served")
-    release()
+    engine = plain_engine(plan_of(folder, "bf16"), triton_operations())
+    check(list(rows_of(folder, oracle, engine)), "as served")
+
+
+def test_bf16_with_experts_on_the_cpu(folder: Path, oracle: Oracle, tmp_path: Path) -> None:
+    """Of 32 experts eight are on the GPU, as where memory is short."""
+    way = Way("cuda", 8, "memory", "computed", 0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    plan = dataclasses.replace(plan_of(folder, "bf16"), kernels="triton", offload=Offload(way, ()))
+    engine, _, ready = start_engine(plan, 0, Options(), Trace(tmp_path / "trace"), lambda done, total: None)
+    assert ready.slow_paths == ("no CUDA graphs: not all experts are on the GPU",)
+    check(list(rows_of(folder, oracle, engine, batches=(1, 8), contexts=(16, 129))), "experts on the CPU")
+    assert engine.experts is not None and engine.experts.misses > engine.experts.hits
 
 
 class NoBf16(TorchDispatchMode):
@@ -203,9 +226,9 @@ class NoBf16(TorchDispatchMode):
 
 
 def test_fp16_as_on_sm_75(folder: Path, oracle: Oracle) -> None:
-    found = list(rows_of(folder, oracle, without_bf16(), "fp16", batches=(1, 8, 32), contexts=(16, 129, 4096)))
-    check(found, "fp16 through torch")
-    release()
+    engine = plain_engine(plan_of(folder, "fp16"), without_bf16())
+    found = rows_of(folder, oracle, engine, batches=(1, 8, 32), contexts=(16, 129, 4096))
+    check(list(found), "fp16 through torch")
 
 
 def without_bf16() -> Operations:
@@ -251,8 +274,8 @@ def forced_to_sm_80(folder: Path, oracle_file: Path) -> None:
     triton_launch._capability = lambda device: (8, 0)  # pyright: ignore[reportAttributeAccessIssue]
     print(json.dumps({"agreements": [dataclasses.astuple(one) for one in check_gpu(0)]}), flush=True)
     oracle = Oracle(*(oracles.Run(*run) for run in torch.load(oracle_file, map_location="cuda")))
-    ops = triton_operations()
-    for row in rows_of(folder, oracle, ops, "bf16", batches=(1, 3, 8, 32), contexts=(16, 129, 4096)):
+    engine = plain_engine(plan_of(folder, "bf16"), triton_operations())
+    for row in rows_of(folder, oracle, engine, batches=(1, 3, 8, 32), contexts=(16, 129, 4096)):
         print(json.dumps(row), flush=True)
     compiled = []
     for function in [one for one in gc.get_objects() if isinstance(one, JITFunction)]:

@@ -176,7 +176,7 @@ def test_all_tensors_are_made_before_any_is_filled(tmp_path_factory: pytest.Temp
     assert calls == ["room"] * products + ["put"] * products * plan.spec.experts
 
 
-NARROW = {"down.blocks", "down.scales", "o.weight"}
+NARROW = {"gate_up.bias", "down.blocks", "down.scales", "o.weight"}
 
 
 @pytest.mark.parametrize(("ranks", "ep", "narrow"), [(1, 1, set()), (2, 2, {"o.weight"}), (3, 1, NARROW)])

@@ -20,12 +20,12 @@ from gptoss_launch.parallel.engine.trace import Trace
 from gptoss_launch.parallel.engine.wire import Generate, Message, Refused, Tokens
 from gptoss_launch.parallel.engine.worker import launch_step
 from gptoss_launch.parallel.errors import UserError
-from gptoss_launch.parallel.kernels import PLAIN, Operations
+from gptoss_launch.parallel.kernels import PLAIN, Operations, triton_mxfp4
 from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
 from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.comm import Alone
 from gptoss_launch.parallel.offload.counts import Counts
-from gptoss_launch.parallel.offload.experts import Copied, Held, offloaded, tell_layers
+from gptoss_launch.parallel.offload.experts import PARTS, Copied, Held, offloaded, tell_layers
 from gptoss_launch.parallel.offload.pinned import NotPinnedError, pinned
 from gptoss_launch.parallel.planning.headers import read_inventory
 from gptoss_launch.parallel.planning.plan import Misses, Offload, Plan, Way
@@ -145,6 +145,35 @@ def test_a_look_ahead_is_the_next_routers_choice(folder: Path) -> None:
     ahead = counts.ahead
     call(many_TH, torch.ones((5, 1)), torch.full((5, 1), 7), first.gate_up, first.down, 0, 7.0)
     assert counts.ahead == ahead
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("misses", ["copied", "computed"])
+@pytest.mark.parametrize("kept", ["memory", "file"])
+def test_where_experts_are_and_in_which_layout(
+    kept: Kept, misses: Misses, dtype: Literal["bf16", "fp16"], device: Literal["cpu", "cuda"], folder: Path
+) -> None:
+    """On the device as its kernels read them; on the host so as well where they are copied from memory, and else as the
+    checkpoint has them."""
+    ops = dataclasses.replace(PLAIN, layout=triton_mxfp4.LAYOUT)
+    plan, hot = plain_plan(folder, dtype, device=device), (6, 1, 4)
+    whole = plain_engine(plan).weights.layers
+    engine, _ = offloaded_engine(plan, Offload(way(3, misses, kept), (), (hot,) * SPEC.layers), ops)
+    others = [expert for expert in range(SPEC.experts) if expert not in hot]
+    on_host = others if (misses, kept) == ("computed", "memory") else list(range(SPEC.experts))
+    for layer, held_layer in zip(whole, engine.weights.layers, strict=True):
+        for all_of, held in ((layer.gate_up, held_layer.gate_up), (layer.down, held_layer.down)):
+            packed = triton_mxfp4.pack(all_of.blocks, all_of.scales, all_of.bias)
+            host = packed if (misses, kept) == ("copied", "memory") else all_of
+            assert isinstance(held, Held)
+            for part in PARTS:
+                assert torch.equal(getattr(held.packed, part), getattr(packed, part)[list(hot)])
+                found, wanted = getattr(held.host, part), getattr(host, part)[on_host].cpu()
+                assert found.device.type == "cpu" and torch.equal(found.to(wanted.dtype), wanted)
+            assert held.host.bias.dtype == (
+                torch.float32 if (misses, dtype) == ("computed", "fp16") else layer.gate_up.bias.dtype
+            )
 
 
 def test_what_was_unused_for_longest_makes_room(folder: Path) -> None:
