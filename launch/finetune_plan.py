@@ -115,7 +115,7 @@ def print_plan(
                 f"{settings.mode} training of {settings.model} does not fit {what}: "
                 f"short by {format_size(needed - there)}",
                 (_ranks_in_words(settings, zero),),
-                "more ranks, or another deepspeed (zero3, zero3-offload, zero3-offload-all)"
+                "more ranks, or another deepspeed (zero3, zero3-offload-part, zero3-offload, zero3-offload-all)"
                 if full
                 else _smaller(settings, spec, free, memory_of),
             )

@@ -139,8 +139,8 @@ class Sharded:
         engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config, dist_init_required=False)
         self._engine: Any = engine
         # what a ratio leaves on the GPU has an optimizer of its own, whose rate and moments DeepSpeed forgets elsewhere
-        self._groups = list(engine.optimizer.param_groups)
-        beside = getattr(engine.optimizer, "backup_optimizer", None)
+        self._groups = list(self._engine.optimizer.param_groups)
+        beside = getattr(self._engine.optimizer, "backup_optimizer", None)
         if beside is not None:
             beside.state = self._base().state
             self._groups += beside.param_groups

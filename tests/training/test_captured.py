@@ -30,6 +30,7 @@ def test_losses_loads_and_gradients_are_those_of_single_launches(device: str, ho
     folder = checkpoint("true_width", tmp_path)
     frozen = load_frozen(SPEC, folder, "bf16", where, lambda done, total: None, host_layers)
     assert frozen.layers[0].gate_up.blocks.is_cuda == (host_layers == 0)
+    assert frozen.norm_H.is_cuda and frozen.embed_VH.device.type == "cpu"
     ranks: Ranks = {"attention": Rank(8, 8), "experts": Rank(8, 8)}
     leaves = new_adapter(SPEC, ranks, 0, where)
     with torch.no_grad():
