@@ -17,6 +17,7 @@ from gptoss_launch.parallel.engine.record import encode
 from gptoss_launch.parallel.engine.request import Request, Token
 from gptoss_launch.parallel.engine.schedule import Item, Running, Step
 from gptoss_launch.parallel.engine.wire import Generate, Message, Refused, Tokens
+from gptoss_launch.parallel.engine.worker import launch_step
 from torch import Tensor
 
 
@@ -142,3 +143,19 @@ def answers(engine: Engine, requests: Sequence[Request], *, ahead: bool = False)
     while not leader.idle:
         leader.turn()
     return given
+
+
+def refusals(engine: Engine, request: Request) -> list[str]:
+    """What a leader that is asked twice says, which gives no token: its requests fail, and it lives."""
+    sent: list[Message] = []
+    device = Device(lambda record: launch_step(engine, record), engine.graphs.size_for, engine.sizes, ahead=False)
+    at_once = AtOnce()
+    grammars = Grammars(lambda: Vocabulary(Path(engine.plan.checkpoint), engine.plan.spec.vocab), at_once, at_once)
+    leader = Leader(scheduler_for(engine.plan), device, lambda _, one: sent.append(one), lambda _: None, grammars)
+    for id in "ab":
+        leader.take("test", Generate(dataclasses.replace(request, id=id)))
+        while not leader.idle:
+            leader.turn()
+    refused = {one.request_id: one.message for one in sent if isinstance(one, Refused)}
+    assert list(refused) == ["a", "b"] and not any(isinstance(one, Tokens) for one in sent)
+    return list(refused.values())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forced import answers
+from forced import answers, refusals
 from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.kernels.choose import triton_operations
@@ -92,6 +92,24 @@ def test_a_repeated_run_gives_the_same_bits(folder: Path) -> None:
     again = engine(folder, (1, 2, 4, 8))
     assert first == answers(again, asked, ahead=True)
     assert {name: len(tokens) for name, tokens in first.items()} == {f"{i}": 10 + 7 * i for i in range(12)}
+
+
+def test_a_step_that_finds_no_memory_ends_its_requests_alone(folder: Path) -> None:
+    """The allocator may have what it holds and no more; afterwards all is as before."""
+    here = engine(folder, (1, 2, 4, 8), step_tokens=4096)
+    asked = requests(2, Sampling(temperature=0.0), prompt_tokens=2000)
+    wanted = answers(here, asked, ahead=True)
+    torch.cuda.empty_cache()
+    _, total_bytes = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 20)) / total_bytes)
+    try:
+        refused = refusals(here, asked[0])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert all(
+        one.startswith("no memory on the device for a step of 2000 tokens: CUDA out of memory") for one in refused
+    )
+    assert answers(here, asked, ahead=True) == wanted
 
 
 def test_fp8_pages(folder: Path) -> None:
