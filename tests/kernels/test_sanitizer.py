@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = dataclasses.replace(SPECS["true_width"], layers=2, layer_kinds=alternating_kinds(2))
     out = tmp_path_factory.mktemp("sanitizer") / "two-layers"
     write_checkpoint(out, spec, TINY / "tokenizer.json", 0, torch.device("cuda"))
-    run(folder=out)  # without the tool: what is compiled is kept
+    done = run(folder=out)  # without the tool: what is compiled is kept
+    assert done.stdout.endswith("12 tokens\n"), done.stderr[-3000:]
     return out
 
 
