@@ -90,7 +90,7 @@ def known(speeds: Speeds) -> Speeds:
 def staged_experts(spec: Spec, place: Place, misses: Misses) -> int:
     """On the device besides the slots. Where kernels read all that a step needs at one go, one layer's are there
     together while a prompt runs (`offload.experts`)."""
-    return STAGED_EXPERTS + (spec.experts if misses == "copied" and not place.unpacks else 0)
+    return STAGED_EXPERTS + (spec.experts if misses == "copied" and place.kernels != "plain" else 0)
 
 
 @cache

@@ -27,7 +27,7 @@ def offload(plan: Plan) -> Offload:
     return plan.offload
 
 
-@pytest.mark.parametrize("gib", [5.2, 6, 8, 11, 13])
+@pytest.mark.parametrize("gib", [5.5, 6, 8, 11, 13])
 @pytest.mark.parametrize("misses", ["copied", "computed"])
 def test_as_many_experts_as_fit_and_no_more(gib: float, misses: str) -> None:
     free = round(gib * GIB)
