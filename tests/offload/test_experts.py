@@ -17,6 +17,7 @@ from gptoss_launch.parallel.engine.start import Options, start
 from gptoss_launch.parallel.engine.trace import Trace
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.kernels import PLAIN, Operations, triton_mxfp4
+from gptoss_launch.parallel.kernels.choose import triton_operations
 from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
 from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.comm import Alone
@@ -201,14 +202,34 @@ def test_experts_that_the_cpu_computes_are_exact(
     assert share == pytest.approx(slots / SPEC.experts, abs=0.2) and (share > 0) == (slots > 0)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 6])
+@pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_kernels_that_read_all_at_one_go_give_the_same_bits(
     slots: int, dtype: Literal["fp32", "bf16"], folder: Path
 ) -> None:
-    """Those of the C++ experts, which are told places in the cache for expert numbers, as Triton's are."""
+    """With fewer slots than a token needs, so that all experts are where they are in a whole model."""
     plan, ops = plain_plan(folder, dtype), cpu_operations()
     engine, counts = offloaded_engine(plan, Offload(way(slots, "copied"), ()), ops)
+    assert torch.equal(logits(engine), logits(plain_engine(plan, ops)))
+    assert counts.misses > 0 and counts.hits > 0
+
+
+def test_any_kernels_can_read_the_slots(folder: Path) -> None:
+    """Those of the C++ experts, which are told places in the cache for expert numbers and add up in their order."""
+    plan, ops = plain_plan(folder), cpu_operations()
+    wanted = logits(plain_engine(plan, ops))
+    engine, counts = offloaded_engine(plan, Offload(way(6, "copied"), ()), ops)
+    assert (logits(engine) - wanted).abs().max() <= 1e-5 * wanted.abs().max() and counts.misses > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("slots", "kept"), [(3, "memory"), (6, "memory"), (6, "file")])
+def test_tritons_kernels_give_the_same_bits_from_any_slot(slots: int, kept: Kept, folder: Path) -> None:
+    """Prompts, which need all experts of a layer, and single tokens, which find or bring theirs in slots."""
+    plan = dataclasses.replace(plain_plan(folder, "bf16", device="cuda"), kernels="triton")
+    ops = triton_operations()
+    engine, counts = offloaded_engine(plan, Offload(way(slots, "copied", kept), ()), ops)
     assert torch.equal(logits(engine), logits(plain_engine(plan, ops)))
     assert counts.misses > 0 and counts.hits > 0
 
