@@ -36,7 +36,8 @@ Ids = Annotated[Items[TokenId], Field(min_length=1)]
 
 
 class CompletionRequest(GenerationFields):
-    """prompt: a text, token ids, or several of either."""
+    """prompt: a text, token ids, or several of either. ignore_eos: on past the model's own end, to max_tokens; vLLM's
+    name for what benchmarks ask for."""
 
     prompt: (
         Text
@@ -45,6 +46,7 @@ class CompletionRequest(GenerationFields):
         | Annotated[Items[Ids], Field(min_length=1, max_length=MOST_CHOICES)]
     )
     echo: bool | None = None
+    ignore_eos: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     # Only at the value that changes nothing:
     best_of: int | None = Field(None, ge=1, le=1)
@@ -82,6 +84,7 @@ def completion_job(asked: CompletionRequest, served: Served) -> Job:
         prompt_param="prompt",
         max_tokens=asked.max_tokens or MAX_TOKENS,
         logprobs=asked.logprobs,
+        model_ends=not asked.ignore_eos,
     )
     echoed = tuple(tokenizer.decode(choice.request.prompt_tokens) if asked.echo else "" for choice in choices)
     scored = prompts if asked.echo and asked.logprobs is not None else []

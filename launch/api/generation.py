@@ -103,14 +103,16 @@ def make_choices(
     max_param: str = "max_tokens",
     logprobs: int | None,
     constraint: Constraint | None = None,
+    model_ends: bool = True,
 ) -> tuple[Choice, ...]:
     """All choices of the first prompt, then those of the next one.
 
-    max_tokens: None leaves all the room that there is. Raises ApiError 400 where prompt and answer cannot fit into the
+    max_tokens: None leaves all the room that there is. model_ends: whether the model may end an answer. Raises ApiError 400 where prompt and answer cannot fit into the
     context, and for token ids that are in no vocabulary.
     """
     check_ids(fields, served.tokenizer.vocab_size)
-    stops = tuple(dict.fromkeys((*stop_tokens(served.tokenizer), *(fields.stop_token_ids or ()))))
+    own = stop_tokens(served.tokenizer) if model_ends else ()
+    stops = tuple(dict.fromkeys((*own, *(fields.stop_token_ids or ()))))
     drawn = samplings(fields)
     choices = []
     for prompt in prompts:

@@ -61,7 +61,7 @@ def test_decode_says_what_is_known(draw: random.Random) -> None:
     assert row.tok_s_user == pytest.approx(100) and row.prefill_tok_s == pytest.approx(8 * 100 / FIRST_S)
     assert (row.ttft_ms, row.ttft_p99_ms) == pytest.approx((250, 250))
     assert (row.itl_ms, row.itl_p99_ms) == pytest.approx((10, 10))
-    assert [new for _, new in target.sent] == [4] * 8 + ([1] * 8 + [51] * 8) * 3  # warm, then as the peers are timed
+    assert [new for _, new in target.sent] == [51] * 8 + ([1] * 8 + [51] * 8) * 3  # warm, then as the peers are timed
     assert len(set(target.prompts)) == len(target.prompts)  # no prefix is in any cache
     assert not row.notes and set(CONTRACT) <= set(row.to_json())
 

@@ -85,6 +85,7 @@ WRONG = {
         *([[2000]], [[1], [2000]], [None], ["a"] * 129, "word " * 3000, [1] * 3000, [[1], [1] * 3000]),
     ],
     "echo": [*NO_TRUTH],
+    "ignore_eos": [*NO_TRUTH],
     "best_of": [*NO_INTEGER, 0, 2],
     # tokens
     "tokens": [*NO_IDS, None],
@@ -103,7 +104,7 @@ RIGHT = {
     "/tokenize": {"model": (None,), "prompt": (None, ""), "messages": (None, WRONG["messages"][-1])},
     "/detokenize": {"model": (None,)},
 }
-UNKNOWN = ("temperatur", "ignore_eos", "min_tokens", "best_off", "x" * 200, "", "a.b", "ünï", "__class__", "model ")
+UNKNOWN = ("temperatur", "min_tokens", "best_off", "x" * 200, "", "a.b", "ünï", "__class__", "model ")
 
 
 def cases(path):

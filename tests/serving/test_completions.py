@@ -40,6 +40,19 @@ def test_text_goes_on(tokenizer, markup, stream):
         assert answer.usage.completion_tokens == len(engine.script)
 
 
+def test_past_the_models_own_end(tokenizer, markup):
+    """Benchmarks want answers of one length; what was named besides still ends them."""
+    engine = ScriptedEngine(markup("Hello<|return|>, world<|return|>!"))
+    call = Call(served(tokenizer, engine))
+    dot = tokenizer.encode("!")[-1]
+    for more, stops in (({}, set()), ({"stop_token_ids": [dot]}, {dot})):
+        answer = call.complete(prompt="x", extra_body={"ignore_eos": True} | more)
+        assert answer.choices[0].text.startswith("Hello") and "world" in answer.choices[0].text
+        assert set(engine.asked[-1].stop_tokens) == stops
+    call.complete(prompt="x", extra_body={"ignore_eos": False})
+    assert tokenizer.special["<|return|>"] in engine.asked[-1].stop_tokens
+
+
 def test_prompts_of_every_kind(tokenizer, markup):
     engine = ScriptedEngine(markup("!<|return|>"))
     call = Call(served(tokenizer, engine))
