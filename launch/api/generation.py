@@ -107,8 +107,8 @@ def make_choices(
 ) -> tuple[Choice, ...]:
     """All choices of the first prompt, then those of the next one.
 
-    max_tokens: None leaves all the room that there is. model_ends: whether the model may end an answer. Raises ApiError 400 where prompt and answer cannot fit into the
-    context, and for token ids that are in no vocabulary.
+    max_tokens: None leaves all the room that there is. model_ends: whether the model may end an answer. Raises ApiError
+    400 where prompt and answer cannot fit into the context, and for token ids that are in no vocabulary.
     """
     check_ids(fields, served.tokenizer.vocab_size)
     own = stop_tokens(served.tokenizer) if model_ends else ()
