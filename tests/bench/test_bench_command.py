@@ -86,7 +86,20 @@ def test_a_bar_in_the_terminal_and_lines_in_a_pipe(server: str) -> None:
 def test_two_servers_in_turn(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "x.png"
     with stub(Script(owner="sglang")) as other:
-        arguments = ["bench", "decode", server, "--compare", other, "--batch", "1,2", *SMALL, "--plot", str(picture)]
+        arguments = [
+            "bench",
+            "decode",
+            server,
+            "--compare",
+            other,
+            "--batch",
+            "1,2",
+            *SMALL,
+            "--repeats",
+            "3",
+            "--plot",
+            str(picture),
+        ]
         assert run(arguments) == 0
     stdout, stderr = capsys.readouterr()
     *cases, last = lines(stdout)
