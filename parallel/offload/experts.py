@@ -10,7 +10,7 @@ not know how the plan was chosen, nor anything of layers but the order in which 
 import dataclasses
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,6 +27,7 @@ from .counts import Counts
 from .pinned import Pins
 
 PARTS = ("blocks", "scales", "bias")  # of a Packed; the first dim counts experts
+Parts = tuple[Tensor, ...]  # of one expert, in this order
 GUESSED_TOKENS = 4  # of a step: with more, most experts are needed anyway
 GUESSED_BESIDES = 2  # the likeliest ones are often there already
 
@@ -35,13 +36,15 @@ GUESSED_BESIDES = 2  # the likeliest ones are often there already
 class Slots:
     """Which experts of a layer are on the device, and since when unused: the last ones were used last.
 
-    ready, free: events of each slot on a GPU: its weights are there; nobody reads them any more. ahead: experts that
-    came before they were asked for, and have not been asked for yet.
+    ready: an event of each slot on a GPU: its weights are there. free: one on a GPU: nobody reads any slot any more.
+    coming: slots whose weights nobody has waited for yet. ahead: experts that came before they were asked for, and have
+    not been asked for yet.
     """
 
     places: OrderedDict[int, int]
-    ready: list[torch.cuda.Event] = field(default_factory=list)
-    free: list[torch.cuda.Event] = field(default_factory=list)
+    ready: list[torch.cuda.Event]
+    free: "torch.cuda.Event | None"
+    coming: set[int] = field(default_factory=set, init=False)
     ahead: set[int] = field(default_factory=set, init=False)
 
 
@@ -51,6 +54,7 @@ class Held(Packed):
     (packed), and on the host. Host experts are all of the layer's, or those of host_places.
 
     repacks: those on the host are in the checkpoint's layout, and a copy has to be brought into the kernels'.
+    of_slot, of_host: the parts of each expert there, as what is copied in every step must not be looked up in each.
 
     device_places, host_places: int64 [E], where each expert is; -1: not there. The first on the device, the second on
     the CPU, and both only where places never change. layer: counted from 0. whole: room on the device for all of a
@@ -61,6 +65,8 @@ class Held(Packed):
     whole: Packed | None
     host: Packed
     repacks: bool
+    of_slot: Sequence[Parts]
+    of_host: Sequence[Parts]
     slots: Slots
     device_places: Tensor
     host_places: Tensor
@@ -157,8 +163,9 @@ class Holder:
         whole_layer = self._whole[self._calls % 2]
         self._calls += 1
         if self._slots is None:  # shared by both products of a layer
-            events = [[torch.cuda.Event() for _ in hot] if self._device.type == "cuda" else [] for _ in range(2)]
-            slots = self._slots = Slots(OrderedDict((expert, slot) for slot, expert in enumerate(hot)), *events)
+            on_gpu = self._device.type == "cuda"
+            ready, free = [torch.cuda.Event() for _ in hot if on_gpu], torch.cuda.Event() if on_gpu else None
+            slots = self._slots = Slots(OrderedDict((expert, slot) for slot, expert in enumerate(hot)), ready, free)
             slots.places = OrderedDict(reversed(slots.places.items()))  # the most used one is given up last
         else:
             slots, self._slots = self._slots, None
@@ -179,6 +186,8 @@ class Holder:
             whole_layer,
             whole,
             repacks,
+            _by_expert(packed),
+            _by_expert(whole),
             slots,
             device_places.to(self._device),
             host_places,
@@ -186,9 +195,13 @@ class Holder:
         )
 
 
-def _copy_one(source: Packed, at: int, target: Packed, place: int) -> None:
-    for part in PARTS:
-        getattr(target, part)[place].copy_(getattr(source, part)[at], non_blocking=True)
+def _by_expert(packed: Packed) -> tuple[Parts, ...]:
+    return tuple(zip(*(getattr(packed, part).unbind() for part in PARTS), strict=True))
+
+
+def _copy_one(source: Parts, target: Parts) -> None:
+    for here, there in zip(source, target, strict=True):
+        there.copy_(here, non_blocking=True)
 
 
 def _read_by_cpu(bias: Tensor, offload: Offload) -> Tensor:
@@ -283,7 +296,7 @@ class Copied:
                 self._await(slots, places[expert])
                 plain.add_expert(out_TH, x_TH, weights_TX, experts_TX == expert, *packs, places[expert], limit)
             self.stalls.end()
-            self._release(slots, places.values())
+            self._release(slots)
         return out_TH.to(x_TH.dtype)
 
     def _from_slots(
@@ -304,7 +317,7 @@ class Copied:
             self._await(slots, place)
         self.stalls.end()
         out_TH = self.ops.experts(x_TH, weights_TX, places_TX, gate_up.packed, down.packed, 0, limit)
-        self._release(slots, places.values())
+        self._release(slots)
         return out_TH
 
     @contextmanager
@@ -321,12 +334,13 @@ class Copied:
             self.stream.wait_stream(torch.cuda.current_stream())  # the layer before has read what is there
         with torch.cuda.stream(self.stream):
             for held, pack in zip(products, packs, strict=True):
+                target = _by_expert(pack)
                 for expert in wanted:
                     slot = slots.places.get(expert)
                     if slot is None:
-                        self._fill(expert, held, pack, expert)
+                        self._fill(expert, held, target[expert])
                     else:
-                        _copy_one(held.packed, slot, pack, expert)
+                        _copy_one(held.of_slot[slot], target[expert])
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
         self.stalls.end()
@@ -382,29 +396,30 @@ class Copied:
         return places
 
     def _copy(self, expert: int, place: int, slots: Slots, products: Sequence[Held]) -> None:
-        if self.stream is not None:
-            self.stream.wait_event(slots.free[place])  # one that was never recorded is not waited for
+        if self.stream is not None and slots.free is not None:
+            self.stream.wait_event(slots.free)  # one that was never recorded is not waited for
         with torch.cuda.stream(self.stream):
             for held in products:
-                self._fill(expert, held, held.packed, place)
+                self._fill(expert, held, held.of_slot[place])
             if slots.ready:
                 slots.ready[place].record()
+                slots.coming.add(place)
 
-    def _fill(self, expert: int, held: Held, pack: Packed, place: int) -> None:
-        """The host's `expert`, to its place in a pack on the device."""
-        self.counts.moved_bytes += sum(getattr(held.host, part)[expert].nbytes for part in PARTS)
+    def _fill(self, expert: int, held: Held, target: Parts) -> None:
+        """With the host's `expert`, on the device."""
+        source = held.of_host[expert]
+        self.counts.moved_bytes += sum(part.nbytes for part in source)
         if held.repacks:
-            one = (getattr(held.host, part)[expert : expert + 1].to(pack.blocks.device) for part in PARTS)
-            _copy_one(self.ops.layout.pack(*one), 0, pack, place)
-        else:
-            _copy_one(held.host, expert, pack, place)
+            (source,) = _by_expert(self.ops.layout.pack(*(part[None].to(target[0].device) for part in source)))
+        _copy_one(source, target)
 
-    def _release(self, slots: Slots, places: Iterable[int]) -> None:
-        for place in places if slots.free else ():
-            slots.free[place].record()
+    def _release(self, slots: Slots) -> None:
+        if slots.free is not None:
+            slots.free.record()
 
     def _await(self, slots: Slots, place: int) -> None:
-        if slots.ready:
+        if place in slots.coming:
+            slots.coming.remove(place)
             torch.cuda.current_stream().wait_event(slots.ready[place])
 
 
