@@ -138,6 +138,11 @@ def test_a_small_gpu_is_told_how_many_layers_may_wait_on_the_host(capsys: pytest
     assert f"the experts of {enough} layers" in " ".join(capsys.readouterr().out.split())
     assert run([*command, "sequence_tokens=131072"]) == 6
     assert "hint: lower sequence_tokens" in capsys.readouterr().err
+    assert run([*command, "host_layers=24", "machine=laptop-8gb"]) == 6
+    assert (
+        "host memory of laptop-8gb: short" in (error := capsys.readouterr().err)
+        and "hint: host_layers below 24" in error
+    )
     assert run([*command, "host_layers=25"]) == 2
     assert "host_layers=25" in capsys.readouterr().err
 
