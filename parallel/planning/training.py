@@ -120,6 +120,8 @@ def _trained(values: int, largest_part: int, dtype: DType, device: Device, share
         weights += GATHERED_PARTS * largest_part * element
     moments = (cut if zero.stage else values) * MOMENTS_BYTES["adamw"] + (cut * VALUE_BYTES if zero.stage else 0)
     gradients = (cut if zero.stage >= 2 else values) * GRADIENT_BYTES
+    if zero.stage == 1:
+        gradients += cut * GRADIENT_BYTES  # its share of the sums, as they come
     if zero.stage:
         gradients += largest_part * element  # as they come from a part, before they are summed and cut
     if zero.on_host:
@@ -127,10 +129,11 @@ def _trained(values: int, largest_part: int, dtype: DType, device: Device, share
         host += round((moments + summed) * zero.on_host)
         if pinned:  # of many sizes, each of which is rounded up: at most to twice as much
             host += round(summed * zero.on_host)
-        if zero.stage == 3:  # packs add up there, for whatever part
+        if zero.stage == 3:  # packs add up there, for whatever part; below it, on the device
             host += 1 << (summed - 1).bit_length() if pinned else summed
+            gradients = round(gradients * (1 - zero.on_host))
         moments -= round(moments * zero.on_host)
-        gradients = round(gradients * (1 - zero.on_host)) + 2 * largest_part * element
+        gradients += 2 * largest_part * element
     if device == "cuda":  # on a CPU what is not written to is not taken
         # buckets are there whole, whatever is on the host; below stage 3 one fills while another is summed
         gradients += BUCKET_VALUES * (0, 2 * GRADIENT_BYTES, 2 * element, element)[zero.stage]

@@ -191,6 +191,9 @@ def test_what_deepspeed_takes_besides_is_planned() -> None:
     values = lora_values(PUBLISHED["openai/gpt-oss-20b"], 8, 0) // 2
     unpinned, pinned = Zero(2, 1.0, False), Zero(2, 1.0, False, pinned=True)
     assert of(pinned).host_bytes - of(unpinned).host_bytes == 4 * values
+    # sums of packs in fp32: of stages 1 and 2 on the device, of stage 3 where AdamW is
+    first, second, third = (of(Zero(stage, 1.0, False), "cpu").gradients_bytes for stage in (1, 2, 3))
+    assert first - second == 2 * 4 * values and 4 * values < second - third < 4.5 * values
     assert of(pinned, "cpu").host_bytes == of(unpinned, "cpu").host_bytes
 
 
