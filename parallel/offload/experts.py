@@ -265,7 +265,7 @@ class Copied:
         routed = x_TH, weights_TX, experts_TX
         if gate_up.whole is None or down.whole is None:
             out_TH = self._one_by_one(*routed, sorted(set(chosen)), gate_up, down, limit)
-        elif len(chosen) <= len(gate_up.slots.places):
+        elif len(chosen) <= len(gate_up.slots.places):  # not each once: more of them for few slots are another kernel's
             out_TH = self._from_slots(*routed, chosen, gate_up, down, limit)
         else:
             packs = gate_up.whole, down.whole
