@@ -106,9 +106,9 @@ def print_plan(
         if row[1] != "0 B":
             table.add_row(*row)
     Console(stderr=to_stderr, highlight=False).print(table)
-    for what, needed, there in (
-        (f"{settings.device} of {machine.name}", memory.device_bytes, free),
-        (f"the host memory of {machine.name}", host, machine.host_memory_bytes),
+    for of_host, what, needed, there in (
+        (False, f"{settings.device} of {machine.name}", memory.device_bytes, free),
+        (True, f"the host memory of {machine.name}", host, machine.host_memory_bytes),
     ):
         if there is not None and needed > there:
             raise NoPlanError(
@@ -117,8 +117,16 @@ def print_plan(
                 (_ranks_in_words(settings, zero),),
                 "more ranks, or another deepspeed (zero3, zero3-offload-part, zero3-offload, zero3-offload-all)"
                 if full
+                else _less_on_the_host(settings)
+                if of_host and not on_cpu
                 else _smaller(settings, spec, free, memory_of),
             )
+
+
+def _less_on_the_host(settings: FinetuneSettings) -> str:
+    if settings.host_layers:
+        return f"host_layers below {settings.host_layers}: the experts of fewer layers then wait in host memory"
+    return "fewer ranks on this machine, or one with more host memory"
 
 
 def _smaller(

@@ -8,9 +8,9 @@ full       all weights of the first --layers layers
 
 Packs of --pack-tokens, filled with documents of at most 2,048 tokens, whose lengths are spread as those of real
 conversations (log-normal, median 400 tokens, the second half learnt). Tokens are random: speed and memory do not depend
-on them, but for how evenly experts are used. With --same-packs every step learns the same ones, so that its loss falls.
-The loop is the one that `finetune` runs. Prints one JSON object a line, which --out appends to a file; the first steps,
-which compile, are left out of speeds. --cap GIB: torch gets no more memory than a GPU of so much would leave it.
+on them, but for how evenly experts are used. With --same-packs every step learns the same documents, so that its loss
+falls. The loop is the one that `finetune` runs. Prints one JSON object a line, which --out appends to a file; the first
+steps, which compile, are left out of speeds. --cap GIB: torch gets no more memory than a GPU of so much would leave it.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from gptoss_launch.parallel.planning.machine import format_size
 from gptoss_launch.parallel.planning.spec import Spec, read_config
 from gptoss_launch.parallel.training.job import AdapterDtype, Job, OptimizerKind, Recipe
 from gptoss_launch.parallel.training.loop import Step, train
+from gptoss_launch.parallel.training.order import Mixture, steps_per_epoch
 from gptoss_launch.parallel.training.place import read_place
 from gptoss_launch.parallel.training.samples import Sample, sample
 from gptoss_launch.parallel.training.trainee import load_trainee
@@ -47,6 +48,7 @@ from torch._C._autograd import DeviceType
 GIB = 1 << 30
 DOCUMENT_TOKENS = 2048
 WARM_STEPS = 4
+SEED = 0  # of the order in which documents are taken
 PROFILED_STEPS = 3  # at the end: one while the profiler begins, one that is recorded, one while it ends
 CASES = {"lora": (32, 32), "lora-120b": (32, 8), "attention": (16, 0), "full": (0, 0)}  # ranks of attention and experts
 RECIPE = Recipe(
@@ -69,10 +71,21 @@ def documents(spec: Spec, tokens: int, seed: int = 0) -> Iterator[Sample]:
     """Of so many tokens together."""
     r = random.Random(seed)
     while tokens > 0:
-        length = min(DOCUMENT_TOKENS, max(32, round(r.lognormvariate(math.log(400), 0.9))))
+        length = min(DOCUMENT_TOKENS, tokens, max(32, round(r.lognormvariate(math.log(400), 0.9))))
         ids = [r.randrange(spec.vocab) for _ in range(length)]
-        yield sample(ids, [float(place >= length // 2) for place in range(length)])
+        yield sample(ids, [float(place >= max(1, length // 2)) for place in range(length)])
         tokens -= length
+
+
+def of_one_step(samples: list[Sample], pack_tokens: int, packs: int, epochs: int) -> list[Sample]:
+    """As many of them as a step takes whole, in whichever order epochs have them."""
+    lengths = tuple(map(len, samples))
+
+    def whole(count: int) -> bool:
+        mixture = Mixture(lengths[:count], (0,) * count, (1.0,))
+        return all(steps_per_epoch(mixture, SEED, pack_tokens, packs, epoch) == 1 for epoch in range(epochs))
+
+    return samples[: next(count for count in range(len(samples), 0, -1) if whole(count))]
 
 
 def first_layers(spec: Spec, layers: int) -> Spec:
@@ -99,7 +112,7 @@ def measure(folder: Path, spec: Spec, packs: int, run: Path, world: World, asked
         packs_per_step=packs,
         steps=steps + 1,
         recipe=dataclasses.replace(RECIPE, learning_rate=asked.learning_rate),
-        seed=0,
+        seed=SEED,
         data="random",
         weights=(1.0,),
         save_every=0,
@@ -115,6 +128,8 @@ def measure(folder: Path, spec: Spec, packs: int, run: Path, world: World, asked
     torch.cuda.reset_peak_memory_stats()
     trainee = load_trainee(job, world, None, lambda done, total: None)
     samples = list(documents(spec, packs * (1 if asked.same_packs else steps + 1) * pack_tokens))
+    if asked.same_packs:
+        samples = of_one_step(samples, pack_tokens, packs, steps + 1)
     seen: list[Step] = []
     used_bytes = []
     schedule = torch.profiler.schedule(wait=steps - PROFILED_STEPS, warmup=1, active=1, repeat=1)
@@ -236,7 +251,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=WARM_STEPS, help="first steps that are left out")
     parser.add_argument("--layers", type=int, default=6, help="of --case full: the first of the checkpoint")
     parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate)
-    parser.add_argument("--same-packs", action="store_true", help="learn the same packs in every step")
+    parser.add_argument("--same-packs", action="store_true", help="learn the same documents in every step")
     parser.add_argument("--deepspeed", metavar="NAME", help="a configuration of configs/deepspeed, or a file")
     parser.add_argument("--optimizer", choices=get_args(OptimizerKind), default="adamw")
     parser.add_argument("--adapter-dtype", choices=get_args(AdapterDtype), default="fp32")

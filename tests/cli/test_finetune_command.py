@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,13 @@ from gptoss_launch.launch.finetune_settings import PRESETS, FinetuneSettings, lo
 from gptoss_launch.launch.records import Source
 from gptoss_launch.launch.settings import preset_names
 from gptoss_launch.parallel.errors import UserError
+from gptoss_launch.parallel.planning.memory import Device
 from gptoss_launch.parallel.planning.spec import PUBLISHED
-from gptoss_launch.parallel.planning.training import Share, all_values, lora_values, training_memory
+from gptoss_launch.parallel.planning.training import Share, TrainingMemory, all_values, lora_values, training_memory
+from gptoss_launch.parallel.planning.zero import Zero
 from small_models import checkpoint
+
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "training_H200_2026-11-28.json"
 
 
 def test_words_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -134,6 +138,11 @@ def test_a_small_gpu_is_told_how_many_layers_may_wait_on_the_host(capsys: pytest
     assert f"the experts of {enough} layers" in " ".join(capsys.readouterr().out.split())
     assert run([*command, "sequence_tokens=131072"]) == 6
     assert "hint: lower sequence_tokens" in capsys.readouterr().err
+    assert run([*command, "host_layers=24", "machine=laptop-8gb"]) == 6
+    assert (
+        "host memory of laptop-8gb: short" in (error := capsys.readouterr().err)
+        and "hint: host_layers below 24" in error
+    )
     assert run([*command, "host_layers=25"]) == 2
     assert "host_layers=25" in capsys.readouterr().err
 
@@ -151,6 +160,41 @@ def test_published_memory_targets_are_planned(capsys: pytest.CaptureFixture[str]
     assert attention.device_bytes <= 16e9
     assert plain.device_bytes <= 24e9 and less.device_bytes <= 20e9
     assert plain.device_bytes - less.device_bytes == values * (16 - 6)
+
+
+def test_no_run_took_more_than_is_planned() -> None:
+    """Of those that were measured on one H200, all of the device that was in use."""
+    rows = json.loads(MEASURED.read_text("utf-8"))
+    ranks = {"train-attention": (16, 0), "train-lora": (32, 32), "train-lora-120b": (32, 8)}
+    assert len(rows) > 3
+    for row in rows:
+        spec, (attention, experts) = PUBLISHED[f"openai/gpt-oss-{row['model']}"], ranks[row["bench"]]
+        values = lora_values(spec, attention, experts)
+        assert values == row["trained_values"]
+        share = Share(1, None, row["optimizer"], row["adapter_dtype"], row["host_layers"])
+        planned = training_memory(spec, values, False, "bf16", "cuda", row["pack_tokens"], share, experts)
+        assert 0.96 * planned.device_bytes < row["used_bytes"] <= planned.device_bytes, row["bench"]
+        assert row.get("host_bytes", 0) <= planned.host_bytes
+
+
+def test_what_deepspeed_takes_besides_is_planned() -> None:
+    """Buckets of 500 million gradients that no offload takes from a GPU, and the rounding of pinned memory."""
+
+    def of(zero: Zero, device: Device = "cuda") -> TrainingMemory:
+        spec = PUBLISHED["openai/gpt-oss-20b"]
+        return training_memory(spec, lora_values(spec, 8, 0), False, "bf16", device, 2048, Share(2, zero))
+
+    cases = ((Zero(1, 0.0, False), 4e9), (Zero(2, 0.0, False), 2e9), (Zero(3, 0.0, False), 1e9))
+    for zero, buckets_bytes in cases:
+        for one in (zero, replace(zero, on_host=1.0)):
+            assert of(one).gradients_bytes - of(one, "cpu").gradients_bytes == buckets_bytes
+    values = lora_values(PUBLISHED["openai/gpt-oss-20b"], 8, 0) // 2
+    unpinned, pinned = Zero(2, 1.0, False), Zero(2, 1.0, False, pinned=True)
+    assert of(pinned).host_bytes - of(unpinned).host_bytes == 4 * values
+    # sums of packs in fp32: of stages 1 and 2 on the device, of stage 3 where AdamW is
+    first, second, third = (of(Zero(stage, 1.0, False), "cpu").gradients_bytes for stage in (1, 2, 3))
+    assert first - second == 2 * 4 * values and 4 * values < second - third < 4.5 * values
+    assert of(pinned, "cpu").host_bytes == of(unpinned, "cpu").host_bytes
 
 
 def test_values_are_those_of_the_published_models() -> None:
