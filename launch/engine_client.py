@@ -8,6 +8,7 @@ Dial knows. Knows nothing of text, HTTP or of what the leader does with a reques
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +179,15 @@ class EngineClient:
         killed takes connections until all of the process is gone."""
         while True:
             reader, writer = await self._dial()
+            words = b""
             try:
-                if words := await reader.read(READ_BYTES):
-                    return (reader, writer), words
-                writer.close()
-            except OSError:
-                writer.close()
-            except BaseException:
-                writer.close()
-                raise
+                with suppress(OSError):
+                    words = await reader.read(READ_BYTES)
+            finally:
+                if not words:
+                    writer.close()
+            if words:
+                return (reader, writer), words
             await asyncio.sleep(POLL_S)
 
     async def _read(self, reader: asyncio.StreamReader, data: bytes) -> None:

@@ -79,11 +79,12 @@ def _measured(machine: Machine) -> Machine:
     print("measuring what this machine's memory and link give, once", file=sys.stderr)
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MEASURE_LIMIT_S)
-        said = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        silent = f"the process ended with {done.returncode}"  # killed for its memory, say
+        why = (done.stderr.strip() or silent).splitlines()[-1] if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
-        said = [str(error)]
-    if said:
-        print(f"it could not be measured: {said[0]}", file=sys.stderr)
+        why = str(error)
+    if why:
+        print(f"it could not be measured: {why}", file=sys.stderr)
     return replace(machine, speeds=read_speeds(file))
 
 

@@ -74,10 +74,13 @@ class Box:
 
 def mapped(entry: Entry) -> Tensor:
     """The whole tensor as a view of its file, mapped for as long as the view lives; written to, it is no longer shared
-    with the file."""
+    with the file. Raises UserError where the file ends before the tensor does."""
     begin = entry.start_bytes - entry.start_bytes % mmap.ALLOCATIONGRANULARITY
     within = entry.start_bytes - begin
     with entry.path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        if end < entry.start_bytes + entry.size_bytes:
+            raise _cut(entry, end)
         pages = mmap.mmap(file.fileno(), within + entry.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
     return torch.frombuffer(memoryview(pages)[within:], dtype=DTYPES[entry.dtype]).view(entry.shape)
 
@@ -171,6 +174,10 @@ def _read(file: int, into: Tensor, offset: int, entry: Entry) -> None:
     while view:
         count = os.preadv(file, [view], offset)
         if count == 0:
-            message = f"{entry.path} ends at byte {offset}, and had more when its header was read"
-            raise UserError(message, "bring the checkpoint back and start again")
+            raise _cut(entry, offset)
         view, offset = view[count:], offset + count
+
+
+def _cut(entry: Entry, end_bytes: int) -> UserError:
+    message = f"{entry.path} ends at byte {end_bytes}, and had more when its header was read"
+    return UserError(message, "bring the checkpoint back and start again")

@@ -10,8 +10,7 @@ not know how the plan was chosen, nor anything of layers but the order in which 
 import dataclasses
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -266,12 +265,12 @@ class Copied:
         routed = x_TH, weights_TX, experts_TX
         if gate_up.whole is None or down.whole is None:
             out_TH = self._one_by_one(*routed, sorted(set(chosen)), gate_up, down, limit)
-        elif len(chosen) <= len(gate_up.slots.places):
+        elif len(chosen) <= len(gate_up.slots.places):  # not each once: more of them for few slots are another kernel's
             out_TH = self._from_slots(*routed, chosen, gate_up, down, limit)
         else:
             packs = gate_up.whole, down.whole
-            with self._gathered(sorted(set(chosen)), (gate_up, down), packs):
-                out_TH = self.ops.experts(*routed, *packs, 0, limit)
+            self._gather(sorted(set(chosen)), (gate_up, down), packs)
+            out_TH = self.ops.experts(*routed, *packs, 0, limit)
         if guessed:
             self._bring_ahead(list(dict.fromkeys(guessed)), self.layers[gate_up.layer + 1])
         return out_TH
@@ -320,16 +319,11 @@ class Copied:
         self._release(slots)
         return out_TH
 
-    @contextmanager
-    def _gathered(self, wanted: Sequence[int], products: Sequence[Held], packs: Sequence[Packed]) -> Iterator[None]:
-        """`wanted` in their places among all of the layer's, in packs, while the body runs: kernels that sum up over a
-        token's experts give the same bits only if they see them at one go. The cache stays as it is."""
+    def _gather(self, wanted: Sequence[int], products: Sequence[Held], packs: Sequence[Packed]) -> None:
+        """`wanted` into their places among all of the layer's, in packs: kernels that sum up over a token's experts
+        give the same bits only if they see them at one go. The cache stays as it is."""
         slots = products[0].slots
-        missed = [expert for expert in wanted if expert not in slots.places]
-        self.counts.hits += len(wanted) - len(missed)
-        self.counts.misses += len(missed)
-        if missed:
-            self.stalls.begin()
+        self._missing(wanted, slots)
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())  # the layer before has read what is there
         with torch.cuda.stream(self.stream):
@@ -344,7 +338,6 @@ class Copied:
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
         self.stalls.end()
-        yield
 
     def _guess(self, x_TH: Tensor, layer: int) -> Tensor | None:
         """What the next layer would choose if its input were this one's, [T, X], the likeliest first; None where it is
@@ -366,36 +359,39 @@ class Copied:
             if expert in slots.places:
                 slots.places.move_to_end(expert)
         for expert in [expert for expert in guessed if expert not in slots.places][: self.ahead]:
-            gone, place = slots.places.popitem(last=False)
-            slots.ahead.discard(gone)
+            self._replace(expert, slots, (gate_up, down))
             slots.ahead.add(expert)
-            slots.places[expert] = place
             self.counts.ahead += 1
-            self._copy(expert, place, slots, (gate_up, down))
 
     def _bring(self, wanted: Sequence[int], gate_up: Held, down: Held) -> dict[int, int]:
         """Where each of `wanted` is, or will be when its event comes."""
-        slots, places = gate_up.slots, {}
-        missing = []
+        slots = gate_up.slots
+        missing = self._missing(wanted, slots)
         for expert in wanted:
             if expert in slots.places:
                 slots.places.move_to_end(expert)
-                places[expert] = slots.places[expert]
-            else:
-                missing.append(expert)
+        for expert in missing:
+            self._replace(expert, slots, (gate_up, down))
+        return {expert: slots.places[expert] for expert in wanted}
+
+    def _missing(self, wanted: Sequence[int], slots: Slots) -> list[int]:
+        """Those of `wanted` that have no slot; all are asked for, and a stall begins if any have none."""
+        missing = [expert for expert in wanted if expert not in slots.places]
         self.counts.ahead_hits += len(slots.ahead.intersection(wanted))
         slots.ahead.clear()
-        self.counts.hits += len(places)
+        self.counts.hits += len(wanted) - len(missing)
         self.counts.misses += len(missing)
         if missing:
             self.stalls.begin()
-        for expert in missing:
-            _, place = slots.places.popitem(last=False)
-            slots.places[expert] = places[expert] = place
-            self._copy(expert, place, slots, (gate_up, down))
-        return places
+        return missing
 
-    def _copy(self, expert: int, place: int, slots: Slots, products: Sequence[Held]) -> None:
+    def _replace(self, expert: int, slots: Slots, products: Sequence[Held]) -> None:
+        """What was unused for longest by `expert`, which has a slot once its copy has begun: where memory for that is
+        lacking, the step ends, and the slot holds no expert."""
+        gone, place = slots.places.popitem(last=False)
+        slots.ahead.discard(gone)
+        slots.places[~place] = place  # no expert's number
+        slots.places.move_to_end(~place, last=False)
         if self.stream is not None and slots.free is not None:
             self.stream.wait_event(slots.free)  # one that was never recorded is not waited for
         with torch.cuda.stream(self.stream):
@@ -404,6 +400,8 @@ class Copied:
             if slots.ready:
                 slots.ready[place].record()
                 slots.coming.add(place)
+        del slots.places[~place]
+        slots.places[expert] = place
 
     def _fill(self, expert: int, held: Held, target: Parts) -> None:
         """With the host's `expert`, on the device."""

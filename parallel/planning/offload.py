@@ -88,10 +88,17 @@ def known(speeds: Speeds) -> Speeds:
     return dataclasses.replace(ASSUMED, **given)
 
 
-def staged_experts(spec: Spec, place: Place, misses: Misses) -> int:
-    """On the device besides the slots. Where kernels read all that a step needs at one go, one layer's are there
-    together while a prompt runs (`offload.experts`)."""
-    return STAGED_EXPERTS + (spec.experts if misses == "copied" and place.kernels != "plain" else 0)
+def _besides_bytes(spec: Spec, place: Place, misses: Misses) -> int:
+    """On the device beside the slots, and what the workspace takes besides. Where kernels read all that a step needs at
+    one go, one layer's experts are there together while a prompt runs (`offload.experts`)."""
+    staged = STAGED_EXPERTS + (spec.experts if misses == "copied" and place.kernels != "plain" else 0)
+    return staged * expert_bytes(spec, place.dtype) + GAPS_BYTES
+
+
+def without_slots_bytes(spec: Spec, place: Place, misses: Misses, row: RankMemory) -> int:
+    """On the device of a rank that keeps no experts there. row: of one that keeps all."""
+    experts = spec.layers * spec.experts * expert_bytes(spec, place.dtype)
+    return row.device_bytes - row.graphs_bytes - experts + _besides_bytes(spec, place, misses)
 
 
 @cache
@@ -110,21 +117,19 @@ def room_for(spec: Spec, asked: Asked, context_tokens: int | None = None) -> Roo
 def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[Found]:
     assert place.host_free_bytes is not None
     gpu, one = place.gpus[0], expert_bytes(spec, place.dtype)
-    least = spec.experts_per_token if asked.longest_context else 0  # a longest context still leaves room for a token's
     host_free = place.host_free_bytes - PROCESS["cuda"].host_bytes
     needed = float(spec.layers * spec.experts_per_token * one)
     gpu_speed = bandwidth(gpu.name)
     for misses in ("copied", "computed"):
+        least = 1 if misses == "copied" else 0  # without a slot nothing can be copied
+        least = spec.experts_per_token if asked.longest_context else least  # the longest leaves room for a token's
         for room in _rooms(spec, asked):
             row = memories(spec, place, Mesh(), room)[0]
-            besides = staged_experts(spec, place, misses) * one + GAPS_BYTES  # what the workspace takes besides
-            base = row.device_bytes - row.graphs_bytes - spec.layers * spec.experts * one + besides
+            base = without_slots_bytes(spec, place, misses, row)
             slots = min(spec.experts, (gpu.free_bytes - base) // (spec.layers * one))
             if slots >= least:
                 break
         else:
-            continue
-        if misses == "copied" and not slots:
             continue
         share = hit_share(spec, asked, slots)
         dense = _token_bytes(spec, place, room.context_tokens) - needed
@@ -157,7 +162,7 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         memory = dataclasses.replace(
             row,
             weights_bytes=row.weights_bytes - spec.layers * spec.experts * one + experts_here,
-            workspace_bytes=row.workspace_bytes + besides,
+            workspace_bytes=row.workspace_bytes + _besides_bytes(spec, place, misses),
             graphs_bytes=0,
             host_bytes=row.host_bytes + way.host_bytes,
         )

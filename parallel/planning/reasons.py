@@ -22,7 +22,7 @@ from .layouts import (
 )
 from .machine import Machine, format_size
 from .memory import Room, weights_bytes
-from .offload import expert_bytes, hit_share, known, one_rank, room_for, staged_experts
+from .offload import expert_bytes, hit_share, known, one_rank, room_for, without_slots_bytes
 from .pages import pool_pages
 from .placement import Order, imbalance
 from .plan import DType, Kernels, Offload, RankMemory, Way
@@ -392,9 +392,11 @@ def _why_not_offloaded(spec: Spec, place: Place, asked: Asked) -> str:
     if any(not shortfall(spec, place, layout) for layout in candidates(spec, place, free, shortest)):
         return "only where nothing fits without, and a shorter context or another layout would"
     row = memories(spec, place, Mesh(), room_for(spec, asked, min(room.context_tokens, SMALLEST_CONTEXT_TOKENS)))[0]
-    one = expert_bytes(spec, place.dtype)
-    rest = row.device_bytes + (staged_experts(spec, place, "computed") - spec.layers * spec.experts) * one
-    return f"all but the experts takes {_of(rest, place.gpus[0].free_bytes)}, and {format_size(row.host_bytes)} of host"
+    needed, what = without_slots_bytes(spec, place, asked.misses or "computed", row), "all but the experts takes"
+    if asked.misses == "copied":
+        needed += spec.layers * expert_bytes(spec, place.dtype)
+        what = "all but the experts, and one of each layer, take"
+    return f"{what} {_of(needed, place.gpus[0].free_bytes)}, and {format_size(row.host_bytes)} of host"
 
 
 def _tried(spec: Spec, place: Place, short: int, layout: Layout) -> str:

@@ -161,7 +161,10 @@ def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
     last = max(entry.start_bytes for entry in inventory.values())
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(last + 10)
-    with pytest.raises(UserError, match=f"model.safetensors ends at byte {last + 10}"):
+    said = f"model.safetensors ends at byte {last + 10}, "
+    with pytest.raises(UserError, match=said):
+        mapped(max(inventory.values(), key=lambda entry: entry.start_bytes))
+    with pytest.raises(UserError, match=said):
         with read_ahead(groups, torch.device("cpu")) as read:
             for _ in read:
                 pass

@@ -19,6 +19,7 @@ from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.kernels import PLAIN, Operations, triton_mxfp4
 from gptoss_launch.parallel.kernels.choose import triton_operations
 from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
+from gptoss_launch.parallel.kernels.experts import Packed
 from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.comm import Alone
 from gptoss_launch.parallel.offload.counts import Counts
@@ -183,6 +184,47 @@ def test_what_was_unused_for_longest_makes_room(folder: Path) -> None:
         engine.ops.experts(x_TH, weights_TX, torch.tensor([[expert]]), layer.gate_up, layer.down, 0, 7.0)
         seen.append(counts.misses - before)
     assert seen == [0, 0, 1, 0, 1, 1]  # 0 takes the place of 5, 1 that of 0
+
+
+def test_a_step_that_needs_all_experts_asks_for_those_that_came_ahead(folder: Path) -> None:
+    """Once: what came ahead for one step is no hit of a later one."""
+    engine, counts = offloaded_engine(plain_plan(folder), Offload(way(6, "copied"), (), ahead=2), cpu_operations())
+    first, second = engine.weights.layers[:2]
+    one, many = torch.tensor([[0]]), torch.arange(SPEC.experts)[:, None]
+    x_EH = torch.randn((SPEC.experts, SPEC.hidden), generator=torch.Generator().manual_seed(3))
+    weights_EX = torch.ones((SPEC.experts, 1))
+    engine.ops.experts(x_EH[:1], weights_EX[:1], one, first.gate_up, first.down, 0, 7.0)
+    for _ in range(2):
+        engine.ops.experts(x_EH, weights_EX, many, second.gate_up, second.down, 0, 7.0)
+        assert counts.ahead_hits == counts.ahead > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fills", [0, 1])
+def test_a_slot_whose_copy_failed_holds_no_expert(fills: int, device: Literal["cpu", "cuda"], folder: Path) -> None:
+    """The step ends where memory for a copy is lacking, before the first product or between both; the next one asks
+    for the same expert again."""
+    granted = list[int]()
+
+    def pack(*parts: torch.Tensor) -> Packed:
+        if granted and granted.pop() == 0:
+            raise torch.OutOfMemoryError
+        return PLAIN.layout.pack(*parts)
+
+    ops = dataclasses.replace(PLAIN, layout=dataclasses.replace(PLAIN.layout, pack=pack))
+    plan = plain_plan(folder, device=device)
+    engine, counts = offloaded_engine(plan, Offload(way(2, "copied", "file"), ()), ops)
+    layer, whole = engine.weights.layers[0], plain_engine(plan).weights.layers[0]
+    x_TH = torch.randn((1, SPEC.hidden), device=device)
+    routed = x_TH, torch.ones((1, 1), device=device), torch.tensor([[5]], device=device)
+    granted += [0, *[1] * fills]  # from the end
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.ops.experts(*routed, layer.gate_up, layer.down, 0, 7.0)
+    for _ in range(2):
+        found = engine.ops.experts(*routed, layer.gate_up, layer.down, 0, 7.0)
+        assert torch.equal(found, PLAIN.experts(*routed, whole.gate_up, whole.down, 0, 7.0))
+    assert (counts.misses, counts.hits) == (2, 1) and isinstance(layer.gate_up, Held)
+    assert set(layer.gate_up.slots.places.values()) == {0, 1}
 
 
 @pytest.mark.parametrize("device", DEVICES)

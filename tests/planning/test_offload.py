@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from gptoss_launch.parallel.errors import NoPlanError, UserError
@@ -38,6 +39,18 @@ def test_as_many_experts_as_fit_and_no_more(gib: float, misses: str) -> None:
     assert way.host_bytes == waiting * 24 * EXPERT_BYTES and row.host_bytes == way.host_bytes + 3 * GIB
     assert row.weights_bytes == 13761550080 - (32 - way.slots) * 24 * EXPERT_BYTES
     assert (way.misses, plan.ranks, plan.dp, plan.device) == (misses, 1, 1, "cuda")
+
+
+@pytest.mark.parametrize("model", ["20b", "120b"])
+@pytest.mark.parametrize("misses", [None, "copied", "computed"])
+def test_what_is_said_to_be_needed_is_enough_and_not_too_much(misses: str | None, model: str) -> None:
+    host = {"host_memory_bytes": 100 * GIB, "misses": misses}
+    with pytest.raises(NoPlanError) as refused:
+        planned(model, "rtx3090", gpu_memory_bytes=3 * GIB, **host)
+    (said,) = re.findall(r"experts.* takes? ([0-9.]+) GiB of 3.0 GiB", refused.value.tried[-1])
+    with pytest.raises(NoPlanError):
+        planned(model, "rtx3090", gpu_memory_bytes=round((float(said) - 0.1) * GIB), **host)
+    offload(planned(model, "rtx3090", gpu_memory_bytes=round((float(said) + 0.1) * GIB), **host))
 
 
 def test_each_node_has_a_replica_of_its_own() -> None:
