@@ -53,7 +53,8 @@ class Held(Packed):
     (packed), and on the host. Host experts are all of the layer's, or those of host_places.
 
     repacks: those on the host are in the checkpoint's layout, and a copy has to be brought into the kernels'.
-    of_slot, of_host: the parts of each expert there, as what is copied in every step must not be looked up in each.
+    of_slot, of_host, of_whole: the parts of each expert in packed, host and whole, as what is copied in every step must
+    not be looked up in each.
 
     device_places, host_places: int64 [E], where each expert is; -1: not there. The first on the device, the second on
     the CPU, and both only where places never change. layer: counted from 0. whole: room on the device for all of a
@@ -66,6 +67,7 @@ class Held(Packed):
     repacks: bool
     of_slot: Sequence[Parts]
     of_host: Sequence[Parts]
+    of_whole: Sequence[Parts]
     slots: Slots
     device_places: Tensor
     host_places: Tensor
@@ -187,6 +189,7 @@ class Holder:
             repacks,
             _by_expert(packed),
             _by_expert(whole),
+            () if whole_layer is None else _by_expert(whole_layer),
             slots,
             device_places.to(self._device),
             host_places,
@@ -268,9 +271,8 @@ class Copied:
         elif len(chosen) <= len(gate_up.slots.places):  # not each once: more of them for few slots are another kernel's
             out_TH = self._from_slots(*routed, chosen, gate_up, down, limit)
         else:
-            packs = gate_up.whole, down.whole
-            self._gather(sorted(set(chosen)), (gate_up, down), packs)
-            out_TH = self.ops.experts(*routed, *packs, 0, limit)
+            self._gather(sorted(set(chosen)), (gate_up, down))
+            out_TH = self.ops.experts(*routed, gate_up.whole, down.whole, 0, limit)
         if guessed:
             self._bring_ahead(list(dict.fromkeys(guessed)), self.layers[gate_up.layer + 1])
         return out_TH
@@ -319,22 +321,21 @@ class Copied:
         self._release(slots)
         return out_TH
 
-    def _gather(self, wanted: Sequence[int], products: Sequence[Held], packs: Sequence[Packed]) -> None:
-        """`wanted` into their places among all of the layer's, in packs: kernels that sum up over a token's experts
-        give the same bits only if they see them at one go. The cache stays as it is."""
+    def _gather(self, wanted: Sequence[int], products: Sequence[Held]) -> None:
+        """`wanted` into their places among all of the layer's: kernels that sum up over a token's experts give the same
+        bits only if they see them at one go. The cache stays as it is."""
         slots = products[0].slots
         self._missing(wanted, slots)
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())  # the layer before has read what is there
         with torch.cuda.stream(self.stream):
-            for held, pack in zip(products, packs, strict=True):
-                target = _by_expert(pack)
+            for held in products:
                 for expert in wanted:
-                    slot = slots.places.get(expert)
+                    slot, target = slots.places.get(expert), held.of_whole[expert]
                     if slot is None:
-                        self._fill(expert, held, target[expert])
+                        self._fill(expert, held, target)
                     else:
-                        _copy_one(held.of_slot[slot], target[expert])
+                        _copy_one(held.of_slot[slot], target)
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
         self.stalls.end()
