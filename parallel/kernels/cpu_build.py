@@ -6,12 +6,13 @@ at all, under a name that holds a digest of all that it came from, so that ranks
 
 import ctypes
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..planning.cache import cache_folder
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
@@ -65,7 +66,7 @@ def library(
     """
     compiler = next((path for path in map(shutil.which, compilers) if path), None)
     digest = hashlib.sha256(repr((source.read_text("utf-8"), FLAGS, level)).encode()).hexdigest()[:16]
-    folder = cache or cache_folder()
+    folder = cache or cache_folder("compiled")
     kept = folder / f"{source.stem}-{level.name}-{digest}.so"
     if kept.exists():
         try:
@@ -101,8 +102,3 @@ def _compile(command: list[str]) -> None:
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
         raise NoLibraryError(f"{command[0]} failed: {' '.join(said.split())[:200]}")
-
-
-def cache_folder() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "gptoss-launch" / "compiled"

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..planning.cache import cache_folder
 from ..planning.plan import DTYPE_BYTES, Plan
-from ..planning.speeds import calibration_folder
+from ..planning.speeds import CALIBRATION
 from .comm import WAYS, Comm, Group, Limits, Linked, message_sizes
 
 REPEATS = 30  # all-reduces per measurement, of which the fastest of three runs counts
@@ -83,7 +84,7 @@ def _seconds(linked: Linked, way: str, message: torch.Tensor) -> float:
 def cache_file(device: torch.device, ranks: int) -> Path:
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
     software = f"cuda{torch.version.cuda}-torch{torch.__version__}"
-    return calibration_folder() / f"all-reduce-in-graph-{name}-x{ranks}-{software}.json"
+    return cache_folder(CALIBRATION) / f"all-reduce-in-graph-{name}-x{ranks}-{software}.json"
 
 
 def read_cache(path: Path, buffer_bytes: int) -> Limits | None:

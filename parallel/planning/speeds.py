@@ -7,6 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cache import cache_folder
+
+CALIBRATION = "calibration"  # the folder of what was measured once
+
 
 @dataclass(frozen=True)
 class Speeds:
@@ -18,12 +22,6 @@ class Speeds:
     disk: float | None = None
 
 
-def calibration_folder() -> Path:
-    """Where what was measured once is kept."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "gptoss-launch" / "calibration"
-
-
 def speeds_file(gpu: str | None, cores: int, cpuinfo: Path = Path("/proc/cpuinfo")) -> Path:
     """What is in it holds for this kind of GPU, kind of CPU and number of cores: a home may be that of many nodes."""
     try:
@@ -32,7 +30,7 @@ def speeds_file(gpu: str | None, cores: int, cpuinfo: Path = Path("/proc/cpuinfo
         lines = []
     cpu = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "cpu")
     name = "".join(one if one.isalnum() else "-" for one in f"{gpu or 'no gpu'} {cpu.strip()} x{cores}")
-    return calibration_folder() / f"bandwidths-{name}.json"
+    return cache_folder(CALIBRATION) / f"bandwidths-{name}.json"
 
 
 def read_speeds(path: Path) -> Speeds:
