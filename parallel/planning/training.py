@@ -18,6 +18,7 @@ MOMENTS_BYTES = {"adamw": 4 + 4, "adamw8bit": 1 + 1}  # of a value; blocks of 25
 SAVED_BYTES = 4 + 4 + 4  # a value and its moments
 GATHERED_PARTS = 2  # of stage 3: the part that is computed with, and the one that is on its way
 BUCKET_VALUES = 500_000_000  # of gradients that are summed together: DeepSpeed's default, and our files'
+ZERO_SLACK = 1.025  # of what stage 3 holds on a GPU: two H200 had 1.0 and 2.1 % more in use than is counted
 LOGITS_LIMIT_BYTES = 256 << 20  # of a chunk, in the compute dtype
 LOGITS_COPIES = 6  # plain: besides, in fp32, less their log-sum-exp, and their gradient; fused they are written over
 WIDE_ROW_COPIES = 4  # fp32, of a token's hidden state in a layer's norms and their gradients
@@ -137,6 +138,8 @@ def _trained(values: int, largest_part: int, dtype: DType, device: Device, share
     if device == "cuda":  # on a CPU what is not written to is not taken
         # buckets are there whole, whatever is on the host; below stage 3 one fills while another is summed
         gradients += BUCKET_VALUES * (0, 2 * GRADIENT_BYTES, 2 * element, element)[zero.stage]
+        if zero.stage == 3:
+            gradients += round((ZERO_SLACK - 1) * (weights + gradients + moments))
     return _Trained(weights, gradients, moments, host)
 
 

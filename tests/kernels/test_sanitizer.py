@@ -8,6 +8,7 @@ end is found; graphs launch the same kernels and cannot be captured so.
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from small_models import SPECS, TINY, plain_engine, plain_plan, prompt
 
 SANITIZER = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
 FOUND = 9  # exit status if there were errors
+# Its kernels wait at barriers in shared memory for what the copy engine brings there, which racecheck does not see.
+CUBLAS = re.compile(r"Race reported between \w+ access at nvjet_")
 PLANTED = "planted"
 
 pytestmark = [
@@ -71,7 +74,9 @@ def test_a_planted_error_is_found() -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_no_error_is_found(tool: str, folder: Path) -> None:
     done = sanitized(tool, folder)
-    assert done.returncode == 0, done.stdout[:6000] + done.stderr[-3000:]
+    found = [line for line in done.stdout.splitlines() if "========= Error" in line or "Program hit" in line]
+    ours = [line for line in found if not CUBLAS.search(line)]
+    assert done.returncode == (FOUND if found else 0) and not ours, done.stdout[:6000] + done.stderr[-3000:]
     assert "12 tokens" in done.stdout
 
 
