@@ -5,7 +5,7 @@ it knows no text, and no other rank but through `comm`. Every rank of a replica 
 order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,8 +101,8 @@ class Launched:
 
 class Engine:
     """`plan` is resolved; nothing is detected here. graph_sizes: of steps of decodes that run as CUDA graphs; none on
-    the CPU, or where every operation has to be watched. experts: what `ops` count of experts that are
-    elsewhere. files: that experts are read from meanwhile."""
+    the CPU, or where every operation has to be watched. experts: tells what `ops` have counted of
+    experts that are elsewhere. files: that experts are read from meanwhile."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Engine:
         ops: Operations,
         comm: Comm,
         graph_sizes: Sequence[int] = (),
-        experts: Counts | None = None,
+        experts: Callable[[], Counts] | None = None,
         files: Mapped | None = None,
     ) -> None:
         spec = plan.spec

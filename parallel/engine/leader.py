@@ -66,7 +66,7 @@ class Leader:
         refusal: Callable[[Request], str | None],
         matchers: Matchers,
         facts: Facts = Facts(),
-        experts: Counts | None = None,
+        experts: Callable[[], Counts] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
@@ -75,7 +75,7 @@ class Leader:
         self._refusal = refusal
         self._matchers = matchers
         self._facts = facts
-        self._experts = experts or Counts()  # nothing is counted where all are on the device
+        self._experts = experts or Counts  # nothing is counted where all are on the device
         self._clock = clock
         self._requests: dict[tuple[Hashable, str], Running] = {}
         self._compiling: dict[tuple[Hashable, str], Running] = {}  # of these, those whose matcher is not made yet
@@ -198,6 +198,7 @@ class Leader:
             return
         self._stats_s = now_s
         scheduler, counts, pool = self._scheduler, self._scheduler.counts, self._scheduler.cache.pool
+        experts = self._experts()
         stats = Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -210,13 +211,13 @@ class Leader:
             steps_total=counts.steps,
             prefill_tokens_total=counts.prefill_tokens,
             decode_tokens_total=counts.decode_tokens,
-            expert_hits_total=self._experts.hits,
-            expert_misses_total=self._experts.misses,
-            expert_moved_bytes_total=self._experts.moved_bytes,
-            expert_waited_s_total=self._experts.waited_s,
-            expert_stalled_s_total=self._experts.stalled_s,
-            expert_ahead_total=self._experts.ahead,
-            expert_ahead_hits_total=self._experts.ahead_hits,
+            expert_hits_total=experts.hits,
+            expert_misses_total=experts.misses,
+            expert_moved_bytes_total=experts.moved_bytes,
+            expert_waited_s_total=experts.waited_s,
+            expert_stalled_s_total=experts.stalled_s,
+            expert_ahead_total=experts.ahead,
+            expert_ahead_hits_total=experts.ahead_hits,
             decode_step_s=self._facts.decode_step_s,
             communication_s=self._facts.communication_s,
             slow_paths=self._facts.slow_paths,

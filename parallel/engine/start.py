@@ -13,7 +13,8 @@ from ..kernels.choose import operations
 from ..model.calibrate import connect
 from ..model.checkpoint import load
 from ..model.comm import Alone, Comm, Marked, Sums
-from ..offload.experts import offloaded, tell_layers
+from ..offload.counts import Counts
+from ..offload.experts import Computed, Copied, loaded, offloaded
 from ..offload.mapped import mapped
 from ..planning.headers import check_inventory, read_inventory
 from ..planning.plan import Plan
@@ -31,9 +32,13 @@ GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # decodes
 CAPTURED_AT_START = (1, 2, 4, 8, 16, 32)
 
 
-def graph_sizes(sequences: int) -> tuple[int, ...]:
+UNPADDED_SIZES = tuple(range(1, 17))  # where padding would bring experts that nobody needs
+
+
+def graph_sizes(sequences: int, offloaded: bool = False) -> tuple[int, ...]:
     """Those of a plan of so many sequences: no step has more, and none is padded to more."""
-    return tuple(sorted({*(size for size in GRAPH_SIZES if size < sequences), min(sequences, GRAPH_SIZES[-1])}))
+    sizes = {*GRAPH_SIZES, *(UNPADDED_SIZES if offloaded else ())}
+    return tuple(sorted({*(size for size in sizes if size < sequences), min(sequences, GRAPH_SIZES[-1])}))
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,11 @@ def start(
         progress(done_bytes, total_bytes)
 
     (ops, slow_ways), recorder = operations(plan), None
-    experts_on, offload_counts, slow_offload = "device", None, list[str]()
+    experts_on, offload_counts, slow_offload = "device", Counts(), list[str]()
     if plan.offload != "none":
         experts_on = plan.offload.taken.kept
         if plan.offload.taken.device == "cuda":  # on the CPU only the place of the experts is another
             ops, offload_counts, slow_offload = offloaded(plan.offload, ops, device)
-            slow_ways += ("no CUDA graphs: not all experts are on the GPU",)
     laps.mark("kernels")
     files = mapped(entry.path for entry in inventory.values()) if experts_on == "file" else None
     try:
@@ -120,7 +124,12 @@ def start(
             f"no host memory is left after {read_bytes} bytes of the checkpoint were read",
             "end what else uses it; --host-memory SIZE, less than was found, leaves experts in the file",
         ) from None
-    tell_layers(ops, weights.layers)
+    ops, experts_now = loaded(ops, weights.layers, offload_counts, plan.kernels == "triton")
+    waits = isinstance(ops.experts, Copied | Computed)
+    if waits:
+        slow_ways += (
+            "no CUDA graphs: not all experts are on the GPU, and in each layer the host waits to be told which",
+        )
     notes = () if files is None else files.watch()
     meter.mark("weights_bytes")
     laps.mark("weights")
@@ -142,10 +151,9 @@ def start(
         if rank == 0:
             recorder = Recorder(options.record_routing, plan, device)
             ops = recorder.counted(ops)
-    in_graphs = plan.kernels == "triton" and plan.offload == "none" and not options.watched
-    engine = Engine(
-        plan, rank, weights, ops, comm, graph_sizes(plan.sequences) if in_graphs else (), offload_counts, files
-    )
+    in_graphs = plan.kernels == "triton" and not waits and not options.watched
+    sizes = graph_sizes(plan.sequences, plan.offload != "none") if in_graphs else ()
+    engine = Engine(plan, rank, weights, ops, comm, sizes, experts_now, files)
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     warm_up(engine)
     laps.mark("first steps")

@@ -9,7 +9,7 @@ not know how the plan was chosen, nor anything of layers but the order in which 
 
 import dataclasses
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,59 +19,14 @@ from torch import Tensor
 
 from ..kernels import PLAIN, Operations
 from ..kernels import experts as plain
-from ..kernels.experts import Layout, Packed, Shape
+from ..kernels.experts import Packed
 from ..kernels.precision import wide
 from ..planning.plan import Offload
 from .counts import Counts
-from .pinned import Pins
+from .held import Held, Holder, Parts, Slots, by_expert
 
-PARTS = ("blocks", "scales", "bias")  # of a Packed; the first dim counts experts
-Parts = tuple[Tensor, ...]  # of one expert, in this order
 GUESSED_TOKENS = 4  # of a step: with more, most experts are needed anyway
 GUESSED_BESIDES = 2  # the likeliest ones are often there already
-
-
-@dataclass
-class Slots:
-    """Which experts of a layer are on the device, and since when unused: the last ones were used last.
-
-    ready: an event of each slot on a GPU: its weights are there. free: one on a GPU: nobody reads any slot any more.
-    coming: slots whose weights nobody has waited for yet. ahead: experts that came before they were asked for, and have
-    not been asked for yet.
-    """
-
-    places: OrderedDict[int, int]
-    ready: list[torch.cuda.Event]
-    free: "torch.cuda.Event | None"
-    coming: set[int] = field(default_factory=set, init=False)
-    ahead: set[int] = field(default_factory=set, init=False)
-
-
-@dataclass(frozen=True)
-class Held(Packed):
-    """One product of a layer's experts on the device, at most `len(blocks)` of them, in the layout of the kernels
-    (packed), and on the host. Host experts are all of the layer's, or those of host_places.
-
-    repacks: those on the host are in the checkpoint's layout, and a copy has to be brought into the kernels'.
-    of_slot, of_host, of_whole: the parts of each expert in packed, host and whole, as what is copied in every step must
-    not be looked up in each.
-
-    device_places, host_places: int64 [E], where each expert is; -1: not there. The first on the device, the second on
-    the CPU, and both only where places never change. layer: counted from 0. whole: room on the device for all of a
-    layer's experts, one for all layers: None where nothing is copied, or experts are read one by one anyway.
-    """
-
-    packed: Packed
-    whole: Packed | None
-    host: Packed
-    repacks: bool
-    of_slot: Sequence[Parts]
-    of_host: Sequence[Parts]
-    of_whole: Sequence[Parts]
-    slots: Slots
-    device_places: Tensor
-    host_places: Tensor
-    layer: int
 
 
 class Layer(Protocol):
@@ -89,126 +44,9 @@ class Layer(Protocol):
     def down(self) -> Packed: ...
 
 
-class Holder:
-    """The layout of an offloaded model's experts: gate_up and down of each layer come in turn, with experts on the
-    host. Held.bias is that of all of a layer's experts there."""
-
-    def __init__(self, offload: Offload, ops: Operations, device: torch.device, slow: list[str]) -> None:
-        self._pins = Pins(slow)
-        self._offload, self._ops, self._device, self._calls = offload, ops, device, 0
-        self._slots: Slots | None = None
-        self._whole: list[Packed | None] = []  # of gate_up and of down
-        self.layout = Layout(self._pack, self._room, self._put)
-
-    def _pack(self, blocks: Tensor, scales: Tensor, bias: Tensor) -> Held:
-        """Of views into the mapped file, which stay there."""
-        assert self._offload.taken.kept == "file"
-        count, out, row_blocks = scales.shape
-        whole = Packed(blocks, scales, _read_by_cpu(bias, self._offload))
-        held = self._held(whole, (count, out, row_blocks), bias)
-        for expert in held.slots.places:
-            self._put(held, expert, blocks[expert], scales[expert])
-        return held
-
-    def _room(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Held:
-        """In host memory: experts in the layout of the kernels, so that a copy of one is a copy and nothing else; or
-        those that the CPU computes, as it reads them."""
-        way, on_host = self._offload.taken, torch.device("cpu")
-        bias = torch.empty(shape[:2], dtype=dtype)
-        if way.misses == "copied":
-            whole = self._ops.layout.room(shape, dtype, on_host)
-            parts = {part: self._pinned(getattr(whole, part)) for part in PARTS}
-            whole = dataclasses.replace(whole, **parts)
-        else:
-            whole = plain.room((shape[0] - len(self._hot()), *shape[1:]), dtype, on_host)
-            whole = dataclasses.replace(whole, bias=_read_by_cpu(whole.bias, self._offload))
-        return self._held(whole, shape, bias)
-
-    def _put(self, held: Packed, place: int, blocks: Tensor, scales: Tensor) -> None:
-        """place: the number of the expert."""
-        assert isinstance(held, Held)
-        way, slot, bias = self._offload.taken, held.slots.places.get(place), held.bias[place]
-        if slot is not None:
-            self._ops.layout.put(held.packed, slot, blocks, scales)
-            held.packed.bias[slot] = bias.to(self._device)
-        if way.kept == "file":
-            return
-        if way.misses == "copied":
-            one = self._one(blocks, scales, bias) if slot is None else held.packed
-            for part in PARTS:
-                getattr(held.host, part)[place].copy_(getattr(one, part)[slot or 0])
-        elif slot is None:
-            there = int(held.host_places[place])
-            plain.put(held.host, there, blocks, scales)
-            held.host.bias[there] = bias
-
-    def _one(self, blocks: Tensor, scales: Tensor, bias: Tensor) -> Packed:
-        """On the device, whose room is planned for no more."""
-        return self._ops.layout.pack(blocks[None], scales[None], bias[None].to(self._device))
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        return self._pins(tensor) if self._device.type == "cuda" else tensor
-
-    def _hot(self) -> tuple[int, ...]:
-        """Those of this layer that are on the device at the beginning, in the order of their slots."""
-        hot = self._offload.hot
-        return hot[self._calls // 2] if hot else tuple(range(self._offload.taken.slots))
-
-    def _held(self, whole: Packed, shape: Shape, bias: Tensor) -> Held:
-        """With nothing on the device yet. whole: on the host, with what will be there."""
-        way, count = self._offload.taken, shape[0]
-        hot, layer = self._hot(), self._calls // 2
-        if self._calls < 2:
-            gathers = way.misses == "copied" and self._ops.experts is not plain.experts
-            self._whole.append(self._ops.layout.room(shape, bias.dtype, self._device) if gathers else None)
-        whole_layer = self._whole[self._calls % 2]
-        self._calls += 1
-        if self._slots is None:  # shared by both products of a layer
-            on_gpu = self._device.type == "cuda"
-            ready, free = [torch.cuda.Event() for _ in hot if on_gpu], torch.cuda.Event() if on_gpu else None
-            slots = self._slots = Slots(OrderedDict((expert, slot) for slot, expert in enumerate(hot)), ready, free)
-            slots.places = OrderedDict(reversed(slots.places.items()))  # the most used one is given up last
-        else:
-            slots, self._slots = self._slots, None
-        device_places = torch.full((count,), -1, dtype=torch.int64)
-        device_places[list(hot)] = torch.arange(len(hot))
-        others = [expert for expert in range(count) if expert not in set(hot)]
-        host_places = torch.full((count,), -1, dtype=torch.int64)
-        fewer = way.misses == "computed" and way.kept == "memory"
-        host_places[others] = torch.arange(len(others)) if fewer else torch.tensor(others, dtype=torch.int64)
-        packed = self._ops.layout.room((len(hot), *shape[1:]), bias.dtype, self._device)
-        empty = torch.empty((0,), device=self._device)
-        repacks = way.misses == "copied" and way.kept == "file"
-        return Held(
-            empty,
-            empty,
-            bias,
-            packed,
-            whole_layer,
-            whole,
-            repacks,
-            _by_expert(packed),
-            _by_expert(whole),
-            () if whole_layer is None else _by_expert(whole_layer),
-            slots,
-            device_places.to(self._device),
-            host_places,
-            layer,
-        )
-
-
-def _by_expert(packed: Packed) -> tuple[Parts, ...]:
-    return tuple(zip(*(getattr(packed, part).unbind() for part in PARTS), strict=True))
-
-
 def _copy_one(source: Parts, target: Parts) -> None:
     for here, there in zip(source, target, strict=True):
         there.copy_(here, non_blocking=True)
-
-
-def _read_by_cpu(bias: Tensor, offload: Offload) -> Tensor:
-    """As its experts read it, if they compute anything."""
-    return bias.float() if offload.taken.misses == "computed" and bias.dtype == torch.float16 else bias
 
 
 class Stalls:
@@ -409,7 +247,7 @@ class Copied:
         source = held.of_host[expert]
         self.counts.moved_bytes += sum(part.nbytes for part in source)
         if held.repacks:
-            (source,) = _by_expert(self.ops.layout.pack(*(part[None].to(target[0].device) for part in source)))
+            (source,) = by_expert(self.ops.layout.pack(*(part[None].to(target[0].device) for part in source)))
         _copy_one(source, target)
 
     def _release(self, slots: Slots) -> None:
@@ -491,7 +329,21 @@ def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[
     return dataclasses.replace(ops, layout=holder.layout, experts=Computed(ops, counts, on_cpu)), counts, slow
 
 
-def tell_layers(ops: Operations, layers: Sequence[Layer]) -> None:
-    """To experts that are copied: those of the loaded model."""
+def loaded(
+    ops: Operations, layers: Sequence[Layer], counts: Counts, kernels_fetch: bool
+) -> tuple[Operations, Callable[[], Counts]]:
+    """`ops` of `offloaded`, once all layers are there, and what tells what has been counted so far.
+
+    kernels_fetch: whether a kernel of ours may run that copies experts from the host. It does where the device can read
+    them there, unless experts are to come ahead of their layer.
+    """
     if isinstance(ops.experts, Copied):
         ops.experts.layers.extend(layers)
+        if kernels_fetch and not ops.experts.ahead:
+            from .fetched import fetched
+
+            pairs = [(layer.gate_up, layer.down) for layer in layers]
+            by_device = fetched(ops.experts.ops, pairs, layers[0].router_EH.device)
+            if by_device is not None:
+                return dataclasses.replace(ops, experts=by_device), by_device.counts
+    return ops, lambda: counts

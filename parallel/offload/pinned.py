@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MAPPED = 2  # cudaHostRegisterMapped: kernels read it too, at the same address
+
 
 class NotPinnedError(Exception):
     """Says how much, and what CUDA answered."""
@@ -46,7 +48,7 @@ def pinned(tensor: Tensor) -> Tensor:
     pages = mmap.mmap(-1, tensor.nbytes)  # unmapped with the last tensor that views it
     copy = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
     runtime: Any = torch.cuda.cudart()
-    code = int(runtime.cudaHostRegister(copy.data_ptr(), copy.nbytes, 0))
+    code = int(runtime.cudaHostRegister(copy.data_ptr(), copy.nbytes, MAPPED))
     if code:
         _forget_error()
         raise NotPinnedError(f"{tensor.nbytes} bytes of host memory cannot be pinned: CUDA error {code}")

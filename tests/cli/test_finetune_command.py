@@ -16,7 +16,14 @@ from gptoss_launch.launch.settings import preset_names
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.planning.memory import Device
 from gptoss_launch.parallel.planning.spec import PUBLISHED
-from gptoss_launch.parallel.planning.training import ZERO_SLACK, Share, TrainingMemory, all_values, lora_values, training_memory
+from gptoss_launch.parallel.planning.training import (
+    ZERO_SLACK,
+    Share,
+    TrainingMemory,
+    all_values,
+    lora_values,
+    training_memory,
+)
 from gptoss_launch.parallel.planning.zero import Zero, read_zero
 from small_models import checkpoint
 

@@ -23,7 +23,9 @@ from gptoss_launch.parallel.kernels.experts import Packed
 from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.comm import Alone
 from gptoss_launch.parallel.offload.counts import Counts
-from gptoss_launch.parallel.offload.experts import PARTS, Copied, Held, offloaded, tell_layers
+from gptoss_launch.parallel.offload.experts import Copied, loaded, offloaded
+from gptoss_launch.parallel.offload.fetched import Fetched
+from gptoss_launch.parallel.offload.held import PARTS, Held
 from gptoss_launch.parallel.offload.pinned import NotPinnedError, pinned
 from gptoss_launch.parallel.planning.headers import read_inventory
 from gptoss_launch.parallel.planning.plan import Misses, Offload, Plan, Way
@@ -44,15 +46,16 @@ def way(slots: int, misses: Misses, kept: Kept = "memory") -> Way:
 
 
 def offloaded_engine(
-    plan: Plan, offload: Offload, ops: Operations = PLAIN, graph_sizes: tuple[int, ...] = ()
+    plan: Plan, offload: Offload, ops: Operations = PLAIN, graph_sizes: tuple[int, ...] = (), fetches: bool = False
 ) -> tuple[Engine, Counts]:
+    """fetches: by a kernel, which leaves the counts as they are."""
     assert plan.checkpoint is not None
     ops, counts, slow = offloaded(offload, ops, torch.device(plan.device))
     inventory = read_inventory(Path(plan.checkpoint))
     weights = load(plan, 0, inventory, torch.device(plan.device), layout=ops.layout, experts=offload.taken.kept)
     assert slow == []
-    tell_layers(ops, weights.layers)
-    return Engine(plan, 0, weights, ops, Alone(), graph_sizes), counts
+    ops, now = loaded(ops, weights.layers, counts, fetches)
+    return Engine(plan, 0, weights, ops, Alone(), graph_sizes, now), counts
 
 
 def greedy(engine: Engine, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, list[int]]:
@@ -274,6 +277,38 @@ def test_tritons_kernels_give_the_same_bits_from_any_slot(slots: int, kept: Kept
     engine, counts = offloaded_engine(plan, Offload(way(slots, "copied", kept), ()), ops)
     assert torch.equal(logits(engine), logits(plain_engine(plan, ops)))
     assert counts.misses > 0 and counts.hits > 0
+
+
+@pytest.mark.parametrize("slots", [3, 6, 8])
+@pytest.mark.parametrize("device", DEVICES)
+def test_experts_that_the_device_brings_itself_give_the_same_bits(
+    device: Literal["cpu", "cuda"], slots: int, folder: Path
+) -> None:
+    """Prompts, which gather all that they need, and decodes of one, two and three, on a GPU as CUDA graphs."""
+    on_gpu = device == "cuda"
+    dtype, ops = ("bf16", triton_operations()) if on_gpu else ("fp32", cpu_operations())
+    plan = dataclasses.replace(plain_plan(folder, dtype, device=device), kernels="triton" if on_gpu else "cpu")
+    everything = plain_engine(plan, ops)
+    sizes = (1, 2, 3) if on_gpu else ()
+    engine, _ = offloaded_engine(plan, Offload(way(slots, "copied"), ()), ops, sizes, fetches=True)
+    assert isinstance(engine.ops.experts, Fetched) and engine.experts is not None
+    if on_gpu:  # C++ experts sum up in the order of their places
+        assert torch.equal(logits(engine), logits(everything))
+    else:
+        assert (logits(engine) - logits(everything)).abs().max() <= 1e-5
+    assert greedy(engine) == greedy(everything)
+    counts = engine.experts()
+    assert counts.hits > 0 and (counts.misses > 0) == (slots < SPEC.experts)
+    if not on_gpu:  # Triton's layout rounds up
+        assert counts.moved_bytes == counts.misses * 3 * SPEC.hidden * (SPEC.hidden * 17 // 32 + 4)
+    assert (counts.stalled_s > 0) == (on_gpu and counts.misses > 0) and counts.waited_s == 0
+
+
+def test_the_host_copies_what_the_device_cannot_read(folder: Path) -> None:
+    """From the file, or ahead of a layer."""
+    plan, ops = plain_plan(folder), cpu_operations()
+    for offload in (Offload(way(3, "copied", "file"), ()), Offload(way(6, "copied"), (), ahead=1)):
+        assert isinstance(offloaded_engine(plan, offload, ops, fetches=True)[0].ops.experts, Copied)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gptoss_launch.parallel.offload.pinned import NotPinnedError, Pins, pinned
+from gptoss_launch.parallel.offload.pinned import MAPPED, NotPinnedError, Pins, pinned
 from small_models import GPU
 
 
@@ -18,7 +18,7 @@ class Runtime:
         self.refuses = refuses
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        assert address % mmap.PAGESIZE == 0 and address not in self.locked and flags == 0
+        assert address % mmap.PAGESIZE == 0 and address not in self.locked and flags == MAPPED
         if not self.refuses:
             self.locked[address] = size
         return self.refuses
