@@ -15,7 +15,7 @@ from typing import Literal
 from .machine import Link
 from .memory import is_rest, stored_bytes
 from .pages import local_kv_heads
-from .plan import DTYPE_BYTES, DType, Rest, Workload
+from .plan import DTYPE_BYTES, DType, Kernels, Rest, Workload
 from .shards import Mesh, part, table
 from .spec import Spec
 
@@ -60,8 +60,9 @@ BANDWIDTH: dict[str, float] = {
 READ_SHARE = 0.93  # of the datasheet that a pure read reaches: 4.45 of 4.8 TB/s, measured on an H200
 
 # What a layer's kernels take besides their bytes, in a CUDA graph: the best kernels measured one by one on an H100 add
-# up to 1.7 ms for a step of 20b at one token, 0.5 ms more than its bytes at READ_SHARE, over 24 layers.
-LAYER_S = 20e-6
+# up to 1.7 ms for a step of 20b at one token, 0.5 ms more than its bytes at READ_SHARE, over 24 layers. Plain torch,
+# some hundred kernels a layer that are started one by one: 69 ms for such a step in fp16 on an H200.
+LAYER_S = {"triton": 20e-6, "plain": 2.7e-3}
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def decode_step(
     batch_tokens: int,
     context_tokens: int,
     rest: Rest = "bf16",
+    kernels: Kernels = "triton",
 ) -> Step:
     """The estimate for `mesh`, whose ranks each read bytes_per_s and are joined by `link`."""
     read = read_bytes(spec, mesh, dtype, batch_tokens, context_tokens, rest)
@@ -125,7 +127,7 @@ def decode_step(
         batch_tokens=batch_tokens,
         read_bytes=read,
         read_s=read / bytes_per_s,
-        launch_s=spec.layers * LAYER_S,
+        launch_s=spec.layers * LAYER_S[kernels],
         reduces=2 * spec.layers if mesh.ranks > 1 else 0,
         reduce_s=all_reduce_s(link, mesh.ranks, batch_tokens * spec.hidden * DTYPE_BYTES[dtype]),
     )

@@ -37,6 +37,8 @@ CPU_SHARE = 0.6
 # What a layer takes besides, where the host waits for the device to know which experts are needed, and then starts its
 # kernels and copies one by one: 0.4 to 0.5 ms beside an H200, before the parts of experts were looked up once.
 WAIT_S = 300e-6
+CPU_LAYER_S = 800e-6  # where the CPU computes too: an H200's host of 16 cores took that much longer than its bytes do
+FETCH_S = 10e-6  # where the device brings experts itself: three kernels more
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,14 @@ def _besides_bytes(spec: Spec, place: Place, misses: Misses) -> int:
 def without_slots_bytes(spec: Spec, place: Place, misses: Misses, row: RankMemory) -> int:
     """On the device of a rank that keeps no experts there. row: of one that keeps all."""
     experts = spec.layers * spec.experts * expert_bytes(spec, place.dtype)
-    return row.device_bytes - row.graphs_bytes - experts + _besides_bytes(spec, place, misses)
+    graphs_bytes = row.graphs_bytes - _graphs_bytes(place, misses, row)
+    return row.device_bytes - graphs_bytes - experts + _besides_bytes(spec, place, misses)
+
+
+def _graphs_bytes(place: Place, misses: Misses, row: RankMemory) -> int:
+    """Of CUDA graphs, where the host is not asked in the middle of a step (`offload.fetched`); kept free where that is
+    known only later."""
+    return row.graphs_bytes if misses == "copied" and place.kernels == "triton" else 0
 
 
 @cache
@@ -143,7 +152,10 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         moved = {"link_bytes": missed if misses == "copied" else 0.0}
         moved |= {"cpu_read_bytes": missed if misses == "computed" else 0.0}
         # a GPU that is not in the table is taken to be so fast that it does not count
-        took_s = spec.layers * (LAYER_S + WAIT_S) + (device_read / gpu_speed if gpu_speed else 0.0)
+        fetched = misses == "copied" and place.kernels == "triton" and kept == "memory" and not asked.look_ahead
+        layer_s = FETCH_S if fetched else WAIT_S + (CPU_LAYER_S if misses == "computed" else 0.0)
+        took_s = spec.layers * (LAYER_S[place.kernels] + layer_s)
+        took_s += device_read / gpu_speed if gpu_speed else 0.0
         assert speeds.link and speeds.host and speeds.disk
         took_s += moved["link_bytes"] / speeds.link + moved["cpu_read_bytes"] / (speeds.host * CPU_SHARE)
         took_s += disk / speeds.disk
@@ -163,7 +175,7 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
             row,
             weights_bytes=row.weights_bytes - spec.layers * spec.experts * one + experts_here,
             workspace_bytes=row.workspace_bytes + _besides_bytes(spec, place, misses),
-            graphs_bytes=0,
+            graphs_bytes=_graphs_bytes(place, misses, row),
             host_bytes=row.host_bytes + way.host_bytes,
         )
         yield Found(way, room, memory)

@@ -111,7 +111,7 @@ def _offloaded(
     others: tuple[Way, ...] = tuple(one.way for one in here[1:])
     if place.device == "cuda":
         on_the_cpu = _on_the_cpu(spec, machine, asked)
-        if on_the_cpu is not None and on_the_cpu.tok_s > here[0].way.tok_s:
+        if asked.misses is None and on_the_cpu is not None and on_the_cpu.tok_s > here[0].way.tok_s:
             return plan(spec, found, dataclasses.replace(asked, gpu_memory_bytes=0), model=model, checkpoint=checkpoint)
         others += () if on_the_cpu is None else (on_the_cpu,)
     taken, narrow = here[0], dataclasses.replace(place, rest="int8")

@@ -34,6 +34,7 @@ from small_models import GPU, SPECS, TINY, checkpoint, plain_engine, plain_plan,
 Kept = Literal["memory", "file"]
 SPEC = SPECS["three_blocks"]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
 
 
 @pytest.fixture(scope="session")
@@ -280,7 +281,7 @@ def test_tritons_kernels_give_the_same_bits_from_any_slot(slots: int, kept: Kept
 
 
 @pytest.mark.parametrize("slots", [3, 6, 8])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=NO_GPU), DEVICES[1]])
 def test_experts_that_the_device_brings_itself_give_the_same_bits(
     device: Literal["cpu", "cuda"], slots: int, folder: Path
 ) -> None:

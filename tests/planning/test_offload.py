@@ -116,10 +116,21 @@ def test_the_estimate_is_the_sum_of_its_parts() -> None:
     missed = 24 * 4 * EXPERT_BYTES * (32 - slots) / 32
     assert ways["copied"].link_bytes == pytest.approx(missed) == ways["computed"].cpu_read_bytes
     assert ways["copied"].device_read_bytes - ways["computed"].device_read_bytes == pytest.approx(missed)
-    for misses, moved_s in (("copied", missed / 12e9), ("computed", missed / (35e9 * 0.6))):
+    parts = (("copied", missed / 12e9, 3e-3), ("computed", missed / (35e9 * 0.6), 3.8e-3))  # a layer of plain torch
+    for misses, moved_s, layer_s in parts:
         read_s = ways[misses].device_read_bytes / (616e9 * 0.93)
-        assert 1 / ways[misses].tok_s == pytest.approx(read_s + moved_s + 24 * 320e-6, rel=1e-3)
+        assert 1 / ways[misses].tok_s == pytest.approx(read_s + moved_s + 24 * layer_s, rel=1e-3)
     assert chosen.taken.tok_s == max(way.tok_s for way in (chosen.taken, *chosen.others))
+
+
+def test_a_gpu_that_brings_experts_itself_waits_for_no_host() -> None:
+    """Triton's kernels, experts in memory, none ahead of its layer: graphs have room, and a layer costs 30 us."""
+    copied = offload(planned("20b", "rtx4090", gpu_memory_bytes=11 * GIB, misses="copied")).taken
+    read_s, missed_s = copied.device_read_bytes / (1008e9 * 0.93), copied.link_bytes / 24e9
+    assert 1 / copied.tok_s == pytest.approx(read_s + missed_s + 24 * 30e-6, rel=1e-2)
+    ahead = planned("20b", "rtx4090", gpu_memory_bytes=11 * GIB, misses="copied", look_ahead=1)
+    assert 1 / offload(ahead).taken.tok_s - 1 / copied.tok_s == pytest.approx(24 * 290e-6, rel=1e-2)
+    assert ahead.memory[0].graphs_bytes == 192 << 20
 
 
 def test_bandwidths_decide() -> None:
