@@ -1,4 +1,5 @@
-"""A rank's entry point: torchrun runs this module with --plan FILE --control SOCKET --listen SOCKET.
+"""A rank's entry point: torchrun, or the supervisor itself where one rank is all there is, runs this module with
+--plan FILE --control SOCKET --listen SOCKET.
 
 Loads this rank's share of the model as the plan says and reports to the supervisor over the control socket. Rank 0, the
 leader, then serves front ends on its own socket; the other ranks do what its step records say. Knows no text and no
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--record-routing", type=Path, help="where rank 0 writes how often each expert is used")
     parser.add_argument("--profile", type=Path, help="where rank 0 writes which kernels decode steps spend time in")
     arguments = parser.parse_args()
-    rank = int(os.environ["RANK"])  # set by torchrun
+    rank = int(os.environ["RANK"])  # as torchrun sets it
     control = hold(arguments.control, "rank", rank)  # before torch is loaded: from here on nothing outlives the command
     trace = Trace(trace_file(arguments.control, rank))
     try:
