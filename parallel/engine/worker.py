@@ -81,8 +81,6 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
 
     options = Options(arguments.check_ranks, arguments.record_routing)
     grammars = grammars_of(plan.checkpoint, plan.spec.vocab) if rank == 0 else None
-    if grammars is not None:
-        grammars.load()  # while the weights are read
     steps = join_in_step(plan, rank, options, steps_file(arguments.control), sizes_of(plan).words)
     laps.mark("joining")
     engine, recorder, ready = start(plan, rank, options, trace, progress, laps)
@@ -135,8 +133,11 @@ def lead(
     )
     trace.idle()
     while True:
+        polled_s = time.monotonic()
         for front_end, message in front_ends.poll(IDLE_POLL_S if leader.idle else 0):
             leader.take(front_end, message)
+        if leader.idle and time.monotonic() - polled_s >= IDLE_POLL_S:
+            grammars.load()
         leader.turn()
         if leader.idle:
             trace.idle()
