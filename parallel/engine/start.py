@@ -22,7 +22,7 @@ from .engine import Engine
 from .laps import Laps
 from .lockstep import Ring, Steps
 from .lockstep_network import Broadcasts
-from .measure import Meter, capture, step_times, warm_up
+from .measure import Meter, capture, compile_ahead, step_times, warm_up
 from .routes import Recorder, checked
 from .trace import Trace
 from .wire import Ready
@@ -147,10 +147,13 @@ def start(
         plan, rank, weights, ops, comm, graph_sizes(plan.sequences) if in_graphs else (), offload_counts, files
     )
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
+    first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
+    if first:
+        compile_ahead(engine, first)
+        laps.mark("compiling")
     warm_up(engine)
     laps.mark("first steps")
     notes += () if plan.rest == "bf16" else (rest.checked(engine, rank, inventory),)
-    first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
     laps.mark("graphs" if plan.rest == "bf16" else "comparison and graphs")
     times = step_times(engine)
