@@ -1,5 +1,5 @@
 """One started command and the processes it starts in turn, all on one control socket: a replica's torchrun with its
-ranks, or the HTTP process.
+ranks, a single rank, or the HTTP process.
 
 Who is there is what is connected: a connection that ends is a process that ended, whatever the reason. Does not know
 what the processes are for.

@@ -1,5 +1,6 @@
 """Everything that runs for one command: a torchrun for each replica of this node, or for its part of one that lies on
-several, and on the first node the HTTP process, in one private run folder.
+several, and on the first node the HTTP process, in one private run folder. A plan of a single rank needs no torchrun,
+which takes as long to load torch as the rank does, and before it: that rank is started as torchrun would start it.
 
 Starts them, says when they are ready or which died first, restarts replicas that die while others serve (`restarts`),
 and ends them. Nothing outlives the command: every process holds a lifeline (`lifeline`) on a control socket in the run
@@ -9,6 +10,8 @@ folder (`crew`). Does not know what a request is.
     engine-0.sock               where the leader of replica 0 listens, whichever life it is in
     replica-0.1/                the first life of replica 0: control socket, traces, logs
     replica-0.1.sock            its control socket, for torchrun
+
+What a single rank has in the folder of its life lies in the run folder itself: it has one life.
 
 A process whose lifeline ends removes the folder that its control socket lies in. For a rank that is the folder of its
 life, so that a replica which ends alone takes nothing from the others; torchrun, whose lifeline ends with the command
@@ -39,6 +42,8 @@ from .restarts import NO_RESTARTS, RESTARTS, Restarts
 
 WORKER = "gptoss_launch.parallel.engine.worker"
 SOCKET_PATH_BYTES = 107  # sun_path is 108 bytes with its closing zero (unix(7))
+RANK_LOG = "rank-0.log"  # of a single rank; torchrun has names of its own
+SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # as torchrun sets them
 ELSEWHERE_S = 1.0  # from a failure that follows from another to the other node's word for it
 STOP_S = 2.5  # ranks have this long to end by themselves; with drain and kill the whole stays under 5 s
 
@@ -71,6 +76,7 @@ class Supervisor:
         self._restarts = restarts if plan.dp > 1 else NO_RESTARTS
         self._lives: Counter[int] = Counter()
         self._plan = plan
+        self._single = plan.world_size == 1
         self._worker = worker
         self._worker_arguments = worker_arguments
         self._on_progress = on_progress
@@ -220,6 +226,9 @@ class Supervisor:
     def _crew(self, replica: int) -> Crew:
         """A new life of this replica, and its folder. The number of the life keeps whatever is late in an earlier one
         from meeting this one."""
+        if self._single:
+            log, limit_s = self.folder / RANK_LOG, step_limit_s(self._plan)
+            return Crew(self.folder / "replica-0.sock", self._ranks, lambda rank: log, self._count(0), limit_s)
         self._lives[replica] += 1
         life = self.folder / f"replica-{replica}.{self._lives[replica]}"
         life.mkdir()
@@ -230,16 +239,21 @@ class Supervisor:
 
     async def _start(self, replica: int, crew: Crew) -> None:
         life = crew.control.parent
-        control, listen = life.with_name(f"{life.name}.sock"), self.engine_socket(replica)
+        rank = rank_arguments(self._worker, self.plan_file, crew.control, self.engine_socket(replica))
         meeting = self._meeting and meeting_arguments(self._plan, self._node, self._meeting)
-        command = torchrun_command(
-            self._worker, len(self._ranks), self.plan_file, control, crew.control, listen, life, meeting or MEETING_HERE
+        own = replica_environment(
+            self._plan, len(self._ranks), replica - self._own.start, os.environ.get("CUDA_VISIBLE_DEVICES")
         )
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        own = replica_environment(self._plan, len(self._ranks), replica - self._own.start, visible)
+        if self._single:
+            command, log = [sys.executable, "-u", *rank], life / RANK_LOG
+            own |= SINGLE
+        else:
+            control = life.with_name(f"{life.name}.sock")
+            command = [*torchrun_command(len(self._ranks), control, life, meeting or MEETING_HERE), *rank]
+            log = life / "torchrun.log"
         environment = (meeting_environment(self._meeting) if self._meeting else {}) | os.environ | own
         environment.pop(KEYS_VARIABLE, None)  # no business of a rank's
-        await crew.start([*command, *self._worker_arguments], life / "torchrun.log", environment=environment)
+        await crew.start([*command, *self._worker_arguments], log, environment=environment)
 
     async def _clear(self, replica: int) -> None:
         """Ends what is left of a replica's life and removes what it leaves."""
@@ -295,26 +309,21 @@ def meeting_environment(meeting: Meeting) -> dict[str, str]:
     return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
 
 
-def torchrun_command(
-    worker: str,
-    ranks: int,
-    plan: Path,
-    torchrun_control: Path,
-    control: Path,
-    listen: Path,
-    logs: Path,
-    meeting: Sequence[str] = MEETING_HERE,
-) -> list[str]:
-    """The command line of one replica, or of its `ranks` on this node.
+def torchrun_command(ranks: int, control: Path, logs: Path, meeting: Sequence[str]) -> list[str]:
+    """The command line of one replica, or of its `ranks` on this node, up to what each of them runs.
 
-    torchrun_control, control: the control socket, as torchrun and as its ranks reach it.
+    control: the control socket, as torchrun itself reaches it.
     """
     return [
-        *(sys.executable, "-m", "gptoss_launch.launch.lifeline", str(torchrun_control), "torch.distributed.run"),
+        *(sys.executable, "-m", "gptoss_launch.launch.lifeline", str(control), "torch.distributed.run"),
         *(*meeting, "--nproc-per-node", str(ranks), "--max-restarts", "0"),
-        *("--rdzv-id", control.stem, "--log-dir", str(logs), "--redirects", "3"),
-        *("-m", worker, "--plan", str(plan), "--control", str(control), "--listen", str(listen)),
+        *("--rdzv-id", logs.name, "--log-dir", str(logs), "--redirects", "3"),
     ]
+
+
+def rank_arguments(worker: str, plan: Path, control: Path, listen: Path) -> list[str]:
+    """What Python is given to run one rank."""
+    return ["-m", worker, "--plan", str(plan), "--control", str(control), "--listen", str(listen)]
 
 
 def replica_environment(plan: Plan, ranks: int, place: int, visible: str | None) -> dict[str, str]:

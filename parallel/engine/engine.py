@@ -151,6 +151,15 @@ class Engine:
         self._files.check()
         return launched
 
+    @torch.inference_mode()
+    def rehearse(self, record: Record) -> None:
+        """Launches the kernels of a step of the scratch row that draws plainly, whatever they leave behind."""
+        self.words.upload(record)
+        if record.head.graph:
+            self.graphs.rehearse(record.head)
+        else:
+            self._draw(record.head, self._logits(record.head, record.chunks))
+
     def _launch(self, record: Record) -> Launched:
         head = record.head
         in_graph = bool(head.graph and not head.exact)

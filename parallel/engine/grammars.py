@@ -1,8 +1,8 @@
 """Grammars, compiled by llguidance (https://github.com/guidance-ai/llguidance); matchers that work beside the steps.
 
-What takes time runs in threads: compiling, and each next mask. A request waits for its own; nobody else does.
-llguidance bounds both by counted work, so neither can hang. Knows the tokenizer of the checkpoint as a file, and no
-text.
+What takes time runs in threads: compiling, and each next mask. A request waits for its own; nobody else does, but for
+the vocabulary, which is made once. llguidance bounds both by counted work, so neither can hang. Knows the tokenizer of
+the checkpoint as a file, and no text.
 """
 
 import os
@@ -24,7 +24,7 @@ MASK_THREADS = 4  # a mask takes 0.1 ms of one core, seldom 1 ms
 
 
 class Vocabulary:
-    """The tokens as llguidance knows them. Takes 3 s to make for the published tokenizer.
+    """The tokens as llguidance knows them. Takes 1 to 3 s to make for the published tokenizer.
 
     Raises UserError if the folder has no tokenizer.json that it can read.
     """
@@ -92,6 +92,7 @@ class Grammars:
         self._masking = masking or ThreadPoolExecutor(threads, "mask")
         self._vocabulary = vocabulary
         self._loaded: Vocabulary | None = None
+        self._asked = False
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._news = threading.Event()
 
@@ -102,8 +103,11 @@ class Grammars:
         return Beside(lambda: self._structure(request), self._submit_compile, self._submit_mask)
 
     def load(self) -> None:
-        """Make the vocabulary now, in the thread."""
-        self._compiling.submit(self._need)
+        """Make the vocabulary now, in the thread; from the second call on nothing. For when nobody waits: llguidance
+        holds Python's lock meanwhile, and this process does nothing else."""
+        if not self._asked:
+            self._asked = True
+            self._compiling.submit(self._need)
 
     def wait(self, limit_s: float) -> None:
         """Until any matcher has become ready since the last call."""

@@ -39,6 +39,10 @@ class Graphs:
         graph.replay()
         return outputs
 
+    def rehearse(self, head: Head) -> None:
+        """Launches what a graph would hold, with the inputs in place."""
+        self._run(_plain(head), _key(head)[1])
+
     def capture(self, head: Head) -> None:
         """Runs the step once, then captures it. The inputs in place must be harmless."""
         key = _key(head)

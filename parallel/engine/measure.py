@@ -4,6 +4,7 @@ Works on steps of the scratch row, which no request uses. On CUDA memory is read
 allocator; on the CPU torch keeps none, and no memory is reported.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,7 @@ from .request import Request, Sampling
 from .schedule import Item, Running, Step
 
 REPEATS = 5
+COMPILE_THREADS = 16  # of some 45 kernels a few take as long as the others together
 PLAIN = Sampling()
 EVERYTHING = Sampling(top_p=0.9, min_p=0.01, presence=0.1)  # what takes the most memory to draw
 
@@ -80,6 +82,19 @@ def decode_step(engine: Engine, size: int) -> Record:
     if engine.graphs.size_for(size) != size:
         return scratch_step(engine, 1, size)
     return encode(Step((), 0, False, (), ()), 0, engine.sizes, graph=size)
+
+
+def compile_ahead(engine: Engine, sizes: Sequence[int]) -> None:
+    """The kernels of the largest plain steps, and of decodes of these sizes: where Triton's cache holds none yet, steps
+    would compile them one after the other."""
+    from ..kernels.triton_launch import compiled_together
+
+    plan = engine.plan
+    with compiled_together(min(COMPILE_THREADS, os.cpu_count() or 1)):
+        engine.rehearse(scratch_step(engine, plan.step_tokens, 1))
+        engine.rehearse(scratch_step(engine, 1, min(plan.sequences, plan.step_tokens)))
+        for size in sizes:
+            engine.rehearse(decode_step(engine, size))
 
 
 def warm_up(engine: Engine) -> None:

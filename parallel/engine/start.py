@@ -23,7 +23,7 @@ from .engine import Engine
 from .laps import Laps
 from .lockstep import Ring, Steps
 from .lockstep_network import Broadcasts
-from .measure import Meter, capture, step_times, warm_up
+from .measure import Meter, capture, compile_ahead, step_times, warm_up
 from .routes import Recorder, checked
 from .trace import Trace
 from .wire import Ready
@@ -155,10 +155,13 @@ def start(
     sizes = graph_sizes(plan.sequences, plan.offload != "none") if in_graphs else ()
     engine = Engine(plan, rank, weights, ops, comm, sizes, experts_now, files)
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
+    first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
+    if first:
+        compile_ahead(engine, first)
+        laps.mark("compiling")
     warm_up(engine)
     laps.mark("first steps")
     notes += () if plan.rest == "bf16" else (rest.checked(engine, rank, inventory),)
-    first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     memory = meter.finish(communication_bytes, lambda: capture(engine, first)) | {"read_bytes": read_bytes}
     laps.mark("graphs" if plan.rest == "bf16" else "comparison and graphs")
     times = step_times(engine)

@@ -1,4 +1,5 @@
-"""A rank's entry point: torchrun runs this module with --plan FILE --control SOCKET --listen SOCKET.
+"""A rank's entry point: torchrun, or the supervisor itself where one rank is all there is, runs this module with
+--plan FILE --control SOCKET --listen SOCKET.
 
 Loads this rank's share of the model as the plan says and reports to the supervisor over the control socket. Rank 0, the
 leader, then serves front ends on its own socket; the other ranks do what its step records say. Knows no text and no
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--record-routing", type=Path, help="where rank 0 writes how often each expert is used")
     parser.add_argument("--profile", type=Path, help="where rank 0 writes which kernels decode steps spend time in")
     arguments = parser.parse_args()
-    rank = int(os.environ["RANK"])  # set by torchrun
+    rank = int(os.environ["RANK"])  # as torchrun sets it
     control = hold(arguments.control, "rank", rank)  # before torch is loaded: from here on nothing outlives the command
     trace = Trace(trace_file(arguments.control, rank))
     try:
@@ -80,8 +81,6 @@ def run(arguments: argparse.Namespace, plan: Plan, rank: int, control: socket.so
 
     options = Options(arguments.check_ranks, arguments.record_routing)
     grammars = grammars_of(plan.checkpoint, plan.spec.vocab) if rank == 0 else None
-    if grammars is not None:
-        grammars.load()  # while the weights are read
     steps = join_in_step(plan, rank, options, steps_file(arguments.control), sizes_of(plan).words)
     laps.mark("joining")
     engine, recorder, ready = start(plan, rank, options, trace, progress, laps)
@@ -134,8 +133,11 @@ def lead(
     )
     trace.idle()
     while True:
+        polled_s = time.monotonic()
         for front_end, message in front_ends.poll(IDLE_POLL_S if leader.idle else 0):
             leader.take(front_end, message)
+        if leader.idle and time.monotonic() - polled_s >= IDLE_POLL_S:
+            grammars.load()
         leader.turn()
         if leader.idle:
             trace.idle()

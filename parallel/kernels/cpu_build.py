@@ -65,7 +65,7 @@ def library(
     Raises NoLibraryError without a compiler, or with one that refuses.
     """
     compiler = next((path for path in map(shutil.which, compilers) if path), None)
-    digest = hashlib.sha256(repr((source.read_text("utf-8"), FLAGS, level)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((source.read_text("utf-8"), FLAGS, level.flags)).encode()).hexdigest()[:16]
     folder = cache or cache_folder("compiled")
     kept = folder / f"{source.stem}-{level.name}-{digest}.so"
     if kept.exists():

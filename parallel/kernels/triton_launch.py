@@ -9,6 +9,9 @@ its kernels are launched plainly, so that the first layer begins when they are o
 triton_decode._gate_up.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -35,6 +38,23 @@ def constants(**values: Any) -> dict[str, Any]:
     """Constexpr arguments, num_warps and num_stages of a launch, without types: those of triton.jit know neither that
     an int serves as a constexpr nor what a launch takes besides. EARLY: start as said above."""
     return values | {"launch_pdl": True} if values.get("EARLY") else values
+
+
+@contextmanager
+def compiled_together(threads: int) -> Iterator[None]:
+    """Within it no kernel runs: all that are launched are compiled instead, in so many threads, or found in Triton's
+    cache. They are there on return. What they would have written is not, so nothing may be looked up by it."""
+    run = triton.JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *arguments, grid=grid, warmup=True, **options)
+
+    triton.JITFunction.run = compile_only  # what a launch calls; Triton has no other way to turn one into a warm-up
+    try:
+        with ThreadPoolExecutor(threads, "compile") as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        triton.JITFunction.run = run
 
 
 @cache

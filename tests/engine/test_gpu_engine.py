@@ -1,12 +1,14 @@
 """The engine as it serves on a GPU: Triton's operations, graphs of decodes, steps launched ahead of their results."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from forced import answers, refusals
 from gptoss_launch.parallel.engine.engine import Engine
+from gptoss_launch.parallel.engine.measure import capture, compile_ahead
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.kernels.choose import triton_operations
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
@@ -68,6 +70,32 @@ def test_graphs_give_the_same_tokens(folder: Path, way: str, count: int) -> None
     asked = requests(count, WAYS[way])
     graphs, eager = engine(folder, (1, 4, 8)), engine(folder, ())
     assert answers(graphs, asked, ahead=True) == answers(eager, asked)
+
+
+def forget_kernels() -> None:
+    """Those of this process; Triton's cache on disk keeps them."""
+    import triton
+
+    ours = [module for name, module in sys.modules.items() if name.startswith("gptoss_launch.parallel.kernels.")]
+    for one in (one for module in ours for one in vars(module).values() if isinstance(one, triton.JITFunction)):
+        one.device_caches.clear()
+
+
+def test_kernels_compiled_ahead_are_those_that_steps_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs' steps find every kernel in the process, and what the rehearsal left behind changes no token."""
+    import triton
+
+    asked = requests(4, WAYS["drawn"])
+    usual, ahead = engine(folder, (1, 4, 8)), engine(folder, (1, 4, 8))
+    forget_kernels()
+    compile_ahead(ahead, (1, 4, 8))
+    sought: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **facts: sought.append(fn.name)
+    )  # called where a launch finds no kernel in the process
+    capture(ahead, (1, 4, 8))
+    assert sought == []
+    assert answers(ahead, asked, ahead=True) == answers(usual, asked, ahead=True)
 
 
 @pytest.mark.parametrize(("context", "count"), [(16, 32), (127, 16), (128, 8), (129, 3), (4096, 3), (32768, 1)])

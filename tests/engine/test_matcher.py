@@ -213,6 +213,22 @@ def test_a_matcher_is_ready_a_little_later(vocabulary) -> None:
     assert matcher.failure is None and matcher.allowed() != vocabulary.alphabet.text
 
 
+def test_an_idle_leader_makes_the_vocabulary_once(vocabulary) -> None:
+    """Not each time that it is idle, if it cannot be made; whoever needs it hears why."""
+    made = []
+
+    def load() -> Vocabulary:
+        made.append(True)
+        raise UserError("no tokenizer")
+
+    grammars = Grammars(load)
+    for _ in range(3):
+        grammars.load()
+    matcher = grammars.matcher_of(request(""))  # after them, in the same thread
+    until_ready(grammars, matcher)
+    assert "no tokenizer" in matcher.failure and len(made) == 2
+
+
 def test_answers_under_one_schema_do_not_share_their_state(vocabulary) -> None:
     grammars = Grammars(lambda: vocabulary)
     grammar = json_grammar({"enum": ["left"]}, True)

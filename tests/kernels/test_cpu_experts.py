@@ -1,6 +1,9 @@
 """The C++ experts of a CPU against the plain ones in fp64, at every level of instructions that this CPU has."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,6 +178,21 @@ def test_kept_whole_and_found_again(tmp_path: Path) -> None:
     (other / kept.name).write_bytes(b"of another system")
     assert cpu_build.library(source, level, other).one() == 1
     assert (other / kept.name).stat().st_size > 1000
+
+
+def test_another_process_finds_what_was_kept(tmp_path: Path) -> None:
+    """Sets have another order in each."""
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }\n')
+    level = "Level('test', frozenset(('avx512f', 'avx512bw', 'avx512vl', 'avx512dq', 'avx2', 'fma')), ())"
+    code = f"""
+from pathlib import Path
+from gptoss_launch.parallel.kernels.cpu_build import Level, library
+library(Path({str(source)!r}), {level}, Path({str(tmp_path)!r}))
+"""
+    for seed in ("1", "2"):
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+    assert len(list(tmp_path.glob("*.so"))) == 1
 
 
 def test_a_library_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
     python -m fake_worker --plan PLAN --control SOCKET --listen SOCKET
 
 FAKE_SCRIPT names a JSON file: {"tokens": [ids], "delay_s": 0.01, "load_s": 0.0, "log": FILE, "fail": {"message",
-"hint", "exit_code"}}. After the script's tokens come hashes of the sequence. `log` collects a line for each request
-that began or was cancelled. Each request ends with Done and Stats; a deadline is kept from its first step on.
+"hint", "exit_code"}, "says": TEXT}. After the script's tokens come hashes of the sequence. `log` collects a line for
+each request that began or was cancelled. Each request ends with Done and Stats; a deadline is kept from its first step
+on. With `says` it ends at once, with this in its log.
 """
 
 import argparse
@@ -122,9 +123,11 @@ def main() -> None:
     for name in ("plan", "control", "listen"):
         parser.add_argument(f"--{name}", required=True)
     arguments = parser.parse_args()
-    rank = int(os.environ.get("RANK", "0"))
-    control = hold(Path(arguments.control), "rank", rank)
+    rank = int(os.environ["RANK"])
     script = {"tokens": [], "delay_s": 0.0, "load_s": 0.0} | json.loads(Path(os.environ["FAKE_SCRIPT"]).read_text())
+    if "says" in script:
+        sys.exit(script["says"])
+    control = hold(Path(arguments.control), "rank", rank)
     plan = Plan.load(Path(arguments.plan))
     print("fake worker speaks", file=sys.stderr, flush=True)
     for done in range(5):

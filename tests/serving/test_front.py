@@ -431,7 +431,7 @@ def test_what_is_wrong_with_the_door_is_said_first(tmp_path):
 @pytest.mark.slow
 def test_keys_of_the_environment_reach_the_http_process_and_nothing_else(start, monkeypatch):
     monkeypatch.setenv(KEYS_VARIABLE, "the-very-secret-key name=ci at_once=2")
-    running = start("serve", 0, 5)
+    running = start("serve", 0, 2, 5)
     assert httpx.get(f"{running.url}/models").status_code == 401
     assert httpx.get(f"{running.url}/models", headers=bearer("the-very-secret-key")).status_code == 200
     pids = running.pids()

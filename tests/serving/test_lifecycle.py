@@ -130,10 +130,10 @@ def test_a_second_signal_ends_at_once(start):
         list(stream)
 
 
-@pytest.mark.parametrize("victim", ["command", "torchrun", "rank", "http"])
+@pytest.mark.parametrize("victim", ["command", "rank", "http"])
 def test_kill_9_leaves_nothing(start, victim):
     running = start("serve", 0, 30, script={"delay_s": 0.05})
-    assert running.pids().keys() == {"command", "torchrun", "rank", "http"}
+    assert running.pids().keys() == {"command", "rank", "http"}  # a single rank has no torchrun
     errors = []
 
     def read():
@@ -153,7 +153,7 @@ def test_kill_9_leaves_nothing(start, victim):
         return
     assert running.process.wait() == 7
     said = running.stderr()
-    name = {"torchrun": "torchrun on", "rank": "rank 0 on", "http": "the HTTP process on"}[victim]
+    name = {"rank": "rank 0 on", "http": "the HTTP process on"}[victim]
     assert f"{name} {socket.gethostname()} died while" in said
     if victim == "rank":
         assert "the log of rank 0 ended with\n  | fake worker speaks" in said
@@ -181,6 +181,14 @@ def test_what_a_rank_says_before_it_ends_is_passed_on(start):
         assert running.process.wait(20) == expected
         assert running.stderr() == said[code]
         running.gone_within()
+
+
+def test_a_rank_that_ends_before_it_is_heard_of(start):
+    running = start("serve", 0, 30, script={"says": "no such library"}, url=False)
+    assert running.process.wait(20) == 7
+    said = "replica-0 ended with exit code 1\nhint: the log of rank 0 ended with\n  | no such library\n"
+    assert running.stderr() == said
+    running.gone_within()
 
 
 def test_alive_but_not_ready_while_loading_then_sigterm(start, free_port):
