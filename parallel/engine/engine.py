@@ -134,7 +134,7 @@ class Engine:
             dtype=TORCH_DTYPE[plan.kv_dtype],
             device=self.device,
         )
-        self.words = inputs.Words(self.sizes, self.device)
+        self.words = inputs.Words(self.sizes, self.device, ops.upload)
         self.rows = inputs.Rows.empty(self.sizes, len(weights.head_VH), self.device)
         self.graphs = Graphs(graph_sizes, self._decode)
         pinned = self.device.type == "cuda"

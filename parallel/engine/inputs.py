@@ -51,9 +51,11 @@ class Rows:
 class Words:
     """The static buffer that records are copied to, and the host buffers they are copied from."""
 
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, sizes: Sizes, device: torch.device, upload: Callable[[Tensor, Tensor], None]) -> None:
+        """upload: as begin.upload."""
+        self._upload = upload
         self.device_W = torch.zeros(sizes.words, dtype=torch.int32, device=device)
-        # A copy from pinned memory runs while the host goes on: the buffer must not be used again before it is done.
+        # The device reads pinned memory while the host goes on: the buffer must not be used again before that is done.
         # No rank is more than two steps ahead of its device (`lockstep`).
         pinned = device.type == "cuda"
         self._host = [torch.zeros(sizes.words, dtype=torch.int32, pin_memory=pinned) for _ in range(4)]
@@ -62,7 +64,7 @@ class Words:
         count = record.head.words
         host_W = self._host[record.head.number % len(self._host)]
         host_W[:count] = torch.frombuffer(record.words, dtype=torch.int32)
-        self.device_W[:count].copy_(host_W[:count], non_blocking=True)
+        self._upload(host_W[:count], self.device_W[:count])
 
 
 def begin_rows(head: Head, words_W: Tensor, rows: Rows) -> None:

@@ -70,6 +70,15 @@ def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
+def _upload(ops: Operations, random: _Random) -> Iterator[float]:
+    """From pinned memory, which a kernel may read itself."""
+    words_W = random.whole(-(2**31), 2**31, 3 * 1024 + random.tokens, dtype=torch.int32)
+    to_W = torch.zeros_like(words_W)
+    host_W = words_W.cpu()
+    ops.upload(host_W.pin_memory() if random.device.type == "cuda" else host_W, to_W)
+    yield 0.0 if torch.equal(to_W, words_W) else float("nan")
+
+
 def _locate(ops: Operations, random: _Random) -> Iterator[float]:
     """Whole numbers: the same, or wrong."""
     rows, pages = 8, 20
@@ -239,6 +248,7 @@ def _sample_exact(ops: Operations, random: _Random) -> Iterator[float]:
 
 
 _EXAMPLES = {
+    "upload": _upload,
     "locate": _locate,
     "embed": _embed,
     "linear": _linear,

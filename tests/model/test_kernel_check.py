@@ -108,6 +108,7 @@ FAULTS: list[tuple[str, Callable[..., Any]]] = [
     ("attend", no_window),
     ("norm_route", not_the_best),
     ("norm_route", lambda *given: second(PLAIN.norm_route(*given), last_token_lost)),
+    ("upload", lambda words_W, to_W: PLAIN.upload(words_W[:-1], to_W[:-1])),
     ("locate", one_slot_on),
     ("embed", another_turn),
     ("experts", lambda *given: last_token_lost(PLAIN.experts(*given))),
