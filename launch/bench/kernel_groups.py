@@ -18,8 +18,8 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("rope and KV write", r"^_rotate_and_write|rope|rotary"),
     ("router", r"^_route|^_norm_route|topk|TopK"),
     ("norm and residual", r"^_add_norm|rms_?norm|RMSNorm"),
-    ("begin", r"^_locate|^_embed$"),
-    ("sampling", r"^_race|^_first$|^_log_times|multinomial|argmax|ArgMax|cumsum|exponential|sample"),
+    ("begin", r"^_upload$|^_locate|^_embed$"),
+    ("sampling", r"^_race|^_first$|^_keep$|^_log_times|multinomial|argmax|ArgMax|cumsum|exponential|sample"),
     (
         "products",
         r"^_one$|^_few$|^_norm_qkv_one|^_qkv_few|nvjet|gemm|gemv|cutlass|cublas|aten::(mm|addmm|bmm|matmul|linear)|splitK",

@@ -16,7 +16,7 @@ from ..kernels.adjust import adjust, count_tokens, mark_tokens
 from ..kernels.batch import Batch, Chunk
 from ..kernels.logprobs import logprobs
 from ..kernels.rope import inverse_frequencies
-from ..kernels.sample import Drawn, Wanted
+from ..kernels.sample import Wanted
 from ..model.comm import Comm
 from ..model.dtypes import TORCH_DTYPE
 from ..model.forward import forward
@@ -32,6 +32,8 @@ from .pages import Cache, Pool
 from .record import ANSWER, PROMPT, Head, Record, Sizes, encode
 from .request import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K, Request
 from .schedule import Limits, Result, Scheduler, Step
+
+KEPT_STEPS = 4  # whose draws are kept for the host: the one it reads, the one that runs, and two to spare
 
 
 def sizes_of(plan: Plan) -> Sizes:
@@ -134,11 +136,18 @@ class Engine:
             dtype=TORCH_DTYPE[plan.kv_dtype],
             device=self.device,
         )
-        self.words = inputs.Words(self.sizes, self.device)
+        self.words = inputs.Words(self.sizes, self.device, ops.upload)
         self.rows = inputs.Rows.empty(self.sizes, len(weights.head_VH), self.device)
         self.graphs = Graphs(graph_sizes, self._decode)
-        pinned = self.device.type == "cuda"
-        self._outs = [torch.zeros((plan.sequences, 2), dtype=torch.int64, pin_memory=pinned) for _ in range(4)]
+        # Draws of the last steps, each until the host has read it, before which it launches one step more. Triton's
+        # kernels write them to pinned memory of the host themselves; torch's cannot, and `_deliver` copies theirs.
+        on_host = self.device.type == "cuda" and plan.kernels == "triton"
+        self._outs_NS2 = torch.zeros(
+            (KEPT_STEPS, plan.sequences, 2),
+            dtype=torch.int64,
+            device="cpu" if on_host else self.device,
+            pin_memory=on_host,
+        )
 
     @torch.inference_mode()
     def launch(self, record: Record) -> Launched:
@@ -161,6 +170,9 @@ class Engine:
             self._draw(record.head, self._logits(record.head, record.chunks))
 
     def _launch(self, record: Record) -> Launched:
+        """All on one stream, in this order: the record's words are read from the host, rows are begun, the step runs,
+        its draws are written to the host, and an event says that they are there. Triton's operations do all of it by
+        kernels. A copy would go through an engine of its own, for which the stream waits on either side."""
         head = record.head
         in_graph = bool(head.graph and not head.exact)
         if in_graph:
@@ -170,18 +182,18 @@ class Engine:
         if head.counts:
             self._count(head)
         if in_graph:
-            logits_SV, drawn = self.graphs.replay(head)
+            logits_SV, tokens_S = self.graphs.replay(head)
         else:
-            logits_SV, drawn = self._logits(head, record.chunks), None
+            logits_SV, tokens_S = self._logits(head, record.chunks), None
         if not head.draws:  # the middle of a prompt
             return Launched(torch.empty((0, 2), dtype=torch.int64), None, None)
-        if drawn is None:
-            drawn = self._draw(head, logits_SV)
+        if tokens_S is None:
+            tokens_S = self._draw(head, logits_SV)
         likely = None
         if head.most_logprobs >= 0:
             first_token, gather = self.weights.first_token, self.comm.all_gather
-            likely = logprobs(logits_SV, first_token, gather, drawn.tokens_S, head.most_logprobs)
-        return self._deliver(head, drawn, likely)
+            likely = logprobs(logits_SV, first_token, gather, tokens_S, head.most_logprobs)
+        return self._deliver(head, likely)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -211,22 +223,18 @@ class Engine:
         mark_tokens(counts_RV, first_token, rows_T, tokens_T, counted_T == PROMPT)
         count_tokens(counts_RV, first_token, rows_T, tokens_T, counted_T == ANSWER)
 
-    def _draw(self, head: Head, logits_SV: Tensor) -> Drawn:
-        """Draw, and remember each row's token for its next step."""
+    def _draw(self, head: Head, logits_SV: Tensor) -> Tensor:
+        """Draw, keep each row's token for its next step, and tell the host."""
         words_W, first_token, gather = self.words.device_W, self.weights.first_token, self.comm.all_gather
-        row_S, draws = inputs.draws(head, words_W)
+        draws, kept = inputs.draws(head, words_W), inputs.kept(head, words_W, self.rows, self._outs_NS2)
         if head.adjusts:
             bias, allowed_SW = inputs.biases(head, words_W, self.rows), inputs.allowed(head, words_W)
-            counts_RV, repeats = self.rows.counts_RV, bool(head.repeats)
+            counts_RV, row_S, repeats = self.rows.counts_RV, kept.row_S.long(), bool(head.repeats)
             logits_SV = adjust(logits_SV, first_token, draws, counts_RV, row_S, bias, allowed_SW, repeats)
         if head.exact:
-            tokens_S = self.ops.sample_exact(logits_SV, first_token, gather, draws)
-            drawn = Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))
-        else:
-            wanted = Wanted(bool(head.candidates), bool(head.min_p))
-            drawn = self.ops.sample(logits_SV, first_token, gather, draws, wanted)
-        self.rows.last_R.index_copy_(0, row_S, drawn.tokens_S)
-        return drawn
+            return self.ops.sample_exact(logits_SV, first_token, gather, draws, kept)
+        wanted = Wanted(bool(head.candidates), bool(head.min_p))
+        return self.ops.sample(logits_SV, first_token, gather, draws, wanted, kept).tokens_S
 
     def _capture(self, head: Head) -> None:
         """Capture the graph that `head` needs if there is none yet, on a step of the scratch row: the step is run once
@@ -235,20 +243,20 @@ class Engine:
             self.words.upload(encode(Step((), 0, False, (), ()), head.number, self.sizes, head.graph))
             self.graphs.capture(head)
 
-    def _decode(self, head: Head, draw: bool) -> tuple[Tensor, Drawn | None]:
+    def _decode(self, head: Head, draw: bool) -> tuple[Tensor, Tensor | None]:
         """What a graph holds."""
         logits_SV = self._logits(head, ())
         return logits_SV, self._draw(head, logits_SV) if draw else None
 
-    def _deliver(self, head: Head, drawn: Drawn, likely: tuple[Tensor, Tensor, Tensor] | None) -> Launched:
-        out_S2 = torch.stack((drawn.tokens_S, drawn.complete_S.long()), dim=1)
-        if self.device.type == "cpu":
-            return Launched(out_S2, likely, None)
-        host_S2 = self._outs[head.number % len(self._outs)][: len(out_S2)]
-        host_S2.copy_(out_S2, non_blocking=True)
-        if likely is not None:  # seldom wanted: not worth buffers of its own
+    def _deliver(self, head: Head, likely: tuple[Tensor, Tensor, Tensor] | None) -> Launched:
+        """What the host may read once the event has come. The next step is launched before, and keeps its draws in
+        another place."""
+        host_S2 = self._outs_NS2[head.number % KEPT_STEPS, : head.draws].to("cpu", non_blocking=True)
+        if likely is not None:
             mine, ids, tops = (part.to("cpu", non_blocking=True) for part in likely)
             likely = (mine, ids, tops)
+        if self.device.type == "cpu":
+            return Launched(host_S2, likely, None)
         done = torch.cuda.Event()
         done.record()
         return Launched(host_S2, likely, done)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.sample import Drawn
 from .record import Head
 
-Outputs = tuple[Tensor, Drawn | None]
+Outputs = tuple[Tensor, Tensor | None]
 Key = tuple[int, bool, int, int]
 
 

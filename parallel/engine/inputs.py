@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.batch import Batch, Chunk, PageView
 from ..kernels.begin import known_tokens
-from ..kernels.sample import Draws
+from ..kernels.sample import Draws, Kept
 from ..planning.spec import LayerKind, Spec
 from .record import KINDS, Head, Record, Sizes, places
 from .request import MOST_BIASES
@@ -51,9 +51,11 @@ class Rows:
 class Words:
     """The static buffer that records are copied to, and the host buffers they are copied from."""
 
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, sizes: Sizes, device: torch.device, upload: Callable[[Tensor, Tensor], None]) -> None:
+        """upload: as begin.upload."""
+        self._upload = upload
         self.device_W = torch.zeros(sizes.words, dtype=torch.int32, device=device)
-        # A copy from pinned memory runs while the host goes on: the buffer must not be used again before it is done.
+        # The device reads pinned memory while the host goes on: the buffer must not be used again before that is done.
         # No rank is more than two steps ahead of its device (`lockstep`).
         pinned = device.type == "cuda"
         self._host = [torch.zeros(sizes.words, dtype=torch.int32, pin_memory=pinned) for _ in range(4)]
@@ -62,7 +64,7 @@ class Words:
         count = record.head.words
         host_W = self._host[record.head.number % len(self._host)]
         host_W[:count] = torch.frombuffer(record.words, dtype=torch.int32)
-        self.device_W[:count].copy_(host_W[:count], non_blocking=True)
+        self._upload(host_W[:count], self.device_W[:count])
 
 
 def begin_rows(head: Head, words_W: Tensor, rows: Rows) -> None:
@@ -109,15 +111,14 @@ def batch(
     )
 
 
-def draws(head: Head, words_W: Tensor) -> tuple[Tensor, Draws]:
-    """The row of each draw, and how it is drawn."""
+def draws(head: Head, words_W: Tensor) -> Draws:
+    """How each draw is made. Views of the record's words, so that nothing is computed here."""
     at = places(head)
 
     def floats(name: str) -> Tensor:
         return words_W[at[name]].view(torch.float32)
 
-    row_S, position_S = words_W[at["draw_row"].start : at["draw_position"].stop].view(2, -1).long()
-    return row_S, Draws(
+    return Draws(
         temperature_S=floats("temperature"),
         top_p_S=floats("top_p"),
         min_p_S=floats("min_p"),
@@ -126,8 +127,13 @@ def draws(head: Head, words_W: Tensor) -> tuple[Tensor, Draws]:
         repetition_S=floats("repetition"),
         top_k_S=words_W[at["top_k"]],
         seed_S=words_W[at["seed"]].view(torch.int64),
-        position_S=position_S,
+        position_S=words_W[at["draw_position"]],
     )
+
+
+def kept(head: Head, words_W: Tensor, rows: Rows, outs_NS2: Tensor) -> Kept:
+    """Where the draws are written. The record begins with its head, and the head with the step's number."""
+    return Kept(words_W[places(head)["draw_row"]], rows.last_R, words_W[:1], outs_NS2)
 
 
 def fed(head: Head, words_W: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ class Operations:
     `experts` reads, which are brought into it while they are loaded."""
 
     layout: experts.Layout
+    upload: Callable[[Tensor, Tensor], None]
     locate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     embed: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]]
     linear: Callable[..., Tensor]
@@ -32,6 +33,7 @@ class Operations:
 
 PLAIN = Operations(
     layout=experts.LAYOUT,
+    upload=begin.upload,
     locate=begin.locate,
     embed=begin.embed,
     linear=linear.linear,

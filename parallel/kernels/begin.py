@@ -1,4 +1,5 @@
-"""What comes before the first layer of a step: where each token stands, its embedding, and the turn of its position.
+"""What comes before the first layer of a step: its record on the device, where each token stands, its embedding, and
+the turn of its position.
 
 T tokens, R rows of the page tables, in the order of the kinds of layers (K). Knows no requests.
 """
@@ -8,6 +9,12 @@ from torch import Tensor
 
 from .rope import rotation
 from .weight_only import Quantized, Weight
+
+
+def upload(words_W: Tensor, to_W: Tensor) -> None:
+    """Copy a record's words to the device, from host memory that is pinned if the device is a GPU: the words must stay
+    as they are until the step is over."""
+    to_W.copy_(words_W, non_blocking=True)
 
 
 def known_tokens(rows_T: Tensor, token_T: Tensor, last_R: Tensor) -> Tensor:

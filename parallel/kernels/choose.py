@@ -52,6 +52,7 @@ def triton_operations() -> Operations:
 
     return Operations(
         layout=triton_mxfp4.LAYOUT,
+        upload=triton_begin.upload,
         locate=triton_begin.locate,
         embed=triton_begin.embed,
         linear=triton_linear.linear,

@@ -37,8 +37,9 @@ AllGather = Callable[[Tensor], Tensor]  # x -> [R, ...], in rank order
 class Draws:
     """How each of S rows is drawn, on the device; see engine.request.Sampling for what the words mean.
 
-    temperature, top_p, min_p, presence, frequency and repetition fp32, top_k int32, seed and position int64. position
-    is where the drawn token will stand. The last three before top_k are for `adjust`; nothing here reads them.
+    temperature, top_p, min_p, presence, frequency and repetition fp32, top_k int32, seed int64, position int32 or
+    int64. position is where the drawn token will stand. The last three before top_k are for `adjust`; nothing here
+    reads them. Fast versions read these before earlier kernels of the step have ended: no such kernel makes them.
     """
 
     temperature_S: Tensor
@@ -76,40 +77,72 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Where the draws of a step are written, for the next step and for the host.
+
+    row_S: int32, of the state. last_R: the token drawn last in each row. step_1: int32, the number of the step.
+    outs_NS2: int64, of the last N steps: token and whether it is complete, in the place of this one (step modulo N),
+    which the device thus finds by itself: a graph is the same for all steps.
+    """
+
+    row_S: Tensor
+    last_R: Tensor
+    step_1: Tensor
+    outs_NS2: Tensor
+
+
+@dataclass(frozen=True)
 class Local:
-    """What a rank does for itself with the logits: `race` and `log_times` here, or fast ones."""
+    """What a rank does for itself: the functions of these names here, or fast ones."""
 
     race: Callable[[Tensor, int, Draws, Tensor | None, Tensor | None], Tensor]
+    first: Callable[[Tensor, Kept | None], Drawn]
     log_times: Callable[[Draws, Tensor, torch.dtype], Tensor]
+    keep: Callable[[Drawn, Kept], None]
 
 
 def sample(
-    logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws, wanted: Wanted, local: Local | None = None
+    logits_SV: Tensor,
+    first_token: int,
+    all_gather: AllGather,
+    draws: Draws,
+    wanted: Wanted,
+    kept: Kept | None = None,
+    local: Local | None = None,
 ) -> Drawn:
     """One token a row, without waiting for the device. Temperature 0 takes the largest logit, the lowest id of equals.
 
-    first_token: id of this rank's first row. local: PLAIN unless given. A row is complete unless its top_k or its
-    nucleus reaches down to the last of some rank's candidates.
+    first_token: id of this rank's first row. kept: where the draws are written besides. local: PLAIN unless given. A
+    row is complete unless its top_k or its nucleus reaches down to the last of some rank's candidates.
     """
-    return _draw(logits_SV, first_token, all_gather, draws, wanted, CANDIDATES, local or PLAIN)
+    return _draw(logits_SV, first_token, all_gather, draws, wanted, CANDIDATES, kept, local or PLAIN)
 
 
 def sample_exact(
-    logits_SV: Tensor, first_token: int, all_gather: AllGather, draws: Draws, local: Local | None = None
+    logits_SV: Tensor,
+    first_token: int,
+    all_gather: AllGather,
+    draws: Draws,
+    kept: Kept | None = None,
+    local: Local | None = None,
 ) -> Tensor:
     """Token ids [S] int64 of any draws; waits for the device. Equal to `sample` where that is complete."""
+    local = local or PLAIN
     sizes_R1 = all_gather(torch.tensor([logits_SV.shape[1]], device=logits_SV.device))
     largest = int(sizes_R1.max())
     listed_bytes = len(sizes_R1) * largest * LISTED_BYTES  # the same on every rank, as are the tiles
     tokens = []
     for rows in tiles(len(logits_SV), listed_bytes):
         candidates, part = min(CANDIDATES, largest), (logits_SV[rows], first_token, all_gather, draws.rows(rows))
-        drawn = _draw(*part, EVERYTHING, candidates, local or PLAIN)
+        drawn = _draw(*part, EVERYTHING, candidates, None, local)
         while not bool(drawn.complete_S.all()):
             candidates = min(MORE_CANDIDATES * candidates, largest)
-            drawn = _draw(*part, EVERYTHING, candidates, local or PLAIN)
+            drawn = _draw(*part, EVERYTHING, candidates, None, local)
         tokens.append(drawn.tokens_S)
-    return torch.cat(tokens)
+    tokens_S = torch.cat(tokens)
+    if kept is not None:
+        local.keep(Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool)), kept)
+    return tokens_S
 
 
 def _draw(
@@ -119,6 +152,7 @@ def _draw(
     draws: Draws,
     wanted: Wanted,
     candidates: int,
+    kept: Kept | None,
     local: Local,
 ) -> Drawn:
     precision = wide(logits_SV.dtype)
@@ -131,22 +165,23 @@ def _draw(
     if wanted.min_p:
         assert top_S is not None
         floor_S = top_S + draws.min_p_S.to(precision).log()
-    found_SX = local.race(logits_SV, first_token, draws, floor_S, top_S if wanted.candidates else None)
-    found_RSX = all_gather(found_SX)
-    tokens_S = found_RSX[0, :, 1]
-    if len(found_RSX) > 1:
-        winner_1S = found_RSX[..., 0].view(torch.float64).max(0, keepdim=True).indices  # of equals the lowest ids
-        tokens_S = found_RSX[..., 1].gather(0, winner_1S)[0]
+    found_SPX = local.race(logits_SV, first_token, draws, floor_S, top_S if wanted.candidates else None)
+    found_RSPX = all_gather(found_SPX)
     if everyone_R2SC is None or top_S is None:
-        return Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))
+        return local.first(found_RSPX, kept)
+    raced = local.first(found_RSPX, None)
     filtered_S = ((draws.top_p_S < 1) | (draws.top_k_S > 0)) & (draws.temperature_S > 0)
-    listed = among_candidates(everyone_R2SC, found_RSX[..., 2].sum(0), draws, floor_S, top_S, local)
-    return Drawn(listed.tokens_S.where(filtered_S, tokens_S), listed.complete_S | ~filtered_S)
+    listed = among_candidates(everyone_R2SC, found_RSPX[..., 2].sum((0, 2)), draws, floor_S, top_S, local)
+    drawn = Drawn(listed.tokens_S.where(filtered_S, raced.tokens_S), listed.complete_S | ~filtered_S)
+    if kept is not None:
+        local.keep(drawn, kept)
+    return drawn
 
 
 def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | None, top_S: Tensor | None) -> Tensor:
-    """This rank's winners, int64 [S, 2 or 3]: the bits, as fp64, of when the first token finishes (larger is earlier),
-    its id and, where top_S is given, the weight of all tokens in whole numbers. With x = logit / temperature:
+    """Winners of parts of this rank's tokens, int64 [S, P, 2 or 3]: the bits, as fp64, of when the first token finishes
+    (larger is earlier), its id and, where top_S is given, the weight of all tokens in whole numbers. How many parts
+    (here one) must not depend on the rank. With x = logit / temperature:
 
     floor_S: tokens of x below it do not take part. top_S: x of the most likely token of all ranks; where it is given,
     the weights exp(x - top) of all tokens are added up, whatever the floor.
@@ -166,7 +201,27 @@ def race(logits_SV: Tensor, first_token: int, draws: Draws, floor_S: Tensor | No
         best.append(best_S)
         token.append(token_V[index_S])
     found = [torch.cat(best).double().view(torch.int64), torch.cat(token)]
-    return torch.stack(found if top_S is None else [*found, torch.cat(total)], dim=-1)
+    return torch.stack(found if top_S is None else [*found, torch.cat(total)], dim=-1)[:, None]
+
+
+def first(found_RSPX: Tensor, kept: Kept | None) -> Drawn:
+    """The winner of all ranks and parts, as `race` found them: of equals the lowest id. No row is incomplete."""
+    times_SN, tokens_SN = (found_RSPX[..., part].transpose(0, 1).flatten(1) for part in (0, 1))
+    times_SN = times_SN.view(torch.float64)
+    late_SN = times_SN < times_SN.amax(-1, keepdim=True)
+    tokens_S = tokens_SN.masked_fill(late_SN, NO_TOKEN).amin(-1)
+    drawn = Drawn(tokens_S, torch.ones_like(tokens_S, dtype=torch.bool))
+    if kept is not None:
+        keep(drawn, kept)
+    return drawn
+
+
+def keep(drawn: Drawn, kept: Kept) -> None:
+    """Write the draws to where they are kept. The caller sees to it that outs_NS2 is on the same device."""
+    kept.last_R.index_copy_(0, kept.row_S.long(), drawn.tokens_S)
+    out_S2 = torch.stack((drawn.tokens_S, drawn.complete_S.long()), dim=1)
+    place_1 = (kept.step_1 % len(kept.outs_NS2)).long()
+    kept.outs_NS2[:, : len(out_S2)].index_copy_(0, place_1, out_S2[None])
 
 
 def most_likely(logits_SV: Tensor, first_token: int, count: int) -> Tensor:
@@ -245,7 +300,7 @@ def exponential_times(seed_S: Tensor, position_S: Tensor, token_X: Tensor, preci
     return uniform_SX.neg_().log1p_().neg_()
 
 
-PLAIN = Local(race, log_times)
+PLAIN = Local(race, first, log_times, keep)
 
 
 def stream(seed_S: Tensor, position_S: Tensor) -> Tensor:

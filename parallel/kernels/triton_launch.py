@@ -4,9 +4,8 @@ knows that it is.
 From sm_90 on a kernel of a decode step is launched while those before it still run (programmatic dependent launch), as
 soon as all programs of the last one have begun: what it does before `gdc_wait` overlaps with them. That may be: read
 weights, and what an earlier step has left. A kernel writes, and reads what this step has made, once it has waited: then
-all before it are over, since each of them has waited too. What `begin` made of the step's tokens may be read earlier:
-its kernels are launched plainly, so that the first layer begins when they are over. One exception:
-triton_decode._gate_up.
+all before it are over, since each of them has waited too. The step's record, and what `begin` made of its tokens, may
+be read earlier: the last kernel of `begin` lets none start while it runs. One exception: triton_decode._gate_up.
 """
 
 from collections.abc import Iterator

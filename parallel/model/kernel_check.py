@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels import PLAIN, Operations
 from ..kernels.batch import Batch, Chunk, PageView, tiles
 from ..kernels.experts import Packed
-from ..kernels.sample import Draws, Wanted
+from ..kernels.sample import Draws, Kept, Wanted
 from .comm import Alone
 
 HIDDEN, INNER, EXPERTS, EXPERTS_PER_TOKEN = 2880, 2880, 4, 2  # few experts: each is 25 MB, and one is like another
@@ -68,6 +68,15 @@ class _Random:
 
 def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+def _upload(ops: Operations, random: _Random) -> Iterator[float]:
+    """From pinned memory, which a kernel may read itself."""
+    words_W = random.whole(-(2**31), 2**31, 3 * 1024 + random.tokens, dtype=torch.int32)
+    to_W = torch.zeros_like(words_W)
+    host_W = words_W.cpu()
+    ops.upload(host_W.pin_memory() if random.device.type == "cuda" else host_W, to_W)
+    yield 0.0 if torch.equal(to_W, words_W) else float("nan")
 
 
 def _locate(ops: Operations, random: _Random) -> Iterator[float]:
@@ -228,8 +237,16 @@ def _draws(random: _Random) -> tuple[Tensor, Draws]:
 def _sample(ops: Operations, random: _Random) -> Iterator[float]:
     logits_SV, draws = _draws(random)
     wanted = Wanted(candidates=True, min_p=False)
-    found, plain = (one.sample(logits_SV, 0, Alone().all_gather, draws, wanted) for one in (ops, PLAIN))
+    row_S = torch.arange(len(logits_SV), dtype=torch.int32, device=random.device)
+    # kept by the kernel in memory of the host
+    outs_NS2 = torch.zeros((2, len(row_S), 2), dtype=torch.int64, pin_memory=random.device.type == "cuda")
+    kept = Kept(row_S, torch.zeros_like(row_S, dtype=torch.int64), torch.ones_like(row_S[:1]), outs_NS2)
+    given = logits_SV, 0, Alone().all_gather, draws, wanted
+    found, plain = ops.sample(*given, kept), PLAIN.sample(*given)
     yield float((found.tokens_S != plain.tokens_S)[plain.complete_S].double().mean())
+    drawn_S2 = torch.stack((found.tokens_S, found.complete_S.long()), dim=1).cpu()  # waits: the host may read now
+    is_kept = torch.equal(outs_NS2[1], drawn_S2) and torch.equal(kept.last_R, found.tokens_S)
+    yield 0.0 if is_kept else float("nan")
 
 
 def _sample_exact(ops: Operations, random: _Random) -> Iterator[float]:
@@ -239,6 +256,7 @@ def _sample_exact(ops: Operations, random: _Random) -> Iterator[float]:
 
 
 _EXAMPLES = {
+    "upload": _upload,
     "locate": _locate,
     "embed": _embed,
     "linear": _linear,

@@ -36,6 +36,15 @@ def integers(high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(high), dtype=dtype).to(DEVICE)
 
 
+@pytest.mark.parametrize("count", (1, 37, 1024, 2500))
+def test_upload(count: int) -> None:
+    """No word more than there are."""
+    words_W, to_W = integers(99, 3000).cpu(), torch.full((3000,), -1, dtype=torch.int32, device=DEVICE)
+    pinned_W = words_W.pin_memory() if DEVICE == "cuda" else words_W
+    triton_begin.upload(pinned_W[:count], to_W[:count])
+    assert torch.equal(to_W[:count].cpu(), words_W[:count]) and (to_W[count:] == -1).all()
+
+
 @pytest.mark.parametrize("tokens", (1, 5, 129))
 def test_locate(tokens: int) -> None:
     rows, pages = 7, 11

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gptoss_launch.parallel.kernels import PLAIN, Operations
 from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
-from gptoss_launch.parallel.kernels.sample import Drawn
+from gptoss_launch.parallel.kernels.sample import Drawn, Kept
 from gptoss_launch.parallel.model import kernel_check
 from gptoss_launch.parallel.model.kernel_check import agreements, check_gpu
 from small_models import GPU
@@ -100,6 +100,13 @@ def next_tokens(*given: Any) -> Drawn:
     return dataclasses.replace(drawn, tokens_S=drawn.tokens_S + (torch.arange(len(drawn.tokens_S)) % 8 == 3))
 
 
+def kept_for_another_step(*given: Any) -> Drawn:
+    *rest, kept = given
+    if not isinstance(kept, Kept):
+        return PLAIN.sample(*given)
+    return PLAIN.sample(*rest, dataclasses.replace(kept, step_1=kept.step_1 + 1))
+
+
 FAULTS: list[tuple[str, Callable[..., Any]]] = [
     ("linear", one_number_nan),
     ("linear", lambda *given: PLAIN.linear(*given) * 1.05),
@@ -108,10 +115,12 @@ FAULTS: list[tuple[str, Callable[..., Any]]] = [
     ("attend", no_window),
     ("norm_route", not_the_best),
     ("norm_route", lambda *given: second(PLAIN.norm_route(*given), last_token_lost)),
+    ("upload", lambda words_W, to_W: PLAIN.upload(words_W[:-1], to_W[:-1])),
     ("locate", one_slot_on),
     ("embed", another_turn),
     ("experts", lambda *given: last_token_lost(PLAIN.experts(*given))),
     ("sample", next_tokens),
+    ("sample", kept_for_another_step),
     ("sample_exact", lambda *given: last_token_lost(PLAIN.sample_exact(*given))),
 ]
 
