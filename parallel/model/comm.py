@@ -81,11 +81,12 @@ class Linked(Comm):
         self._name = group.group_name
         flagged_from = -(-buffer_bytes // 16) * 16
         device = torch.device("cuda", torch.cuda.current_device())
-        self._buffer = symmetric.empty(flagged_from + FLAGGED_BYTES, dtype=torch.uint8, device=device)
-        handle = symmetric.rendezvous(self._buffer, self._name)
-        self._buffer[flagged_from:].zero_()
+        memory = symmetric.empty(flagged_from + FLAGGED_BYTES, dtype=torch.uint8, device=device)
+        self._mapped = handle = symmetric.rendezvous(memory, self._name)
+        self._buffer = memory[:buffer_bytes]
+        memory[flagged_from:].zero_()
         torch.cuda.synchronize()
-        # Told by all ranks to all: by then, besides, every rank's flags are zeros.
+        # all ranks answer each other here, and by then the flags of all of them are zeros
         self._flagged_limit_bytes = least(_flagged_limit_bytes(device))
         if self._flagged_limit_bytes:
             from ..kernels.triton_all_reduce import FlaggedSum
@@ -104,7 +105,7 @@ class Linked(Comm):
         """Whether x can go that way: the same answer on all ranks."""
         if way == "flagged":
             return x.nbytes <= self._flagged_limit_bytes and x.dtype in FLAGGED_DTYPES
-        return way == "group" or x.dtype in SHOT_DTYPES
+        return way == "group" or (x.dtype in SHOT_DTYPES and x.nbytes <= len(self._buffer))
 
     def all_reduce_by(self, way: str, x: Tensor) -> Tensor:
         if way == "group":
