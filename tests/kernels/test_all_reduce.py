@@ -157,7 +157,9 @@ def counts(dtype: torch.dtype) -> list[int]:
 
 
 @INTERPRETED
-@pytest.mark.parametrize(("ranks", "dtype"), ((2, torch.float16), (3, torch.float32)))
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), ((2, torch.float16), pytest.param(3, torch.float32, marks=pytest.mark.slow))
+)
 def test_ranks_that_are_processes(ranks: int, dtype: torch.dtype, tmp_path: Path) -> None:
     for rank in range(ranks):
         (tmp_path / f"buffer-{rank}").write_bytes(bytes(buffer_bytes(ranks)))
@@ -188,6 +190,42 @@ def test_the_largest_message(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest(device, 2, 2 << 20) == 16 * 8 * BLOCK * 4
     capability = (7, 5)
     assert largest(device, 2, 2 << 20) == 0 == largest(CPU, 2, 2 << 20)
+
+
+COMPILE = """
+import triton
+from gptoss_launch.parallel.kernels.triton_all_reduce import BLOCK, WARPS, _flagged_all_reduce
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+for ranks, dtype, capability in ((2, "bf16", 90), (8, "bf16", 90), (2, "fp16", 80), (3, "fp32", 90)):
+    types = {"x": "*" + dtype, "counts": "*i32", "addresses": ("i64",) * ranks, "count": "i32"}
+    fixed = {"RANK": 1, "PER_WORD": 1 if dtype == "fp32" else 2, "BLOCK": BLOCK, "EARLY": capability >= 90}
+    signature = types | dict.fromkeys(fixed, "constexpr")
+    source = ASTSource(_flagged_all_reduce, signature, fixed, {(0,): [["tt.divisibility", 16]]})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
+    accesses = [line.split("[")[0].split("{")[0].strip() for line in compiled.asm["ptx"].splitlines()]
+    of_words = [one for one in accesses if ".b64" in one and ".global" in one]
+    print(ranks, compiled.metadata.shared, len(of_words), *sorted(set(of_words)))
+"""
+
+
+@pytest.mark.slow
+def test_words_are_never_cut_nor_kept(tmp_path: Path) -> None:
+    """Compiled, every access to words is of two whole ones, 16 bytes; loads are volatile, before the loop and in it;
+    stores go through to the peer's memory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = tmp_path / "compile.py"  # Triton reads the source of what it compiles, here that of the project
+    script.write_text(COMPILE)
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    peers = {2: 1, 3: 2, 8: 7}
+    lines = [line.split(maxsplit=3) for line in run.stdout.splitlines()]
+    assert len(lines) == 4
+    for ranks, shared_bytes, accesses, kinds in lines:
+        assert kinds == "ld.volatile.global.v2.b64 st.global.wt.v2.b64"
+        assert int(accesses) == 3 * peers[int(ranks)] and shared_bytes == "0"
 
 
 if __name__ == "__main__":
