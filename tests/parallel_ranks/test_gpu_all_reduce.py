@@ -104,7 +104,7 @@ def check_replays(linked: Linked) -> None:
         if replay % 100 == 0:  # not only replayed ones
             sums()
     torch.cuda.synchronize()
-    assert call.item() == len(GRAPH_COUNTS) * (1 + REPLAYS + REPLAYS // 100)
+    assert call.item() == len(GRAPH_COUNTS) * (1 + REPLAYS + -(-REPLAYS // 100))
     assert wrong.item() == 0, f"{wrong.item()} elements are wrong"
 
 
