@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ..planning.cache import cache_folder
 from ..planning.plan import DTYPE_BYTES, Plan
 from ..planning.speeds import CALIBRATION
-from .comm import WAYS, Comm, Group, Limits, Linked, message_sizes
+from .comm import WAYS, Comm, Group, Limits, Linked, least, message_sizes
 
 REPEATS = 30  # all-reduces per measurement, of which the fastest of three runs counts
 
@@ -45,9 +45,7 @@ def can_link() -> bool:
     mine = count >= dist.get_world_size() and all(
         torch.cuda.can_device_access_peer(here, other) for other in range(dist.get_world_size()) if other != here
     )
-    everyone = torch.tensor([int(mine)])
-    dist.all_reduce(everyone, op=dist.ReduceOp.MIN)
-    return bool(everyone.item())
+    return bool(least(int(mine)))
 
 
 def measure(linked: Linked, buffer_bytes: int, device: torch.device) -> Limits:
@@ -55,8 +53,9 @@ def measure(linked: Linked, buffer_bytes: int, device: torch.device) -> Limits:
     limits: list[tuple[int, str]] = []
     for size in message_sizes(buffer_bytes):
         message = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
-        times = {way: min(_seconds(linked, way, message) for _ in range(3)) for way in WAYS}
-        best = min(WAYS, key=lambda way: times[way])
+        ways = [way for way in WAYS if linked.takes(way, message)]
+        times = {way: min(_seconds(linked, way, message) for _ in range(3)) for way in ways}
+        best = min(ways, key=lambda way: times[way])
         if limits and limits[-1][1] == best:
             limits.pop()
         limits.append((size, best))
@@ -84,7 +83,7 @@ def _seconds(linked: Linked, way: str, message: torch.Tensor) -> float:
 def cache_file(device: torch.device, ranks: int) -> Path:
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
     software = f"cuda{torch.version.cuda}-torch{torch.__version__}"
-    return cache_folder(CALIBRATION) / f"all-reduce-in-graph-{name}-x{ranks}-{software}.json"
+    return cache_folder(CALIBRATION) / f"all-reduce-{'+'.join(WAYS)}-in-graph-{name}-x{ranks}-{software}.json"
 
 
 def read_cache(path: Path, buffer_bytes: int) -> Limits | None:

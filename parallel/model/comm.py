@@ -1,10 +1,12 @@
 """How the ranks of a replica add up what each one holds, and tell each other what each one found.
 
-One small interface, three ways: alone; a process group (gloo on CPUs, NCCL on GPUs); and torch symmetric memory for
-small messages between linked GPUs, with the process group for the rest. NVLink multicast is never used.
+One small interface, three ways: alone; a process group (gloo on CPUs, NCCL on GPUs); and, between linked GPUs, memory
+that all of them can write, through a kernel of our own or torch's, with the process group for large messages. NVLink
+multicast is never used.
 Knows tensors and groups; knows nothing of layers.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-WAYS = ("group", "one_shot", "two_shot")  # to all-reduce
+from ..planning.memory import FLAGGED_BYTES
+
+WAYS = ("group", "flagged", "one_shot", "two_shot")  # to all-reduce
+SHOT_DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernels know
+FLAGGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Limits = tuple[tuple[int, str], ...]  # (most bytes, one of WAYS), ascending
 
 
@@ -57,10 +63,12 @@ class Group(Comm):
 
 
 class Linked(Comm):
-    """GPUs that can read each other's memory: each message by the way that `limits` says for its size.
+    """GPUs that can read and write each other's memory: each message by the way that `limits` says for its size.
 
-    One-shot: every rank reads all messages and adds them in rank order. Two-shot: every rank adds its piece and the
-    pieces are read back. limits: (most bytes, way), ascending; larger messages go through the group.
+    Flagged: every rank writes its message, with flags, to all others and adds what it was sent in rank order
+    (`kernels.triton_all_reduce`). One-shot: every rank reads all messages and adds them in rank order. Two-shot: every
+    rank adds its piece and the pieces are read back. limits: (most bytes, way), ascending; larger messages go through
+    the group, as do those that their way does not take.
     """
 
     def __init__(self, buffer_bytes: int, limits: Limits) -> None:
@@ -71,24 +79,61 @@ class Linked(Comm):
         self.limits = limits
         self._group = Group()
         self._name = group.group_name
-        self._buffer = symmetric.empty(buffer_bytes, dtype=torch.uint8, device=torch.device("cuda"))
-        symmetric.rendezvous(self._buffer, self._name)
+        flagged_from = -(-buffer_bytes // 16) * 16
+        device = torch.device("cuda", torch.cuda.current_device())
+        memory = symmetric.empty(flagged_from + FLAGGED_BYTES, dtype=torch.uint8, device=device)
+        self._mapped = handle = symmetric.rendezvous(memory, self._name)
+        self._buffer = memory[:buffer_bytes]
+        memory[flagged_from:].zero_()
+        torch.cuda.synchronize()
+        # all ranks answer each other here, and by then the flags of all of them are zeros
+        self._flagged_limit_bytes = least(_flagged_limit_bytes(device))
+        if self._flagged_limit_bytes:
+            from ..kernels.triton_all_reduce import FlaggedSum
+
+            addresses = tuple(address + flagged_from for address in handle.buffer_ptrs)
+            self._flagged = FlaggedSum(addresses, handle.rank, FLAGGED_BYTES, device)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return self.all_reduce_by(way_for(x.nbytes, self.limits), x)
+        way = way_for(x.nbytes, self.limits)
+        return self.all_reduce_by(way if self.takes(way, x) else "group", x)
 
     def all_gather(self, x: Tensor) -> Tensor:
         return self._group.all_gather(x)
 
+    def takes(self, way: str, x: Tensor) -> bool:
+        """Whether x can go that way: the same answer on all ranks."""
+        if way == "flagged":
+            return x.nbytes <= self._flagged_limit_bytes and x.dtype in FLAGGED_DTYPES
+        return way == "group" or (x.dtype in SHOT_DTYPES and x.nbytes <= len(self._buffer))
+
     def all_reduce_by(self, way: str, x: Tensor) -> Tensor:
         if way == "group":
             return self._group.all_reduce(x)
+        if way == "flagged":
+            return self._flagged(x)
         shared = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
         if way == "one_shot":
             return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", self._name)
         shared.copy_(x)
         # the result stands in the buffer that the next message will overwrite
         return x.copy_(torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self._name))
+
+
+def _flagged_limit_bytes(device: torch.device) -> int:
+    """The largest message of the flagged way, as this rank can take it; 0 for none."""
+    if importlib.util.find_spec("triton") is None:
+        return 0
+    from ..kernels.triton_all_reduce import largest_bytes
+
+    return largest_bytes(device, dist.get_world_size(), FLAGGED_BYTES)
+
+
+def least(number: int) -> int:
+    """Of all ranks' numbers."""
+    everyone = torch.tensor([number])
+    dist.all_reduce(everyone, op=dist.ReduceOp.MIN)
+    return int(everyone.item())
 
 
 def way_for(message_bytes: int, limits: Limits) -> str:
@@ -146,9 +191,10 @@ def check_equal(comm: Comm, x: Tensor, what: str) -> None:
 
 
 def message_sizes(largest_bytes: int) -> Iterator[int]:
-    """What calibration measures: 2 KiB and its multiples by 4, up to what the buffer holds."""
+    """What calibration measures: 2 KiB and its doubles, up to what the buffer holds. A message goes by what was fastest
+    for the next larger one."""
     size = 2 << 10
     while size < largest_bytes:
         yield size
-        size *= 4
+        size *= 2
     yield largest_bytes

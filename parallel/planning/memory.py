@@ -39,6 +39,7 @@ PROCESS: dict[Device, ProcessCost] = {
 
 GRAPHS_BYTES = 192 << 20  # those that are captured at the start: 182 MiB on an H200 for 20b
 SYMMETRIC_BUFFERS = 1  # of a whole step's hidden states
+FLAGGED_BYTES = 2 << 20  # besides, for messages with flags: room for 256 KiB among two ranks, for 64 KiB among eight
 
 # How many copies of a thing live at the same time at the worst moment, counted over the plain operations in kernels/ by
 # following every tensor of a step at the published width: 2048 tokens of 2048, 512 of 32768 and 64 of 131072.
@@ -178,7 +179,8 @@ def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, st
     """NCCL's buffers and those of symmetric memory; 0 for one rank, and on the CPU, where gloo's are small."""
     if mesh.ranks == 1 or device == "cpu":
         return 0
-    return PROCESS[device].nccl_bytes + SYMMETRIC_BUFFERS * step_tokens * spec.hidden * DTYPE_BYTES[dtype]
+    steps_bytes = SYMMETRIC_BUFFERS * step_tokens * spec.hidden * DTYPE_BYTES[dtype]
+    return PROCESS[device].nccl_bytes + steps_bytes + FLAGGED_BYTES
 
 
 def rank_memory(

@@ -41,6 +41,7 @@ def test_each_kernel_of_ours_has_a_group(name: str) -> None:
         ("_one", "products"),
         ("_race", "sampling"),
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all-reduce"),
+        ("_flagged_all_reduce", "all-reduce"),
         ("void one_shot_all_reduce_kernel<__nv_bfloat16>", "all-reduce"),
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "products"),
         ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "products"),

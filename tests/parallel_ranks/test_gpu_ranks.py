@@ -16,9 +16,10 @@ import pytest
 import rank_work
 import torch
 from forced import Forced
-from gptoss_launch.parallel.model.comm import WAYS
+from gptoss_launch.parallel.model.comm import WAYS, Linked
+from gptoss_launch.parallel.model.dtypes import TORCH_DTYPE
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
-from gptoss_launch.parallel.planning.plan import DType
+from gptoss_launch.parallel.planning.plan import DType, Plan
 from gptoss_launch.parallel.planning.spec import PUBLISHED, alternating_kinds
 from small_models import TINY, plain_engine, plain_plan, prompt
 from thread_ranks import with_ranks
@@ -99,11 +100,19 @@ def _release() -> None:
     torch.cuda.empty_cache()
 
 
+def largest_step(linked: Linked, way: str, plan: Plan) -> int:
+    """Tokens of the largest steps whose messages can all go that way."""
+    tokens = plan.step_tokens
+    while not linked.takes(way, torch.empty(tokens, plan.spec.hidden, dtype=TORCH_DTYPE[plan.dtype], device="meta")):
+        tokens //= 2
+        assert tokens, f"{way} takes nothing"
+    return tokens
+
+
 def main(folder: Path, count: int, paths: list[Path]) -> None:
     """A rank's part."""
     from gptoss_launch.parallel.engine.start import Options, join, start
     from gptoss_launch.parallel.engine.trace import Trace
-    from gptoss_launch.parallel.planning.plan import Plan
 
     rank = int(os.environ["RANK"])
     torch.cuda.set_device(rank)
@@ -118,6 +127,7 @@ def main(folder: Path, count: int, paths: list[Path]) -> None:
         calibrated = linked.limits
         for way in WAYS:
             linked.limits = ((1 << 40, way),) if way != "group" else ()
+            step_tokens = largest_step(linked, way, plan)
             routes: list[torch.Tensor] = []
 
             checking = engine.ops
@@ -130,8 +140,8 @@ def main(folder: Path, count: int, paths: list[Path]) -> None:
             engine.ops = dataclasses.replace(checking, norm_route=norm_route)
             forced, parts = Forced(engine), []
             tokens = prompt(plan.spec, count)
-            for first in range(0, count, plan.step_tokens):
-                parts.append(forced.step(tokens[first : first + plan.step_tokens], slice(None)))
+            for first in range(0, count, step_tokens):
+                parts.append(forced.step(tokens[first : first + step_tokens], slice(None)))
             engine.ops = checking
             local = torch.cat(parts).float()
             logits = torch.cat(engine.comm.all_gather(local).unbind(), dim=1)

@@ -1,7 +1,14 @@
 """Predicted bytes against sums that are known from elsewhere or counted by hand."""
 
 import pytest
-from gptoss_launch.parallel.planning.memory import PROCESS, Room, communication_bytes, weights_bytes, workspace_bytes
+from gptoss_launch.parallel.planning.memory import (
+    FLAGGED_BYTES,
+    PROCESS,
+    Room,
+    communication_bytes,
+    weights_bytes,
+    workspace_bytes,
+)
 from gptoss_launch.parallel.planning.shards import Mesh, table
 from gptoss_launch.parallel.planning.spec import PUBLISHED
 
@@ -44,5 +51,5 @@ def test_workspace_grows_with_what_it_is_for_and_shrinks_with_ranks(kernels) -> 
 def test_communication_is_for_several_ranks_on_gpus() -> None:
     assert communication_bytes(SPEC, SINGLE, "cuda", "bf16", 2048) == 0
     assert communication_bytes(SPEC, Mesh(2), "cpu", "fp32", 512) == 0
-    buffer_bytes = 2048 * 2880 * 2
+    buffer_bytes = 2048 * 2880 * 2 + FLAGGED_BYTES
     assert communication_bytes(SPEC, Mesh(2), "cuda", "bf16", 2048) == PROCESS["cuda"].nccl_bytes + buffer_bytes

@@ -1,0 +1,61 @@
+"""Which way a message between linked GPUs goes, without any: what each way takes, and how the fastest is kept."""
+
+import pytest
+import torch
+from gptoss_launch.parallel.model import calibrate
+from gptoss_launch.parallel.model.comm import WAYS, Limits, Linked, message_sizes, way_for
+from torch import Tensor
+
+BUFFER_BYTES, FLAGGED_LIMIT_BYTES = 1 << 20, 256 << 10
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Unlinked(Linked):
+    """That there is no memory of others behind it only shows in the sums: here they are the way's name."""
+
+    def __init__(self, flagged_limit_bytes: int = FLAGGED_LIMIT_BYTES) -> None:
+        self.limits: Limits = ()
+        self.taken: list[str] = []
+        self._buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
+        self._flagged_limit_bytes = flagged_limit_bytes
+
+    def all_reduce_by(self, way: str, x: Tensor) -> Tensor:
+        self.taken.append(way)
+        return x
+
+
+def ways(linked: Linked, size_bytes: int, dtype: torch.dtype) -> set[str]:
+    return {way for way in WAYS if linked.takes(way, torch.empty(size_bytes // dtype.itemsize, dtype=dtype))}
+
+
+def test_what_each_way_takes() -> None:
+    shots = {"one_shot", "two_shot"}
+    assert [ways(Unlinked(), 1024, dtype) - {"group"} for dtype in DTYPES] == [
+        {"flagged", *shots},
+        {"flagged"},
+        {"flagged", *shots},
+        set(),
+    ]
+    assert ways(Unlinked(), FLAGGED_LIMIT_BYTES, torch.bfloat16) == set(WAYS)
+    assert ways(Unlinked(), FLAGGED_LIMIT_BYTES + 8, torch.bfloat16) == {"group", *shots}
+    assert ways(Unlinked(), BUFFER_BYTES + 8, torch.bfloat16) == {"group"}
+    assert ways(Unlinked(0), 2, torch.bfloat16) == {"group", *shots}, "where Triton does not run"
+
+
+def test_what_a_way_does_not_take_goes_through_the_group() -> None:
+    linked = Unlinked()
+    linked.limits = ((BUFFER_BYTES, "flagged"),)
+    for dtype in DTYPES:
+        linked.all_reduce(torch.empty(8, dtype=dtype))
+    linked.all_reduce(torch.empty(FLAGGED_LIMIT_BYTES, dtype=torch.bfloat16))
+    assert linked.taken == ["flagged"] * 3 + ["group"] * 2
+
+
+def test_calibration_keeps_the_fastest_of_what_can_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the flagged way always the fastest: it is kept as far as it goes."""
+    seconds = {"flagged": 1.0, "two_shot": 2.0, "one_shot": 3.0, "group": 4.0}
+    monkeypatch.setattr(calibrate, "_seconds", lambda linked, way, message: seconds[way])
+    limits = calibrate.measure(Unlinked(), BUFFER_BYTES, torch.device("cpu"))
+    assert limits == ((FLAGGED_LIMIT_BYTES, "flagged"), (BUFFER_BYTES, "two_shot"))
+    assert [way_for(size, limits) for size in (1, FLAGGED_LIMIT_BYTES + 1)] == ["flagged", "two_shot"]
+    assert list(message_sizes(9000)) == [2048, 4096, 8192, 9000]

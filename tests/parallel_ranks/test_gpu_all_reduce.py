@@ -1,0 +1,123 @@
+"""Linked GPUs add messages up, by every way, as the process group does, and all of them hold the same bits.
+
+Under torchrun, `test_gpu_all_reduce.py` is a rank's part.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from gptoss_launch.parallel.model.comm import WAYS, Group, Linked, check_equal
+from torch import Tensor
+
+HIDDEN = 2880
+COUNTS = (1, 2, 63, 127, 128, 129, HIDDEN, 5 * HIDDEN, 40 * HIDDEN + 7, 64 * HIDDEN, 131072, 2048 * HIDDEN)
+BUFFER_BYTES = 2048 * HIDDEN * 2
+REPLAYS, GRAPH_COUNTS = 1000, (HIDDEN, 7, 20 * HIDDEN + 1, HIDDEN, 45 * HIDDEN)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_all_reduces() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
+def message(rank: int, call: int | Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """What a rank adds in a call: no two are alike, and their sums have to be rounded. call: a number or, within a
+    graph, a tensor on the device."""
+    at = torch.arange(count, device="cuda")
+    return (((at * 37 + rank * 101 + call * 59) % 509 - 254).float() / (3 + rank)).to(dtype)
+
+
+def in_rank_order(call: int | Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The sum in fp32, rounded once."""
+    total = message(0, call, count, dtype).float()
+    for rank in range(1, dist.get_world_size()):
+        total = total + message(rank, call, count, dtype).float()
+    return total.to(dtype)
+
+
+def check_sums(linked: Linked) -> int:
+    """Every way, dtype and size, in mixed order: the group's sum, to a rounding of each of its additions, and on all
+    ranks the same. The flagged way besides: the sum in rank order, rounded once, bit by bit. Returns how many sums."""
+    checked = 0
+    for call, (count, dtype, way) in enumerate(
+        itertools.product(COUNTS, (torch.bfloat16, torch.float16, torch.float32), WAYS)
+    ):
+        x = message(dist.get_rank(), call, count, dtype)
+        whole = x.nbytes % 4 == 0 or way in ("group", "flagged")  # torch's kernels take no broken word
+        if not (whole and linked.takes(way, x)):
+            continue
+        expected = Group().all_reduce(x.clone())
+        got = linked.all_reduce_by(way, x)
+        where = f"{way}, {count} of {dtype}"
+        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-2, msg=where)
+        check_equal(linked, got, where)
+        if way == "flagged":
+            assert torch.equal(got, in_rank_order(call, count, dtype)), where
+        checked += 1
+    return checked
+
+
+def check_replays(linked: Linked) -> None:
+    """A graph of several flagged sums, replayed with messages that change, while one rank or another is late: before a
+    replay, or between the kernels of one. Whole rows come from a kernel, and go to one, that starts early itself."""
+    from gptoss_launch.parallel.kernels.triton_norm import add_norm
+
+    rank, dtype = dist.get_rank(), torch.bfloat16
+    call, wrong = torch.zeros((), dtype=torch.int64, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    weight = torch.ones(HIDDEN, device="cuda")
+
+    def passed_on(x: Tensor) -> Tensor:
+        rows = x.view(-1, HIDDEN)
+        return add_norm(torch.zeros_like(rows), rows, weight, 1e-5, dtype)[0]
+
+    def sums() -> None:
+        for count in GRAPH_COUNTS:
+            call.add_(1)
+            x = message(rank, call, count, dtype)
+            if count % HIDDEN:
+                got = linked.all_reduce_by("flagged", x)
+            else:
+                got = passed_on(linked.all_reduce_by("flagged", passed_on(x))).flatten()
+            wrong.add_((got != in_rank_order(call, count, dtype)).sum())
+            if rank == 1:
+                torch.cuda._sleep(20_000)
+
+    sums()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        sums()
+    for replay in range(REPLAYS):
+        if replay % 7 == 3 * rank:
+            torch.cuda._sleep(200_000)
+        graph.replay()
+        if replay % 100 == 0:  # not only replayed ones
+            sums()
+    torch.cuda.synchronize()
+    assert call.item() == len(GRAPH_COUNTS) * (1 + REPLAYS + -(-REPLAYS // 100))
+    assert wrong.item() == 0, f"{wrong.item()} elements are wrong"
+
+
+def main() -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl")
+    linked = Linked(BUFFER_BYTES, limits=())
+    assert linked.takes("flagged", torch.empty(1, device="cuda")), "these GPUs cannot have the flagged way"
+    print(f"rank {dist.get_rank()}: {check_sums(linked)} sums", flush=True)
+    check_replays(linked)
+    print(f"rank {dist.get_rank()}: {REPLAYS} replays", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
