@@ -162,12 +162,20 @@ class Engine:
 
     @torch.inference_mode()
     def rehearse(self, record: Record) -> None:
-        """Launches the kernels of a step of the scratch row that draws plainly, whatever they leave behind."""
+        """Launches the kernels of a step of the scratch row where Triton's do not run (`triton_launch`), before any
+        step, whatever they leave behind.
+
+        Nothing that torch looks up by comes from such a kernel. The record is not uploaded: rows, places and the
+        numbers of draws are zeros, so that all rows are drawn greedily, and no draw is incomplete. Candidates are
+        looked up as torch has sorted them.
+        """
+        head = record.head
         self.words.upload(record)
-        if record.head.graph:
-            self.graphs.rehearse(record.head)
+        self.words.device_W.zero_()  # as they are before the first upload
+        if head.graph:
+            self.graphs.rehearse(head)
         else:
-            self._draw(record.head, self._logits(record.head, record.chunks))
+            self._draw(head, self._logits(head, record.chunks).zero_())
 
     def _launch(self, record: Record) -> Launched:
         """All on one stream, in this order: the record's words are read from the host, rows are begun, the step runs,

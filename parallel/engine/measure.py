@@ -85,29 +85,33 @@ def decode_step(engine: Engine, size: int) -> Record:
 
 
 def compile_ahead(engine: Engine, sizes: Sequence[int]) -> None:
-    """The kernels of the largest plain steps, and of decodes of these sizes: where Triton's cache holds none yet, steps
-    would compile them one after the other."""
+    """The kernels of `warm_up`, and of decodes of these sizes: where Triton's cache holds none yet, steps would compile
+    them one after the other."""
     from ..kernels.triton_launch import compiled_together
 
-    plan = engine.plan
+    prompt, *draws = _largest_steps(engine)
     with compiled_together(min(COMPILE_THREADS, os.cpu_count() or 1)):
-        engine.rehearse(scratch_step(engine, plan.step_tokens, 1))
-        engine.rehearse(scratch_step(engine, 1, min(plan.sequences, plan.step_tokens)))
-        for size in sizes:
-            engine.rehearse(decode_step(engine, size))
+        # the kernels that take the longest are those of many decodes in a graph
+        for record in (prompt, *(decode_step(engine, size) for size in reversed(sizes)), *draws):
+            engine.rehearse(record)
 
 
 def warm_up(engine: Engine) -> None:
     """On a GPU the largest steps, so that kernels are loaded and the peak is seen and taken, before anybody else takes
     it; on the CPU a token."""
+    on_cpu = engine.plan.device == "cpu"
+    for record in (scratch_step(engine, 1, 1),) if on_cpu else _largest_steps(engine):
+        engine.launch(record).results(1)
+
+
+def _largest_steps(engine: Engine) -> tuple[Record, ...]:
+    """A prompt's, and decodes that draw with everything, both ways."""
     plan = engine.plan
-    if plan.device == "cpu":
-        engine.launch(scratch_step(engine, 1, 1)).results(1)
-        return
-    engine.launch(scratch_step(engine, plan.step_tokens, 1)).results(1)
     most = min(plan.sequences, plan.step_tokens)
-    for exact in (False, True):
-        engine.launch(scratch_step(engine, 1, most, EVERYTHING, exact=exact)).results(1)
+    return (
+        scratch_step(engine, plan.step_tokens, 1),
+        *(scratch_step(engine, 1, most, EVERYTHING, exact=exact) for exact in (False, True)),
+    )
 
 
 def capture(engine: Engine, sizes: Sequence[int]) -> None:

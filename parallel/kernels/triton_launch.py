@@ -8,8 +8,8 @@ all before it are over, since each of them has waited too. The step's record, an
 be read earlier: the last kernel of `begin` lets none start while it runs. One exception: triton_decode._gate_up.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 ARRIVALS = 4096  # counters of a device
+FOUND_S = 0.2  # by when a kernel that is not compiled is found; most take some ms, the first some ten
 
 
 def early(x: Tensor) -> bool:
@@ -46,14 +47,39 @@ def compiled_together(threads: int) -> Iterator[None]:
     run = triton.JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(self, *arguments, grid=grid, warmup=True, **options)
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        if isinstance(kernel, triton.FutureKernel) and kernel.future.done():
+            kernel.result()  # a later launch finds it in the process; Triton 3.6 would look for its file each time
+        return kernel
 
     triton.JITFunction.run = compile_only  # what a launch calls; Triton has no other way to turn one into a warm-up
     try:
-        with ThreadPoolExecutor(threads, "compile") as pool, triton.AsyncCompileMode(pool):
+        with _Compilers(threads, "compile") as pool, triton.AsyncCompileMode(pool):
             yield
     finally:
         triton.JITFunction.run = run
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads of Triton's that compile. As long as all kernels are found in its cache, each is waited for: that takes
+    less time than to let threads that read small files wait for Python's lock."""
+
+    _compiles = False
+
+    def submit(self, compile_one: Callable[[], Any]) -> Future[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        kernel = super().submit(_compiled, compile_one)
+        if not self._compiles:
+            self._compiles = bool(wait((kernel,), FOUND_S).not_done)
+        return kernel
+
+
+def _compiled(compile_one: Callable[[], Any]) -> Any:
+    """A kernel, and what passes the arguments to it: up to Triton 3.6 a module in C, for which the first launch would
+    call a compiler. It goes into Triton's cache too."""
+    kernel = compile_one()
+    driver: Any = triton.runtime.driver.active
+    driver.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 @cache

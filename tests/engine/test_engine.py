@@ -10,12 +10,13 @@ from forced import answers
 from gptoss_launch.parallel.engine.engine import Engine, scheduler_for
 from gptoss_launch.parallel.engine.grammars import grammars_of
 from gptoss_launch.parallel.engine.leader import Device, Leader
-from gptoss_launch.parallel.engine.measure import decode_step
+from gptoss_launch.parallel.engine.measure import EVERYTHING, decode_step, scratch_step
 from gptoss_launch.parallel.engine.record import Record
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.start import GRAPH_SIZES, graph_sizes
 from gptoss_launch.parallel.engine.wire import Generate, Refused, Tokens
 from gptoss_launch.parallel.engine.worker import launch_step
+from gptoss_launch.parallel.kernels import PLAIN, sample
 from gptoss_launch.parallel.kernels.batch import Batch
 from small_models import SPECS, TINY, checkpoint, plain_engine, plain_plan, prompt
 from thread_ranks import run_ranks, with_ranks
@@ -157,3 +158,31 @@ def test_others_would_wait_where_one_rank_of_several_has_no_memory(monkeypatch: 
 )
 def test_no_graph_is_larger_than_the_plan(sequences: int, sizes: tuple[int, ...]) -> None:
     assert graph_sizes(sequences) == sizes
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_nothing_is_looked_up_by_what_a_rehearsal_leaves(monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
+    """The head, the upload and the draw do not run, and what they would have written is as wrong as can be."""
+    wrong = 2**31 - 1
+
+    def first(found_RSPX: Tensor, kept: sample.Kept | None) -> sample.Drawn:
+        tokens_S = torch.full((found_RSPX.shape[1],), wrong)
+        return sample.Drawn(tokens_S, torch.zeros_like(tokens_S, dtype=torch.bool))
+
+    local = sample.Local(
+        lambda logits_SV, *_: torch.full((len(logits_SV), 2, 3), wrong),
+        first,
+        lambda draws, token_SX, precision: torch.full(token_SX.shape, torch.nan, dtype=precision),
+        lambda drawn, kept: None,
+    )
+    ops = dataclasses.replace(
+        PLAIN,
+        upload=lambda words_W, to_W: None,
+        linear=lambda x_TH, weight_OH, bias_O=None: x_TH.new_full((len(x_TH), len(weight_OH)), torch.nan),
+        sample=lambda *given: sample.sample(*given, local),
+        sample_exact=lambda *given: sample.sample_exact(*given, local),
+    )
+    engine = plain_engine(plain_plan(TINY, sequences=4), ops)
+    engine.words.device_W.fill_(wrong)
+    monkeypatch.setattr(sample, "CANDIDATES", 8)
+    engine.rehearse(scratch_step(engine, 1, 4, EVERYTHING, exact=exact))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from forced import answers, refusals
 from gptoss_launch.parallel.engine.engine import Engine
-from gptoss_launch.parallel.engine.measure import capture, compile_ahead
+from gptoss_launch.parallel.engine.measure import capture, compile_ahead, warm_up
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.kernels.choose import triton_operations
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
@@ -82,7 +82,8 @@ def forget_kernels() -> None:
 
 
 def test_kernels_compiled_ahead_are_those_that_steps_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graphs' steps find every kernel in the process, and what the rehearsal left behind changes no token."""
+    """The first steps, those that draw with everything among them, and the graphs' find every kernel in the process,
+    and what the rehearsal left behind changes no token."""
     import triton
 
     asked = requests(4, WAYS["drawn"])
@@ -93,6 +94,7 @@ def test_kernels_compiled_ahead_are_those_that_steps_take(folder: Path, monkeypa
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **facts: sought.append(fn.name)
     )  # called where a launch finds no kernel in the process
+    warm_up(ahead)
     capture(ahead, (1, 4, 8))
     assert sought == []
     assert answers(ahead, asked, ahead=True) == answers(usual, asked, ahead=True)

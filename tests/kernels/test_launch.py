@@ -1,4 +1,5 @@
-"""Compiling kernels together: nothing runs meanwhile, and all are there afterwards. For sm_90, which needs no GPU."""
+"""Compiling kernels together: nothing runs meanwhile, and all are there afterwards, with what launches them. For sm_90,
+which needs no GPU."""
 
 import os
 import subprocess
@@ -12,7 +13,7 @@ import triton.language as tl
 from gptoss_launch.parallel.kernels.triton_launch import compiled_together
 from triton.backends.compiler import GPUTarget
 
-launched = []
+launched, linked = [], set()
 
 
 class Utils:
@@ -26,6 +27,7 @@ class Utils:
 class Launcher:
     def __init__(self, source, metadata):
         self.name = metadata.name
+        linked.add(metadata.hash)
 
     def __call__(self, *arguments):
         launched.append(self.name)
@@ -57,11 +59,17 @@ x = torch.zeros(64)
 with compiled_together(2):
     for size in (16, 32, 16):
         double[(1,)](x, SIZE=size)
-assert (launched, compiled) == ([], [False, False]), (launched, compiled)
+assert (launched, compiled, len(linked)) == ([], [False, False], 2), (launched, compiled, linked)
 double[(1,)](x, SIZE=16)
 assert (launched, len(compiled)) == (["double"], 2), (launched, compiled)
+double.device_caches.clear()  # as in the next process
+with compiled_together(2):
+    for size in (16, 32, 16):
+        double[(1,)](x, SIZE=size)
+assert (launched, compiled[2:]) == (["double"], [True, True]), (launched, compiled)
 try:
     with compiled_together(2):
+        double[(1,)](x, SIZE=64)
         wrong[(1,)](x)
 except triton.CompilationError:
     pass
