@@ -136,7 +136,8 @@ def start(
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
     if plan.ranks > 1:
-        comm = Marked(connect(plan, device), trace)
+        linked, slow_links = connect(plan, device)
+        comm, slow_ways = Marked(linked, trace), (*slow_ways, *slow_links)
     communication_bytes = meter.outside_bytes() - outside_bytes
     laps.mark("links")
     slow_paths = [*slow_offload, *slow_ways]
