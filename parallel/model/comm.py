@@ -88,7 +88,10 @@ class Linked(Comm):
         self._buffer = memory[:buffer_bytes]
         memory[flagged_from:].zero_()
         torch.cuda.synchronize()
-        addresses = tuple(address + flagged_from for address in handle.buffer_ptrs)
+        parts = (
+            handle.get_buffer(rank, (FLAGGED_BYTES,), torch.uint8, flagged_from) for rank in range(handle.world_size)
+        )
+        addresses = tuple(part.data_ptr() for part in parts)
         # all ranks answer each other here, and by then the flags of all of them are zeros
         self._flagged_limit_bytes = least(_flagged_limit_bytes(device))
         self.slow: tuple[str, ...] = ()
