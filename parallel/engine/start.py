@@ -29,10 +29,8 @@ from .trace import Trace
 from .wire import Ready
 
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # decodes of a step that runs as a CUDA graph
+UNPADDED_SIZES = tuple(range(1, 17))  # besides, where padding would bring experts that nobody needs
 CAPTURED_AT_START = (1, 2, 4, 8, 16, 32)
-
-
-UNPADDED_SIZES = tuple(range(1, 17))  # where padding would bring experts that nobody needs
 
 
 def graph_sizes(sequences: int, offloaded: bool = False) -> tuple[int, ...]:
