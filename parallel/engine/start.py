@@ -29,7 +29,7 @@ from .trace import Trace
 from .wire import Ready
 
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # decodes of a step that runs as a CUDA graph
-UNPADDED_SIZES = tuple(range(1, 17))  # besides, where padding would bring experts that nobody needs
+UNPADDED_SIZES = tuple(range(1, 9))  # where padding would bring experts that nobody needs; each graph takes memory
 CAPTURED_AT_START = (1, 2, 4, 8, 16, 32)
 
 
