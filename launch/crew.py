@@ -116,8 +116,8 @@ class Crew:
             await asyncio.sleep(0.01)
 
     async def stop(self, grace_s: float) -> None:
-        """Ends everything: the lifelines of ranks and HTTP process first, so that torchrun still collects its ranks,
-        and SIGTERM for torchrun; after grace_s, SIGKILL for whatever is left."""
+        """Ends everything: SIGTERM for the command, and the lifelines of ranks and HTTP process, so that a torchrun
+        still collects its ranks; after grace_s, SIGKILL for whatever is left."""
         self.terminate()
         for member in self._members:
             if member.hello.role in ("rank", "http"):

@@ -14,6 +14,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
         "experts",
         r"^_gate_up|^_down|^_finish|^_dequantize|^_grouped|^_sort$|^_sort_|^_reorder|^_sum$|^_expert|swiglu|fp4|_moe_",
     ),
+    ("experts from the host", r"^_replace$|^_list_wanted$|^_copy$"),
     ("attention", r"^_attend|^_decode|^_join|^_merge|flash|scaled_dot_product|softmax"),
     ("rope and KV write", r"^_rotate_and_write|rope|rotary"),
     ("router", r"^_route|^_norm_route|topk|TopK"),

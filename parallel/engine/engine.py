@@ -193,8 +193,8 @@ class Engine:
             logits_SV, tokens_S = self.graphs.replay(head)
         else:
             logits_SV, tokens_S = self._logits(head, record.chunks), None
-        if not head.draws:  # the middle of a prompt
-            return Launched(torch.empty((0, 2), dtype=torch.int64), None, None)
+        if not head.draws:  # the middle of a prompt: waited for too, so that no host runs ahead of its buffers
+            return Launched(torch.empty((0, 2), dtype=torch.int64), None, self._done())
         if tokens_S is None:
             tokens_S = self._draw(head, logits_SV)
         likely = None
@@ -263,8 +263,12 @@ class Engine:
         if likely is not None:
             mine, ids, tops = (part.to("cpu", non_blocking=True) for part in likely)
             likely = (mine, ids, tops)
+        return Launched(host_S2, likely, self._done())
+
+    def _done(self) -> "torch.cuda.Event | None":
+        """Comes when the device has come so far; None for the CPU, which has."""
         if self.device.type == "cpu":
-            return Launched(host_S2, likely, None)
+            return None
         done = torch.cuda.Event()
         done.record()
-        return Launched(host_S2, likely, done)
+        return done

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..offload.counts import Counts
-from .record import Record, Sizes, encode
+from .record import Record, Sizes, after, encode
 from .request import Request, Token
 from .schedule import Matcher, Result, Running, Scheduler, Step
 from .wire import Cancel, Done, Generate, Message, Refused, Stats, Tokens
@@ -121,7 +121,7 @@ class Leader:
         launched = failure = None
         if step is not None:
             graph = self._device.graph_size(step.decodes) if step.decodes == len(step.items) else 0
-            self._number += 1
+            self._number = after(self._number)
             try:
                 launched = self._device.launch(encode(step, self._number, self._device.sizes, graph))
             except StepError as error:

@@ -18,6 +18,7 @@ from .schedule import Item, Running, Step
 
 WORD_BYTES = 4
 KINDS = ("window", "full")  # the order of the page tables on the device
+LAST_NUMBER = (1 << 31) - 4  # of a step, in a word; whole rounds of rings of four, so that no place comes early
 ANSWER, PROMPT = 1, 2  # in the column `counted`: what a token counts as part of; 0: it does not count
 
 
@@ -132,6 +133,11 @@ def places(head: Head) -> dict[str, slice]:
             begin += count
     found["mask"] = slice(begin, begin + head.masks * head.mask_words)
     return found
+
+
+def after(number: int) -> int:
+    """The number of the next step. They begin at 1, and again at 1 after weeks of steps of a millisecond."""
+    return number % LAST_NUMBER + 1
 
 
 def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:

@@ -29,10 +29,8 @@ from .trace import Trace
 from .wire import Ready
 
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # decodes of a step that runs as a CUDA graph
+UNPADDED_SIZES = tuple(range(1, 9))  # where padding would bring experts that nobody needs; each graph takes memory
 CAPTURED_AT_START = (1, 2, 4, 8, 16, 32)
-
-
-UNPADDED_SIZES = tuple(range(1, 17))  # where padding would bring experts that nobody needs
 
 
 def graph_sizes(sequences: int, offloaded: bool = False) -> tuple[int, ...]:
@@ -136,7 +134,8 @@ def start(
     outside_bytes = meter.outside_bytes()
     comm: Comm = Alone()
     if plan.ranks > 1:
-        comm = Marked(connect(plan, device), trace)
+        linked, slow_links = connect(plan, device)
+        comm, slow_ways = Marked(linked, trace), (*slow_ways, *slow_links)
     communication_bytes = meter.outside_bytes() - outside_bytes
     laps.mark("links")
     slow_paths = [*slow_offload, *slow_ways]

@@ -174,13 +174,15 @@ def launch_step(engine: "Engine", record: "Record") -> "Launched":
 
 def follow(engine: "Engine", steps: "Steps", trace: Trace) -> None:
     """Do what the leader's records say, for as long as the process lives."""
+    from .record import after
+
     number = 1
     while True:
         trace.idle()
         record = steps.wait(number)
         trace.step()
         engine.launch(record)
-        number += 1
+        number = after(number)
 
 
 if __name__ == "__main__":

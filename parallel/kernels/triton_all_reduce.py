@@ -58,8 +58,9 @@ class FlaggedSum:
         self._addresses, self._rank = addresses, rank
         self._counts = torch.zeros(_programs(len(addresses), buffer_bytes), dtype=torch.int32, device=device)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The sum, in place where x is contiguous."""
+    def __call__(self, x: Tensor, most_polls: int = 0) -> Tensor:
+        """The sum, in place where x is contiguous. most_polls: looks at what the peers sent before it is given up, and
+        the sum is wrong; 0: it is waited for."""
         x = x.contiguous()
         per_word = DATA_BYTES // x.element_size()
         programs = triton.cdiv(x.numel(), BLOCK * per_word)
@@ -69,14 +70,21 @@ class FlaggedSum:
             self._counts,
             self._addresses,
             x.numel(),
-            **constants(RANK=self._rank, PER_WORD=per_word, BLOCK=BLOCK, EARLY=early(x), num_warps=WARPS),
+            **constants(
+                RANK=self._rank,
+                PER_WORD=per_word,
+                BLOCK=BLOCK,
+                MOST_POLLS=most_polls,
+                EARLY=early(x),
+                num_warps=WARPS,
+            ),
         )
         return x
 
 
 @triton.jit
 def _flagged_all_reduce(x, counts, addresses, count, RANK: tl.constexpr, PER_WORD: tl.constexpr,
-                        BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+                        BLOCK: tl.constexpr, MOST_POLLS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
     RANKS: tl.constexpr = len(addresses)
@@ -92,8 +100,10 @@ def _flagged_all_reduce(x, counts, addresses, count, RANK: tl.constexpr, PER_WOR
     for step in tl.static_range(1, RANKS):  # each rank begins with another one
         tl.store(_buffer(addresses[(RANK + step) % RANKS]) + place + RANK * BLOCK, words, cache_modifier=".wt")
     got = _received(addresses, place, RANK, BLOCK)
-    while _late(got, call):
+    polls = 0
+    while _late(got, call) & ((MOST_POLLS == 0) | (polls < MOST_POLLS)):
         got = _received(addresses, place, RANK, BLOCK)
+        polls += 1
     total = tl.zeros([BLOCK * PER_WORD], tl.float32)
     for rank in tl.static_range(RANKS):
         if rank == RANK:

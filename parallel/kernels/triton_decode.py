@@ -223,8 +223,8 @@ def _gate_up(
     partial: fp32 [SPLIT, P, tiles * 16]. With SPLIT the tokens must be at most COLUMNS.
     """
     if EARLY:
-        gdc_wait()  # the routes are of the kernel before
-        gdc_launch_dependents()  # not earlier, as elsewhere: `_down` reads the routes before it waits
+        gdc_wait()  # the routes are of the kernel before, and where experts are fetched so are the weights
+        gdc_launch_dependents()  # not earlier, as elsewhere: `_down` reads the routes and weights before it waits
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
     share = tl.cdiv(steps, SPLIT)

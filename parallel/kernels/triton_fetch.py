@@ -4,6 +4,10 @@ Host memory that is pinned lies in the GPU's address space, so that a kernel rea
 Nothing waits for the host, and a step of decodes is one CUDA graph. A layer's slots are a cache: what is lacking takes
 the place of what was unused for longest. Knows places and bytes; nothing of what an expert computes.
 
+All kernels here are launched plainly (`triton_launch`): a slot is written once whoever read it is over. They let none
+start while they run, so that the kernel after them has all bytes once it has waited; and those after it, which may read
+weights before they wait, are let start only then (triton_decode._gate_up).
+
 P pairs (token, expert), E experts of a layer, S slots.
 """
 

@@ -19,10 +19,11 @@ from .comm import WAYS, Comm, Group, Limits, Linked, least, message_sizes
 REPEATS = 30  # all-reduces per measurement, of which the fastest of three runs counts
 
 
-def connect(plan: Plan, device: torch.device) -> Comm:
-    """The fastest Comm that the default process group's devices allow. Called by every rank of the replica."""
+def connect(plan: Plan, device: torch.device) -> tuple[Comm, tuple[str, ...]]:
+    """The fastest Comm that the default process group's devices allow, and which of its ways did not work here. Called
+    by every rank of the replica."""
     if device.type != "cuda" or not can_link():
-        return Group()
+        return Group(), ()
     buffer_bytes = plan.step_tokens * plan.spec.hidden * DTYPE_BYTES[plan.dtype]
     linked = Linked(buffer_bytes, limits=())
     kept = [read_cache(cache_file(device, plan.ranks), buffer_bytes) if dist.get_rank() == 0 else None]
@@ -36,7 +37,7 @@ def connect(plan: Plan, device: torch.device) -> Comm:
     for size in message_sizes(buffer_bytes):  # now, so that NCCL takes its buffers before they are counted
         linked.all_reduce_by("group", torch.zeros(size, dtype=torch.uint8, device=device))
     torch.cuda.synchronize()
-    return linked
+    return linked, linked.slow
 
 
 def can_link() -> bool:

@@ -7,7 +7,7 @@ Knows tensors and groups; knows nothing of layers.
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,8 @@ from ..planning.memory import FLAGGED_BYTES
 WAYS = ("group", "flagged", "one_shot", "two_shot")  # to all-reduce
 SHOT_DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernels know
 FLAGGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CHECKED_CALLS = 8  # sums in a row
+CHECKED_POLLS = 1_000_000  # about a second
 Limits = tuple[tuple[int, str], ...]  # (most bytes, one of WAYS), ascending
 
 
@@ -86,13 +88,21 @@ class Linked(Comm):
         self._buffer = memory[:buffer_bytes]
         memory[flagged_from:].zero_()
         torch.cuda.synchronize()
+        parts = (
+            handle.get_buffer(rank, (FLAGGED_BYTES,), torch.uint8, flagged_from) for rank in range(handle.world_size)
+        )
+        addresses = tuple(part.data_ptr() for part in parts)
         # all ranks answer each other here, and by then the flags of all of them are zeros
         self._flagged_limit_bytes = least(_flagged_limit_bytes(device))
+        self.slow: tuple[str, ...] = ()
         if self._flagged_limit_bytes:
             from ..kernels.triton_all_reduce import FlaggedSum
 
-            addresses = tuple(address + flagged_from for address in handle.buffer_ptrs)
             self._flagged = FlaggedSum(addresses, handle.rank, FLAGGED_BYTES, device)
+            flaw = flagged_flaw(self._flagged, self._flagged_limit_bytes, handle.rank, len(addresses), device)
+            if flaw is not None:
+                self._flagged_limit_bytes = 0
+                self.slow = (f"small sums between GPUs by torch's kernels, not by words with flags: {flaw}",)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         way = way_for(x.nbytes, self.limits)
@@ -127,6 +137,32 @@ def _flagged_limit_bytes(device: torch.device) -> int:
     from ..kernels.triton_all_reduce import largest_bytes
 
     return largest_bytes(device, dist.get_world_size(), FLAGGED_BYTES)
+
+
+def flagged_flaw(
+    flagged: Callable[[Tensor, int], Tensor], limit_bytes: int, rank: int, ranks: int, device: torch.device
+) -> str | None:
+    """What is wrong with sums of bf16 by `flagged` here, None if nothing is; all ranks say the same.
+
+    It rests on how the link orders what a GPU writes into another one's memory: seen to hold before anything depends on
+    it. Nobody waits long for words that do not come.
+    """
+    limit = limit_bytes // torch.bfloat16.itemsize
+    for sizes in ((2,), (limit,), (limit, 2) * CHECKED_CALLS, (limit // 2, 129) * CHECKED_CALLS):  # the last in a row
+        flaw = ""
+        try:
+            found = []
+            for call, size in enumerate(sizes):
+                numbers = torch.arange(size, device=device) % 16 + call % 4  # sums of them are bf16
+                message = (numbers + rank).to(torch.bfloat16)
+                found.append((flagged(message, CHECKED_POLLS), ranks * numbers + ranks * (ranks - 1) // 2))
+            if not all(torch.equal(total, wanted.to(total.dtype)) for total, wanted in found):
+                flaw = f"wrong sums of {max(sizes)} values"
+        except Exception as error:  # whatever a compiler or a driver says: there are other ways to sum
+            flaw = f"{type(error).__name__}: {error}"
+        if not least(int(not flaw)):
+            return flaw or "another rank refused"
+    return None
 
 
 def least(number: int) -> int:

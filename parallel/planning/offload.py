@@ -77,11 +77,11 @@ def hot_experts(routing: Routing | None, slots: int) -> tuple[tuple[int, ...], .
     return tuple(tuple(order[:slots]) for order in ordered)
 
 
-def ahead(spec: Spec, way: Way, asked: Asked) -> int:
+def ahead(spec: Spec, misses: Misses, slots: int, asked: Asked) -> int:
     """As Offload.ahead: of what was asked for, so many as a layer has slots for beside a token's own."""
-    if way.misses != "copied":
+    if misses != "copied":
         return 0
-    return max(0, min(asked.look_ahead, way.slots - spec.experts_per_token))
+    return max(0, min(asked.look_ahead, slots - spec.experts_per_token))
 
 
 def known(speeds: Speeds) -> Speeds:
@@ -152,7 +152,8 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         moved = {"link_bytes": missed if misses == "copied" else 0.0}
         moved |= {"cpu_read_bytes": missed if misses == "computed" else 0.0}
         # a GPU that is not in the table is taken to be so fast that it does not count
-        fetched = misses == "copied" and place.kernels == "triton" and kept == "memory" and not asked.look_ahead
+        fetched = misses == "copied" and place.kernels == "triton" and kept == "memory"
+        fetched &= not ahead(spec, misses, slots, asked)
         layer_s = FETCH_S if fetched else WAIT_S + (CPU_LAYER_S if misses == "computed" else 0.0)
         took_s = spec.layers * (LAYER_S[place.kernels] + layer_s)
         took_s += device_read / gpu_speed if gpu_speed else 0.0

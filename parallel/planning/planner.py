@@ -116,7 +116,9 @@ def _offloaded(
         others += () if on_the_cpu is None else (on_the_cpu,)
     taken, narrow = here[0], dataclasses.replace(place, rest="int8")
     in_8_bits = () if asked.rest != "bf16" or narrow.unpacks else ways(spec, narrow, machine.speeds, asked)
-    chosen = Offload(taken.way, others, hot_experts(asked.routing, taken.way.slots), ahead(spec, taken.way, asked))
+    way = taken.way
+    hot = hot_experts(asked.routing, way.slots)
+    chosen = Offload(way, others, hot, ahead(spec, way.misses, way.slots, asked))
     nodes = place.nodes if asked.dp is None else 1  # a replica, which is one rank, on each
     return Plan(
         model=model,

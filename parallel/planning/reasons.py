@@ -303,7 +303,7 @@ def why_offloaded(
     )
     if asked.look_ahead:
         lines.append(
-            f"look-ahead: {offload.ahead} experts of the next layer, asked for; the estimate knows nothing of it"
+            f"look-ahead: {offload.ahead} experts of the next layer, asked for; the estimate counts nothing saved by it"
         )
     lines += [f"instead: {way.name}: {_way(way)}" for way in offload.others]
     lines.append(_bandwidths(machine, place))

@@ -37,6 +37,7 @@ def test_each_kernel_of_ours_has_a_group(name: str) -> None:
     [
         ("_gate_up", "experts"),
         ("_sum", "experts"),
+        ("_copy", "experts from the host"),
         ("_decode", "attention"),
         ("_one", "products"),
         ("_race", "sampling"),

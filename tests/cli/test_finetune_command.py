@@ -199,8 +199,11 @@ def test_what_deepspeed_takes_besides_is_planned() -> None:
     cases = ((Zero(1, 0.0, False), 4e9), (Zero(2, 0.0, False), 2e9), (Zero(3, 0.0, False), 1e9))
     for zero, buckets_bytes in cases:
         for one in (zero, replace(zero, on_host=1.0)):
-            more_bytes = of(one).gradients_bytes - of(one, "cpu").gradients_bytes
-            assert buckets_bytes <= more_bytes <= ZERO_SLACK * (buckets_bytes + of(one).trained_bytes), zero
+            here = of(one)
+            held_bytes = here.trained_bytes + here.gradients_bytes + here.moments_bytes
+            slack_bytes = (ZERO_SLACK - 1) * held_bytes if zero.stage == 3 else 0
+            more_bytes = here.gradients_bytes - of(one, "cpu").gradients_bytes
+            assert buckets_bytes + 0.9 * slack_bytes <= more_bytes <= buckets_bytes + slack_bytes, zero
     values = lora_values(PUBLISHED["openai/gpt-oss-20b"], 8, 0) // 2
     unpinned, pinned = Zero(2, 1.0, False), Zero(2, 1.0, False, pinned=True)
     assert of(pinned).host_bytes - of(unpinned).host_bytes == 4 * values

@@ -9,7 +9,9 @@ import torch
 from forced import answers, refusals
 from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.engine.measure import capture, compile_ahead, warm_up
+from gptoss_launch.parallel.engine.record import encode
 from gptoss_launch.parallel.engine.request import Request, Sampling
+from gptoss_launch.parallel.engine.schedule import Item, Running, Step
 from gptoss_launch.parallel.kernels.choose import triton_operations
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
 from gptoss_launch.parallel.planning.plan import KvDType
@@ -70,6 +72,20 @@ def test_graphs_give_the_same_tokens(folder: Path, way: str, count: int) -> None
     asked = requests(count, WAYS[way])
     graphs, eager = engine(folder, (1, 4, 8)), engine(folder, ())
     assert answers(graphs, asked, ahead=True) == answers(eager, asked)
+
+
+def test_a_step_that_draws_nothing_is_waited_for(folder: Path) -> None:
+    """The middle of a long prompt: a host that did not wait would soon fill a buffer that is not read yet."""
+    one = engine(folder, ())
+    running = Running(Request("scratch", (0,) * 8, 1), 0.0, row=one.sizes.rows)
+    record = encode(Step((Item(running, 0, 0, 4, draws=False),), 0, False, (), ()), 1, one.sizes)
+    one.launch(record)  # whose kernels are compiled
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 30)
+    launched = one.launch(record)
+    assert not torch.cuda.current_stream().query()
+    assert launched.results(0) == []
+    assert torch.cuda.current_stream().query()
 
 
 def forget_kernels() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from gptoss_launch.parallel.engine.lockstep import HEAD_WORDS, SLOTS, Ring
-from gptoss_launch.parallel.engine.record import Record, Sizes, encode, read
+from gptoss_launch.parallel.engine.record import LAST_NUMBER, Record, Sizes, after, encode, read
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.schedule import Item, Running, Step
 
@@ -67,6 +67,18 @@ def test_a_record_that_is_being_written_is_not_taken(tmp_path: Path) -> None:
         ring.wait(1 + SLOTS, pause)
     ring.publish(later)
     assert ring.wait(1 + SLOTS, pause).head == later.head
+
+
+def test_numbers_begin_again_before_a_word_is_full(tmp_path: Path) -> None:
+    ring = Ring(tmp_path / "steps", SIZES.words, create=True)
+    step = Step((), 0, False, (), ())
+    numbers = [LAST_NUMBER - 1]
+    for _ in range(3):
+        numbers.append(after(numbers[-1]))
+    for number in numbers:
+        ring.publish(encode(step, number, SIZES, graph=1))
+    assert [ring.wait(number).head.number for number in numbers] == [LAST_NUMBER - 1, LAST_NUMBER, 1, 2]
+    assert {number % SLOTS for number in numbers} == set(range(SLOTS)) and after(0) == 1
 
 
 def test_a_record_reads_back() -> None:

@@ -13,7 +13,7 @@ import pytest
 from fake_device import EveryThird, FakeDevice, alone, matcher_of
 from gptoss_launch.parallel.engine.leader import Device, Launched, Leader, StepError
 from gptoss_launch.parallel.engine.pages import DROPPED, Cache, Pool
-from gptoss_launch.parallel.engine.record import Record, Sizes
+from gptoss_launch.parallel.engine.record import LAST_NUMBER, Record, Sizes
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.schedule import Limits, Matcher, Scheduler
 from gptoss_launch.parallel.engine.wire import Cancel, Done, Generate, Message, Refused, Stats, Tokens
@@ -136,6 +136,7 @@ class Simulation:
             self,
             clock=lambda: self.now_s,
         )
+        self.leader._number = LAST_NUMBER - 100  # so that numbers begin again on the way
         self.stories: dict[str, Story] = {}
         self.families = [self._tokens(world.context_tokens) for _ in range(3)]
         self.stats: Stats | None = None

@@ -1,9 +1,11 @@
 """Which way a message between linked GPUs goes, without any: what each way takes, and how the fastest is kept."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from gptoss_launch.parallel.model import calibrate
-from gptoss_launch.parallel.model.comm import WAYS, Limits, Linked, message_sizes, way_for
+from gptoss_launch.parallel.model import calibrate, comm
+from gptoss_launch.parallel.model.comm import WAYS, Limits, Linked, flagged_flaw, message_sizes, way_for
 from torch import Tensor
 
 BUFFER_BYTES, FLAGGED_LIMIT_BYTES = 1 << 20, 256 << 10
@@ -59,3 +61,32 @@ def test_calibration_keeps_the_fastest_of_what_can_be_taken(monkeypatch: pytest.
     assert limits == ((FLAGGED_LIMIT_BYTES, "flagged"), (BUFFER_BYTES, "two_shot"))
     assert [way_for(size, limits) for size in (1, FLAGGED_LIMIT_BYTES + 1)] == ["flagged", "two_shot"]
     assert list(message_sizes(9000)) == [2048, 4096, 8192, 9000]
+
+
+def test_sums_with_flags_are_checked_before_they_are_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As rank 1 of 3 sees it, whose peers' messages follow from its own."""
+    others_are_well = True
+    monkeypatch.setattr(comm, "least", lambda number: number if others_are_well else 0)
+
+    def flaw(flagged: Callable[[Tensor, int], Tensor]) -> str | None:
+        return flagged_flaw(flagged, FLAGGED_LIMIT_BYTES, 1, 3, torch.device("cpu"))
+
+    def right(x: Tensor, most_polls: int) -> Tensor:
+        calls.append(len(x))
+        assert x.dtype == torch.bfloat16 and most_polls > 0
+        return 3 * x
+
+    def late(x: Tensor, most_polls: int) -> Tensor:
+        return right(x, most_polls) - int(len(calls) == 30)
+
+    def broken(x: Tensor, most_polls: int) -> Tensor:
+        raise RuntimeError("no such instruction")
+
+    calls: list[int] = []
+    assert flaw(right) is None and max(calls) * 2 == FLAGGED_LIMIT_BYTES and len(calls) > 30
+    calls.clear()
+    assert flaw(late) == f"wrong sums of {FLAGGED_LIMIT_BYTES // 4} values"
+    assert flaw(lambda x, most_polls: x) == "wrong sums of 2 values"
+    assert flaw(broken) == "RuntimeError: no such instruction"
+    others_are_well = False
+    assert flaw(right) == "another rank refused"

@@ -280,7 +280,7 @@ def test_tritons_kernels_give_the_same_bits_from_any_slot(slots: int, kept: Kept
     assert counts.misses > 0 and counts.hits > 0
 
 
-@pytest.mark.parametrize("slots", [3, 6, 8])
+@pytest.mark.parametrize("slots", [1, 3, 6, 8])
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=NO_GPU), DEVICES[1]])
 def test_experts_that_the_device_brings_itself_give_the_same_bits(
     device: Literal["cpu", "cuda"], slots: int, folder: Path
@@ -402,11 +402,17 @@ def test_a_mapped_file_that_is_cut_while_it_is_read_ends_the_requests_alone(
     assert len(refused) == 2 and all(f"model.safetensors {said}" in one for one in refused)
 
 
+@pytest.mark.parametrize(("dtype", "kernels"), [("fp32", "plain"), ("bf16", "triton")])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 def test_memory_that_cannot_be_pinned_is_copied_from_all_the_same(
-    device: Literal["cuda"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: Literal["cuda"],
+    dtype: Literal["fp32", "bf16"],
+    kernels: Literal["plain", "triton"],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Refused after some: the same tokens, and it is said."""
+    """Refused after some: the same tokens, by the host, and it is said."""
     granted = iter(range(5))
 
     def sometimes(tensor: torch.Tensor) -> torch.Tensor:
@@ -415,10 +421,13 @@ def test_memory_that_cannot_be_pinned_is_copied_from_all_the_same(
         return pinned(tensor)
 
     monkeypatch.setattr("gptoss_launch.parallel.offload.pinned.pinned", sometimes)
-    plan = dataclasses.replace(plain_plan(TINY, device=device), offload=Offload(way(3, "copied"), ()))
+    whole = dataclasses.replace(plain_plan(folder, dtype, device=device), kernels=kernels)
+    plan = dataclasses.replace(whole, offload=Offload(way(3, "copied"), ()))
     engine, _, ready = start(plan, 0, Options(), Trace(tmp_path / "trace"), lambda done, total: None)
     assert ready.slow_paths[0].startswith(
         "experts in host memory that is not pinned, so that each copy is staged: refused"
     )
+    assert isinstance(engine.ops.experts, Copied) and not engine.graphs.size_for(1)
     request = Request("a", tuple(prompt(plan.spec, 9)), 12, Sampling(temperature=0.0))
-    assert answers(engine, [request]) == answers(plain_engine(plain_plan(TINY, device=device)), [request])
+    ops = triton_operations() if kernels == "triton" else PLAIN
+    assert answers(engine, [request]) == answers(plain_engine(whole, ops), [request])

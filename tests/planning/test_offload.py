@@ -131,6 +131,8 @@ def test_a_gpu_that_brings_experts_itself_waits_for_no_host() -> None:
     ahead = planned("20b", "rtx4090", gpu_memory_bytes=11 * GIB, misses="copied", look_ahead=1)
     assert 1 / offload(ahead).taken.tok_s - 1 / copied.tok_s == pytest.approx(24 * 290e-6, rel=1e-2)
     assert ahead.memory[0].graphs_bytes == 192 << 20
+    few = [planned("20b", "rtx4090", gpu_memory_bytes=6 * GIB, misses="copied", look_ahead=n) for n in (0, 1)]
+    assert offload(few[0]) == offload(few[1]) and 0 < offload(few[1]).taken.slots <= 4  # none for one that comes ahead
 
 
 def test_bandwidths_decide() -> None:

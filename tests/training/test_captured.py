@@ -14,6 +14,12 @@ from gptoss_launch.parallel.training.start import load_frozen
 from small_models import GPU, SPECS, checkpoint, prompt
 from torch import Tensor
 
+# torch 2.11's own, while its compiler is loaded and compiles flex_attention
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
 SPEC, CAPACITY = SPECS["true_width"], 300
 
 

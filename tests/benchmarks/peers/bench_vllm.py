@@ -1,6 +1,6 @@
 """Decode and prefill of vLLM on the same checkpoint: `python bench_vllm.py CHECKPOINT [--ranks N] [--batch 1,8,32]`.
 
-Its own offline call, with CUDA graphs and everything else as it chooses, but for a few settings: no prefix cache, as no
+Its own offline call, with CUDA graphs and everything else as it chooses, but for three settings: no prefix cache, as no
 prompt comes twice; no tokenizer, as prompts are ids; and nothing that needs NVLink multicast, which not every machine
 has. The last costs it its fused all-reduce with two GPUs and more, and the rows say so.
 """
@@ -9,7 +9,6 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from gptoss_launch.launch.bench.rows import About
 from peer_rows import arguments, rows, tell
@@ -27,7 +26,6 @@ def main() -> None:
     parser = arguments(__doc__ or "", "1,8,32")
     parser.add_argument("--ranks", type=int, default=1, help="tensor parallel")
     parser.add_argument("--ep", action="store_true", help="place whole experts on ranks")
-    parser.add_argument("--few-graphs", action="store_true", help="CUDA graphs of these batches alone: starts sooner")
     parser.add_argument("--gpu-share", type=float, default=0.85, help="of the memory that it may take")
     given = parser.parse_args()
     os.environ.update(SETTINGS)
@@ -42,9 +40,6 @@ def load(given: argparse.Namespace):
     import vllm
 
     longest = given.prompt + given.new + 16
-    compiled: dict[str, Any] = {"pass_config": {"fuse_allreduce_rms": False}}
-    if given.few_graphs:
-        compiled["cudagraph_capture_sizes"] = sorted(map(int, given.batch.split(",")))
     llm = vllm.LLM(
         model=str(given.checkpoint),
         tensor_parallel_size=given.ranks,
@@ -55,7 +50,7 @@ def load(given: argparse.Namespace):
         max_num_seqs=max(256, *map(int, given.batch.split(","))),
         gpu_memory_utilization=given.gpu_share,
         disable_log_stats=True,
-        compilation_config=compiled,
+        compilation_config={"pass_config": {"fuse_allreduce_rms": False}},
     )
     return llm, vllm.__version__
 
