@@ -156,7 +156,10 @@ def start(
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
     first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
     if first:
-        compile_ahead(engine, first)
+        try:
+            compile_ahead(engine, first)
+        except Exception as error:  # of a compiler, say: the steps below take the same way, and need it
+            slow_paths.append(f"kernels compiled one after the other: {type(error).__name__}: {error}")
         laps.mark("compiling")
     warm_up(engine)
     laps.mark("first steps")
