@@ -29,11 +29,9 @@ from . import inputs
 from .constraint import flaw
 from .graphs import Graphs
 from .pages import Cache, Pool
-from .record import ANSWER, PROMPT, Head, Record, Sizes, encode
+from .record import ANSWER, PROMPT, RING_STEPS, Head, Record, Sizes, encode
 from .request import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K, Request
 from .schedule import Limits, Result, Scheduler, Step
-
-KEPT_STEPS = 4  # whose draws are kept for the host: the one it reads, the one that runs, and two to spare
 
 
 def sizes_of(plan: Plan) -> Sizes:
@@ -104,7 +102,7 @@ class Launched:
 class Engine:
     """`plan` is resolved; nothing is detected here. graph_sizes: of steps of decodes that run as CUDA graphs; none on
     the CPU, or where every operation has to be watched. experts: tells what `ops` have counted of
-    experts that are elsewhere. files: that experts are read from meanwhile."""
+    experts that are elsewhere, nothing where all are on the device. files: that experts are read from meanwhile."""
 
     def __init__(
         self,
@@ -114,7 +112,7 @@ class Engine:
         ops: Operations,
         comm: Comm,
         graph_sizes: Sequence[int] = (),
-        experts: Callable[[], Counts] | None = None,
+        experts: Callable[[], Counts] = Counts,
         files: Mapped | None = None,
     ) -> None:
         spec = plan.spec
@@ -143,7 +141,7 @@ class Engine:
         # kernels write them to pinned memory of the host themselves; torch's cannot, and `_deliver` copies theirs.
         on_host = self.device.type == "cuda" and plan.kernels == "triton"
         self._outs_NS2 = torch.zeros(
-            (KEPT_STEPS, plan.sequences, 2),
+            (RING_STEPS, plan.sequences, 2),
             dtype=torch.int64,
             device="cpu" if on_host else self.device,
             pin_memory=on_host,
@@ -259,7 +257,7 @@ class Engine:
     def _deliver(self, head: Head, likely: tuple[Tensor, Tensor, Tensor] | None) -> Launched:
         """What the host may read once the event has come. The next step is launched before, and keeps its draws in
         another place."""
-        host_S2 = self._outs_NS2[head.number % KEPT_STEPS, : head.draws].to("cpu", non_blocking=True)
+        host_S2 = self._outs_NS2[head.number % RING_STEPS, : head.draws].to("cpu", non_blocking=True)
         if likely is not None:
             mine, ids, tops = (part.to("cpu", non_blocking=True) for part in likely)
             likely = (mine, ids, tops)

@@ -15,7 +15,7 @@ from ..kernels.batch import Batch, Chunk, PageView
 from ..kernels.begin import known_tokens
 from ..kernels.sample import Draws, Kept
 from ..planning.spec import LayerKind, Spec
-from .record import KINDS, Head, Record, Sizes, places
+from .record import KINDS, RING_STEPS, Head, Record, Sizes, places
 from .request import MOST_BIASES
 
 
@@ -56,9 +56,8 @@ class Words:
         self._upload = upload
         self.device_W = torch.zeros(sizes.words, dtype=torch.int32, device=device)
         # The device reads pinned memory while the host goes on: the buffer must not be used again before that is done.
-        # No rank is more than two steps ahead of its device (`lockstep`).
         pinned = device.type == "cuda"
-        self._host = [torch.zeros(sizes.words, dtype=torch.int32, pin_memory=pinned) for _ in range(4)]
+        self._host = [torch.zeros(sizes.words, dtype=torch.int32, pin_memory=pinned) for _ in range(RING_STEPS)]
 
     def upload(self, record: Record) -> None:
         count = record.head.words

@@ -66,7 +66,7 @@ class Leader:
         refusal: Callable[[Request], str | None],
         matchers: Matchers,
         facts: Facts = Facts(),
-        experts: Callable[[], Counts] | None = None,
+        experts: Callable[[], Counts] = Counts,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
@@ -75,7 +75,7 @@ class Leader:
         self._refusal = refusal
         self._matchers = matchers
         self._facts = facts
-        self._experts = experts or Counts  # nothing is counted where all are on the device
+        self._experts = experts
         self._clock = clock
         self._requests: dict[tuple[Hashable, str], Running] = {}
         self._compiling: dict[tuple[Hashable, str], Running] = {}  # of these, those whose matcher is not made yet

@@ -12,11 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from .record import WORD_BYTES, Record, read
+from .record import RING_STEPS, WORD_BYTES, Record, read
 
-# The leader writes step n after it has seen the results of step n - 2, for which every rank had to read that record:
-# nobody can be more than two records behind.
-SLOTS = 4
 HEAD_WORDS = (
     2  # of a slot: the number of the step, and a checksum that tells a record that is being written from a whole one
 )
@@ -36,7 +33,7 @@ class Ring(Steps):
 
     def __init__(self, path: Path, words: int, *, create: bool) -> None:
         self._slot_words = HEAD_WORDS + words
-        size = SLOTS * self._slot_words * WORD_BYTES
+        size = RING_STEPS * self._slot_words * WORD_BYTES
         with path.open("w+b" if create else "r+b") as file:
             if create:
                 file.truncate(size)  # a sparse file: what is never written takes no memory
@@ -44,7 +41,7 @@ class Ring(Steps):
         self._words = memoryview(self._map).cast("i")
 
     def _slot(self, number: int) -> memoryview:
-        begin = number % SLOTS * self._slot_words
+        begin = number % RING_STEPS * self._slot_words
         return self._words[begin : begin + self._slot_words]
 
     def publish(self, record: Record) -> None:

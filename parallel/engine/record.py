@@ -18,7 +18,10 @@ from .schedule import Item, Running, Step
 
 WORD_BYTES = 4
 KINDS = ("window", "full")  # the order of the page tables on the device
-LAST_NUMBER = (1 << 31) - 4  # of a step, in a word; whole rounds of rings of four, so that no place comes early
+# The leader launches step n once it has the results of step n - 2, for which every rank had to read that record. So
+# nobody is more than two steps behind, and what a step uses can be used again this many steps later.
+RING_STEPS = 4
+LAST_NUMBER = (1 << 31) - RING_STEPS  # of a step, in a word; whole rounds of rings, so that no place comes early
 ANSWER, PROMPT = 1, 2  # in the column `counted`: what a token counts as part of; 0: it does not count
 
 

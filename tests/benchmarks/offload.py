@@ -63,7 +63,7 @@ def one(checkpoint: str, cap: str, misses: str, rest: str, ahead: str, dtype: st
             super()._take(front_end, message)
             if isinstance(message, Tokens):
                 self.ids += [token.id for token in message.tokens]
-                self.moved_bytes.append(0 if engine.experts is None else engine.experts().moved_bytes)
+                self.moved_bytes.append(engine.experts().moved_bytes)
 
     r = random.Random(7)
     prompt = tuple(r.randrange(200_000) for _ in range(PROMPT_TOKENS))
@@ -102,7 +102,7 @@ def one(checkpoint: str, cap: str, misses: str, rest: str, ahead: str, dtype: st
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "used_bytes": total - free,
         "before_bytes": before_bytes,
-        "expert_counts": None if engine.experts is None else vars(engine.experts()),
+        "expert_counts": vars(engine.experts()),
         "slow_paths": ready.slow_paths,
         "ids": run.ids,
     }

@@ -5,8 +5,8 @@ from array import array
 from pathlib import Path
 
 import pytest
-from gptoss_launch.parallel.engine.lockstep import HEAD_WORDS, SLOTS, Ring
-from gptoss_launch.parallel.engine.record import LAST_NUMBER, Record, Sizes, after, encode, read
+from gptoss_launch.parallel.engine.lockstep import HEAD_WORDS, Ring
+from gptoss_launch.parallel.engine.record import LAST_NUMBER, RING_STEPS, Record, Sizes, after, encode, read
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.schedule import Item, Running, Step
 
@@ -53,7 +53,7 @@ def test_readers_see_every_record_whole(tmp_path: Path) -> None:
 def test_a_record_that_is_being_written_is_not_taken(tmp_path: Path) -> None:
     ring = Ring(tmp_path / "steps", SIZES.words, create=True)
     ring.publish(record(1))
-    later = record(1 + SLOTS)
+    later = record(1 + RING_STEPS)
     slot = ring._slot(1)
     slot[HEAD_WORDS : HEAD_WORDS + later.head.words] = later.words  # the slot's head is still the old one
 
@@ -64,9 +64,9 @@ def test_a_record_that_is_being_written_is_not_taken(tmp_path: Path) -> None:
         raise Waited
 
     with pytest.raises(Waited):
-        ring.wait(1 + SLOTS, pause)
+        ring.wait(1 + RING_STEPS, pause)
     ring.publish(later)
-    assert ring.wait(1 + SLOTS, pause).head == later.head
+    assert ring.wait(1 + RING_STEPS, pause).head == later.head
 
 
 def test_numbers_begin_again_before_a_word_is_full(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_numbers_begin_again_before_a_word_is_full(tmp_path: Path) -> None:
     for number in numbers:
         ring.publish(encode(step, number, SIZES, graph=1))
     assert [ring.wait(number).head.number for number in numbers] == [LAST_NUMBER - 1, LAST_NUMBER, 1, 2]
-    assert {number % SLOTS for number in numbers} == set(range(SLOTS)) and after(0) == 1
+    assert {number % RING_STEPS for number in numbers} == set(range(RING_STEPS)) and after(0) == 1
 
 
 def test_a_record_reads_back() -> None:
