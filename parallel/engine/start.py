@@ -124,9 +124,10 @@ def start(
         ) from None
     ops, experts_now = loaded(ops, weights.layers, offload_counts, plan.kernels == "triton")
     waits = isinstance(ops.experts, Copied | Computed)
+    slow_paths = [*slow_offload, *slow_ways]
     if waits:
-        slow_ways += (
-            "no CUDA graphs: not all experts are on the GPU, and in each layer the host waits to be told which",
+        slow_paths.append(
+            "no CUDA graphs: not all experts are on the GPU, and in each layer the host waits to be told which"
         )
     notes = () if files is None else files.watch()
     meter.mark("weights_bytes")
@@ -135,10 +136,10 @@ def start(
     comm: Comm = Alone()
     if plan.ranks > 1:
         linked, slow_links = connect(plan, device)
-        comm, slow_ways = Marked(linked, trace), (*slow_ways, *slow_links)
+        comm = Marked(linked, trace)
+        slow_paths += slow_links
     communication_bytes = meter.outside_bytes() - outside_bytes
     laps.mark("links")
-    slow_paths = [*slow_offload, *slow_ways]
     if plan.device == "cuda" and plan.kernels == "plain":
         slow_paths.append(f"plain torch without CUDA graphs: Triton's kernels are for bf16, not for {plan.dtype}")
     if options.check_ranks:
