@@ -102,7 +102,13 @@ def fetch(experts_TX: Tensor, cache: Cache) -> Tensor:
     _replace[(1,)](
         experts_TX,
         places_TX,
-        *_state(cache),
+        cache.place_E,
+        cache.expert_S,
+        cache.used_S,
+        cache.state,
+        cache.copies,
+        cache.how_many,
+        cache.counted,
         pairs,
         slots,
         len(cache.place_E),
@@ -133,18 +139,6 @@ def gather(experts_TX: Tensor, cache: Cache) -> None:
         ),
     )
     _copy_all(cache, gathers=True)
-
-
-def _state(cache: Cache) -> tuple[Tensor, ...]:
-    return (
-        cache.place_E,
-        cache.expert_S,
-        cache.used_S,
-        cache.state,
-        cache.copies,
-        cache.how_many,
-        cache.counted,
-    )
 
 
 def _copy_all(cache: Cache, gathers: bool) -> None:
@@ -203,15 +197,11 @@ def _replace(
     last = 0x7FFFFFFFFFFFFFFF
     used = tl.load(used_S + s, mask=s < slots, other=last)
     now = tl.load(state + _CLOCK) + 1
-    wanted = tl.zeros((EXPERTS,), tl.int32)
     for pair in range(pairs):  # what is there and needed is not given up
-        wanted = tl.where(e == tl.load(experts + pair).to(tl.int32), 1, wanted)
-    for pair in range(pairs):
         slot = tl.sum(tl.where(e == tl.load(experts + pair).to(tl.int32), place, 0), 0)
         used = tl.where(s == slot, now, used)
-    hits = tl.sum(tl.where((wanted != 0) & (place >= 0), 1, 0), 0)
-    misses = tl.sum(tl.where((wanted != 0) & (place < 0), 1, 0), 0)
-    count = 0
+    hits = tl.sum((used == now).to(tl.int32), 0)
+    misses = 0
     for pair in range(pairs):
         expert = tl.load(experts + pair).to(tl.int32)
         slot = tl.sum(tl.where(e == expert, place, 0), 0)
@@ -221,11 +211,11 @@ def _replace(
             place = tl.where(e == gone, -1, tl.where(e == expert, slot, place))
             inside = tl.where(s == slot, expert, inside)
             used = tl.where(s == slot, now, used)
-            tl.store(copies + count * 2, -1 - expert)
-            tl.store(copies + count * 2 + 1, slot)
-            count += 1
+            tl.store(copies + misses * 2, -1 - expert)
+            tl.store(copies + misses * 2 + 1, slot)
+            misses += 1
         tl.store(places + pair, slot.to(tl.int64))
-    tl.store(how_many, count)
+    tl.store(how_many, misses)
     tl.store(place_E + e, place, mask=e < held)
     tl.store(expert_S + s, inside, mask=s < slots)
     tl.store(used_S + s, used, mask=s < slots)
