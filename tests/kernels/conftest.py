@@ -1,8 +1,3 @@
-"""Away from a GPU, Triton kernels run under Triton's interpreter, which has to be asked for before Triton is loaded."""
+"""Kernels: by Triton, or its interpreter."""
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+import interpreter  # noqa: F401

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import compiled
 import pytest
 import torch
 from gptoss_launch.parallel.kernels import triton_all_reduce
@@ -171,7 +172,8 @@ def test_ranks_that_are_processes(ranks: int, dtype: torch.dtype, tmp_path: Path
     for rank in range(ranks):
         (tmp_path / f"buffer-{rank}").write_bytes(bytes(buffer_bytes(ranks)))
     name = str(dtype).removeprefix("torch.")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    path = [str(Path(compiled.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "TRITON_INTERPRET": "1"}
     commands = [[sys.executable, __file__, str(tmp_path), str(rank), str(ranks), name] for rank in range(ranks)]
     processes = [subprocess.Popen(command, env=environment) for command in commands]
     try:
@@ -222,14 +224,8 @@ for ranks, dtype, capability in ((2, "bf16", 90), (8, "bf16", 90), (2, "fp16", 8
 def test_words_are_never_cut_nor_kept(tmp_path: Path) -> None:
     """Compiled, every access to words is of two whole ones, 16 bytes; loads are volatile, before the loop and in it;
     stores go through to the peer's memory."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = tmp_path / "compile.py"  # Triton reads the source of what it compiles, here that of the project
-    script.write_text(COMPILE)
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
     peers = {2: 1, 3: 2, 8: 7}
-    lines = [line.split(maxsplit=3) for line in run.stdout.splitlines()]
+    lines = [line.split(maxsplit=3) for line in compiled.lines_of(COMPILE, tmp_path)]
     assert len(lines) == 4
     for ranks, shared_bytes, accesses, kinds in lines:
         assert kinds == "ld.volatile.global.v2.b64 st.global.wt.v2.b64"

@@ -4,14 +4,12 @@ Under the interpreter all arithmetic is fp32, so results agree to fp32; the bf16
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from compiled import lines_of
 from gptoss_launch.parallel.kernels import experts as plain
 from gptoss_launch.parallel.kernels.mxfp4 import dequantize
 from gptoss_launch.parallel.kernels.triton_decode import MAX_PAIRS, Cut, decode
@@ -328,13 +326,7 @@ for gate_up in (True, False):
 def test_no_product_is_pending_when_its_weights_registers_are_written(tmp_path: Path) -> None:
     """PTX: registers of a wgmma must not be written before it has been waited for. Seen as nan on an H200, where
     ptxas wrote the weights of the next step into the registers of three products that were still under way."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = tmp_path / "compile.py"  # Triton reads the source of what it compiles, here that of the project
-    script.write_text(COMPILE)
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+    lines = lines_of(COMPILE, tmp_path)
     assert len(lines) == 2 * len(_SHAPES)
     for line in lines:
         products, waits = line.split(maxsplit=1)
