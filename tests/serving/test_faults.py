@@ -193,7 +193,9 @@ def test_a_rank_of_one_replica_dies_and_the_replica_comes_back(start):
     assert f"replica 1 died, restart 1 of 3 in 1 s: rank 1 on {HOST} died " in running.stderr()
     assert rank_pids(running, 0) == pids[0]
     assert rank_pids(running, 1).keys() == {0, 1} and not set(rank_pids(running, 1).values()) & set(pids[1].values())
-    assert httpx.get(f"http://127.0.0.1:{running.port}/ready").status_code == 200
+    while httpx.get(f"http://127.0.0.1:{running.port}/ready").status_code != 200:  # the HTTP process looks each POLL_S
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     told = [str(error) for stream in streams for error in stream.errors]
     assert len(told) == 1 and "send the request again" in told[0]
     running.process.send_signal(signal.SIGTERM)
