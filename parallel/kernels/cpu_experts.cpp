@@ -4,7 +4,7 @@
 // torch. Sums are fp32 and in an order that depends neither on the number of threads nor on the other tokens of a step.
 //
 // A row of weights is read S blocks at a time, a step: S is what fills a register with packed nibbles. Decoded, a step is
-// 8 vectors of W = 4 S values, in the order in which the shuffles leave them; activations are brought into that order once.
+// 8 vectors of W = 4 S values, in the order in which decoding leaves them; activations are brought into that order once.
 // Legend: H hidden, I inner width, E experts here, T tokens, X experts a token, K columns of a product.
 
 #include <atomic>
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -26,17 +27,23 @@
 
 namespace {
 
-constexpr int BLOCK = 32;       // weights that share a scale
+constexpr int BLOCK = 32;  // weights that share a scale
 constexpr int BLOCK_BYTES = 16;
-constexpr int VECTORS = 8;      // of a decoded step
-constexpr int GROUP = 8;        // rows that are decoded together where several tokens read them
-constexpr int CHUNK_ROWS = 64;  // rows of one piece of work
+constexpr int VECTORS = 8;         // of a decoded step
+constexpr int GROUP = 8;           // rows that are read step by step together where several tokens read them
+constexpr int AHEAD_BYTES = 2048;  // weights are asked for so long before they are read
+constexpr int CHUNK_ROWS = 64;     // rows of one piece of work
 constexpr float SWIGLU_ALPHA = 1.702f;
 
 // ---------------------------------------------------------------- vectors
+//
+// S: blocks of a step. REGISTERS: of vectors. ask: prefetch. read: some packed blocks, at most S, and zeros. powers: what
+// their scale bytes stand for, 2 ** (byte - 127), each in its block's quarter of a vector; 255 is NaN.
+
+constexpr uint32_t LEAST = 0x00400000, INFINITE = 0x7F800000;  // bits of 2 ** -127, and of what 255 looks like
 
 #if defined(__AVX512BW__)
-constexpr int S = 4;
+constexpr int S = 4, REGISTERS = 32;
 using V = __m512;
 using I8 = __m512i;
 inline V zero() { return _mm512_setzero_ps(); }
@@ -46,29 +53,34 @@ inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(V x) { return _mm512_reduce_add_ps(x); }
-inline V spread(const float* f) {  // one value for each block's quarter of a vector
-    V low = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_set1_ps(f[0])), _mm_set1_ps(f[1]), 1);
-    return _mm512_insertf32x4(_mm512_insertf32x4(low, _mm_set1_ps(f[2]), 2), _mm_set1_ps(f[3]), 3);
-}
+inline void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline I8 load8(const void* p) { return _mm512_loadu_si512(p); }
 inline I8 table8(__m128i t) { return _mm512_broadcast_i32x4(t); }
 inline I8 look(I8 t, I8 index) { return _mm512_shuffle_epi8(t, index); }
 inline I8 low(I8 x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline I8 high(I8 x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
-inline I8 left(I8 a, I8 b) { return _mm512_unpacklo_epi8(a, b); }
-inline I8 right(I8 a, I8 b) { return _mm512_unpackhi_epi8(a, b); }
-inline V even(I8 x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-inline V odd(I8 x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xFFFF0000))); }
-// the products of 4 neighbouring bytes each, a as its magnitude with its sign moved to b
-inline V dot(I8 a0, I8 b0, I8 a1, I8 b1) {
-    I8 n0 = _mm512_mask_sub_epi8(b0, _mm512_movepi8_mask(a0), _mm512_setzero_si512(), b0);
-    I8 n1 = _mm512_mask_sub_epi8(b1, _mm512_movepi8_mask(a1), _mm512_setzero_si512(), b1);
-    I8 p = _mm512_add_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(a0), n0),
-                            _mm512_maddubs_epi16(_mm512_abs_epi8(a1), n1));
-    return _mm512_cvtepi32_ps(_mm512_madd_epi16(p, _mm512_set1_epi16(1)));
+inline I8 read(const uint8_t* bytes, int blocks) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1 << 4 * blocks) - 1), bytes);
+}
+inline V powers(const uint8_t* scales, int blocks) {
+    int32_t four = 0;
+    if (blocks == S) std::memcpy(&four, scales, sizeof four);
+    else for (int b = 0; b < blocks; b++) four |= scales[b] << 8 * b;
+    const I8 places = _mm512_set_epi32(0x03808080, 0x03808080, 0x03808080, 0x03808080, 0x02808080, 0x02808080, 0x02808080,
+                                       0x02808080, 0x01808080, 0x01808080, 0x01808080, 0x01808080, 0x00808080, 0x00808080,
+                                       0x00808080, 0x00808080);
+    I8 bits = _mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(four), places), 1);
+    bits = _mm512_max_epu32(bits, _mm512_set1_epi32(LEAST));
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(bits, _mm512_set1_epi32(INFINITE));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(-1)));
+}
+// c plus the products of 4 neighbouring bytes each, of a (0 to 24) and b (-127 to 127)
+inline V dot(I8 a0, I8 b0, I8 a1, I8 b1, I8 c) {
+    const I8 p = _mm512_add_epi16(_mm512_maddubs_epi16(a0, b0), _mm512_maddubs_epi16(a1, b1));
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(c, _mm512_madd_epi16(p, _mm512_set1_epi16(1))));
 }
 #elif defined(__AVX2__) && defined(__FMA__)
-constexpr int S = 2;
+constexpr int S = 2, REGISTERS = 16;
 using V = __m256;
 using I8 = __m256i;
 inline V zero() { return _mm256_setzero_ps(); }
@@ -82,24 +94,32 @@ inline float sum(V x) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
-inline V spread(const float* f) { return _mm256_blend_ps(_mm256_broadcast_ss(f), _mm256_broadcast_ss(f + 1), 0xF0); }
+inline void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline I8 load8(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline I8 table8(__m128i t) { return _mm256_broadcastsi128_si256(t); }
 inline I8 look(I8 t, I8 index) { return _mm256_shuffle_epi8(t, index); }
 inline I8 low(I8 x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline I8 high(I8 x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
-inline I8 left(I8 a, I8 b) { return _mm256_unpacklo_epi8(a, b); }
-inline I8 right(I8 a, I8 b) { return _mm256_unpackhi_epi8(a, b); }
-inline V even(I8 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
-inline V odd(I8 x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xFFFF0000))); }
-inline V dot(I8 a0, I8 b0, I8 a1, I8 b1) {
-    I8 p = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(a0), _mm256_sign_epi8(b0, a0)),
-                            _mm256_maddubs_epi16(_mm256_abs_epi8(a1), _mm256_sign_epi8(b1, a1)));
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(p, _mm256_set1_epi16(1)));
+inline I8 read(const uint8_t* bytes, int blocks) {
+    return blocks == S ? load8(bytes) : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+inline V powers(const uint8_t* scales, int blocks) {
+    int16_t two = *scales;
+    if (blocks == S) std::memcpy(&two, scales, sizeof two);
+    const I8 places = _mm256_set_epi32(0x01808080, 0x01808080, 0x01808080, 0x01808080, 0x00808080, 0x00808080, 0x00808080,
+                                       0x00808080);
+    I8 bits = _mm256_srli_epi32(_mm256_shuffle_epi8(_mm256_set1_epi16(two), places), 1);
+    bits = _mm256_max_epu32(bits, _mm256_set1_epi32(LEAST));
+    return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(INFINITE))));
+}
+inline V dot(I8 a0, I8 b0, I8 a1, I8 b1, I8 c) {
+    const I8 p = _mm256_add_epi16(_mm256_maddubs_epi16(a0, b0), _mm256_maddubs_epi16(a1, b1));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(c, _mm256_madd_epi16(p, _mm256_set1_epi16(1))));
 }
 #else
 #define PORTABLE
-constexpr int S = 1;
+constexpr int S = 1, REGISTERS = 16;
+using I8 = const uint8_t*;
 struct V { float at[4]; };
 template <class F> inline V each(F f) { return {{f(0), f(1), f(2), f(3)}}; }
 inline V zero() { return {{0, 0, 0, 0}}; }
@@ -109,19 +129,32 @@ inline V mul(V a, V b) { return each([&](int i) { return a.at[i] * b.at[i]; }); 
 inline V add(V a, V b) { return each([&](int i) { return a.at[i] + b.at[i]; }); }
 inline V fma(V a, V b, V c) { return each([&](int i) { return a.at[i] * b.at[i] + c.at[i]; }); }
 inline float sum(V x) { return (x.at[0] + x.at[2]) + (x.at[1] + x.at[3]); }
-inline V spread(const float* f) { return each([&](int) { return f[0]; }); }
+inline void ask(const void*) {}
+inline I8 read(const uint8_t* bytes, int) { return bytes; }
+inline V powers(const uint8_t* scales, int) {
+    uint32_t bits = static_cast<uint32_t>(*scales) << 23;
+    bits = bits == INFINITE ? 0xFFFFFFFF : bits < LEAST ? LEAST : bits;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return each([&](int) { return power; });
+}
 #endif
+
+template <class T> struct Aligned {  // to cache lines: a vector across two of them takes two reads
+    using value_type = T;
+    Aligned() = default;
+    template <class U> Aligned(const Aligned<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), LINE)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
+    static constexpr std::align_val_t LINE{64};
+};
+template <class T> using Vector = std::vector<T, Aligned<T>>;
 
 constexpr int W = 4 * S;
 constexpr int STEP = VECTORS * W;  // columns of a step
 constexpr int STEP_BYTES = S * BLOCK_BYTES;
-
-// Where a column stands in decoding order.
-inline int64_t place_of(int64_t column) {
-    int c = static_cast<int>(column % STEP), in = c % BLOCK;
-    int v = (in & 1) * 4 + in / 16 * 2 + in % 4 / 2;
-    return column - c + v * W + c / BLOCK * 4 + in % 16 / 4;
-}
 
 // ---------------------------------------------------------------- weights
 
@@ -147,194 +180,178 @@ struct Product {  // one product of all experts: [E, rows, blocks, 16], [E, rows
     }
 };
 
-struct Scales {  // what a scale byte stands for: 2 ** (byte - 127), 255 is NaN
-    float at[256];
-    Scales() {
-        for (int byte = 0; byte < 255; byte++) at[byte] = std::ldexp(1.0f, byte - 127);
-        at[255] = std::nanf("");
-    }
+struct Step {
+    I8 packed;
+    V factors;
 };
-const Scales SCALES;
 
-#if defined(PORTABLE)
-// Column, within its step, of lane `lane` of vector `v`: nibble, half of the block, parity of the byte pair are v's bits.
-inline int column_of(int v, int lane) {
-    int nibble = v >> 2, half = v >> 1 & 1, parity = v & 1;
-    return lane / 4 * BLOCK + 16 * half + 4 * (lane % 4) + 2 * parity + nibble;
+// A step of a row, whose last one may be cut short.
+inline Step step_of(const Product& p, int64_t expert, int64_t r, int64_t step) {
+    const int64_t first = step * S, left = p.blocks_a_row() - first;
+    const int here = left < S ? static_cast<int>(left) : S;
+    const uint8_t* bytes = p.row(expert, r) + first * BLOCK_BYTES;
+    ask(bytes + AHEAD_BYTES);
+    return {read(bytes, here), powers(p.row_scales(expert, r) + first, here)};
 }
-const float FP4[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
-inline void decode(const uint8_t* bytes, V w[VECTORS]) {
-    for (int v = 0; v < VECTORS; v++)
-        w[v] = each([&](int lane) {
-            int column = column_of(v, lane);
-            return FP4[bytes[column / 2] >> 4 * (column & 1) & 15];
-        });
+
+// ---------------------------------------------------------------- two ways to multiply
+//
+// A way holds a row's step decoded. Of a token's activations it keeps RECORD floats for each step, cache lines of their
+// own, which `arrange` makes; where the last step is cut short, records are filled up with zeros.
+
+// Where a column stands in decoding order.
+inline int64_t place_of(int64_t column) {
+    const int c = static_cast<int>(column % STEP);
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+    const int in = c % BLOCK, v = (in & 1) * 4 + in / 16 * 2 + in % 4 / 2, lane = c / BLOCK * 4 + in % 16 / 4;
+#else
+    const int v = c % VECTORS, lane = c / VECTORS;
+#endif
+    return column - c + v * W + lane;
+}
+
+// Packed bytes -> the values of their codes in decoding order.
+#if defined(__AVX512BW__)
+inline void decoded(I8 packed, V w[VECTORS]) {  // of each 4 bytes the nibbles from low to high
+    const V values = _mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f);
+    for (int v = 0; v < VECTORS; v++) w[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4 * v), values);
+}
+#elif !defined(PORTABLE)
+// the upper and the lower byte of each code's value as bf16, which is the upper half of the same value as fp32
+inline void decoded(I8 packed, V w[VECTORS]) {
+    const I8 upper = table8(_mm_setr_epi8(0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, char(0x80), char(0xBF), char(0xBF),
+                                          char(0xBF), char(0xC0), char(0xC0), char(0xC0), char(0xC0)));
+    const I8 lower = table8(_mm_setr_epi8(0, 0, char(0x80), char(0xC0), 0, 0x40, char(0x80), char(0xC0), 0, 0, char(0x80),
+                                          char(0xC0), 0, 0x40, char(0x80), char(0xC0)));
+    const I8 codes[2] = {low(packed), high(packed)};
+    auto even = [](I8 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
+    auto odd = [](I8 x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xFFFF0000))); };
+    for (int nibble = 0; nibble < 2; nibble++) {
+        const I8 a = look(lower, codes[nibble]), b = look(upper, codes[nibble]);
+        const I8 left = _mm256_unpacklo_epi8(a, b), right = _mm256_unpackhi_epi8(a, b);
+        w[4 * nibble] = even(left), w[4 * nibble + 1] = odd(left);
+        w[4 * nibble + 2] = even(right), w[4 * nibble + 3] = odd(right);
+    }
 }
 #else
-// the upper and the lower byte of each code's value as bf16, which is the upper half of the same value as fp32
-inline I8 upper_bytes() {
-    return table8(_mm_setr_epi8(0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, char(0x80), char(0xBF), char(0xBF),
-                                char(0xBF), char(0xC0), char(0xC0), char(0xC0), char(0xC0)));
-}
-inline I8 lower_bytes() {
-    return table8(_mm_setr_epi8(0, 0, char(0x80), char(0xC0), 0, 0x40, char(0x80), char(0xC0), 0, 0, char(0x80),
-                                char(0xC0), 0, 0x40, char(0x80), char(0xC0)));
-}
-inline void decode(const uint8_t* bytes, V w[VECTORS]) {
-    const I8 upper = upper_bytes(), lower = lower_bytes();
-    const I8 packed = load8(bytes);
-    const I8 codes[2] = {low(packed), high(packed)};
-    for (int nibble = 0; nibble < 2; nibble++) {
-        I8 a = look(lower, codes[nibble]), b = look(upper, codes[nibble]);
-        I8 l = left(a, b), r = right(a, b);
-        w[4 * nibble] = even(l), w[4 * nibble + 1] = odd(l);
-        w[4 * nibble + 2] = even(r), w[4 * nibble + 3] = odd(r);
-    }
+const float FP4[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+inline void decoded(I8 packed, V w[VECTORS]) {
+    for (int v = 0; v < VECTORS; v++)
+        w[v] = each([&](int lane) { return FP4[packed[4 * lane + v / 2] >> 4 * (v & 1) & 15]; });
 }
 #endif
 
-// A step's packed bytes and scales. The last step of a row may be cut short: it is filled up with zeros.
-struct Step {
-    const uint8_t* bytes;
-    float scales[S];
-    uint8_t filled[STEP_BYTES];
-    Step(const uint8_t* row, const uint8_t* row_scales, int64_t step, int64_t blocks) {
-        const int64_t first = step * S;
-        bytes = row + first * BLOCK_BYTES;
-        if (first + S <= blocks) {
-            for (int b = 0; b < S; b++) scales[b] = SCALES.at[row_scales[first + b]];
-            return;
+struct Exact {
+    static constexpr int RECORD = STEP;                       // in decoding order
+    static constexpr int TOGETHER = REGISTERS / 2 / VECTORS;  // rows whose decoded steps fit the registers
+    V w[VECTORS];
+    void decode(I8 packed) { decoded(packed, w); }
+    static void arrange(const float* x, int64_t columns, float* records) {
+        for (int64_t column = 0; column < columns; column++) records[place_of(column)] = x[column];
+    }
+    V times(const float* record) const {
+        V a = mul(w[0], load(record)), b = mul(w[1], load(record + W));
+#pragma GCC unroll 8
+        for (int v = 2; v < VECTORS; v += 2) {
+            a = fma(w[v], load(record + v * W), a);
+            b = fma(w[v + 1], load(record + (v + 1) * W), b);
         }
-        const int here = static_cast<int>(blocks - first);
-        std::memset(filled, 0, sizeof filled);
-        std::memcpy(filled, bytes, here * BLOCK_BYTES);
-        bytes = filled;
-        for (int b = 0; b < S; b++) scales[b] = b < here ? SCALES.at[row_scales[first + b]] : 0.0f;
-    }
-};
-
-// ---------------------------------------------------------------- exact products
-
-inline V product_of(const V w[VECTORS], const float* x) {
-    V a = mul(w[0], load(x)), b = mul(w[1], load(x + W));
-    for (int v = 2; v < VECTORS; v += 2) {
-        a = fma(w[v], load(x + v * W), a);
-        b = fma(w[v + 1], load(x + (v + 1) * W), b);
-    }
-    return add(a, b);
-}
-
-// One row times one token's activations, which are in decoding order and filled up with zeros.
-float row_product(const Product& p, int64_t expert, int64_t r, const float* x) {
-    const uint8_t *row = p.row(expert, r), *scales = p.row_scales(expert, r);
-    const int64_t steps = p.steps(), blocks = p.blocks_a_row();
-    V total = zero();
-    for (int64_t step = 0; step < steps; step++) {
-        Step packed(row, scales, step, blocks);
-        V w[VECTORS];
-        decode(packed.bytes, w);
-        total = fma(product_of(w, x + step * STEP), spread(packed.scales), total);
-    }
-    return sum(total);
-}
-
-// Up to GROUP rows times several tokens: each step is decoded once, into the first-level cache. x [steps, tokens, STEP].
-// y [tokens, GROUP].
-void group_product(const Product& p, int64_t expert, int64_t first, int rows, const float* x, int tokens,
-                   std::vector<float>& totals, float* y) {
-    const int64_t steps = p.steps(), blocks = p.blocks_a_row();
-    alignas(64) float decoded[GROUP][STEP], factors[GROUP][W];
-    totals.assign(static_cast<size_t>(tokens) * GROUP * W, 0.0f);
-    for (int64_t step = 0; step < steps; step++) {
-        for (int r = 0; r < rows; r++) {
-            Step packed(p.row(expert, first + r), p.row_scales(expert, first + r), step, blocks);
-            V w[VECTORS];
-            decode(packed.bytes, w);
-            for (int v = 0; v < VECTORS; v++) store(decoded[r] + v * W, w[v]);
-            store(factors[r], spread(packed.scales));
-        }
-        for (int t = 0; t < tokens; t++) {
-            const float* here = x + (step * tokens + t) * STEP;
-            float* total = totals.data() + static_cast<size_t>(t) * GROUP * W;
-            V held[VECTORS];
-            for (int v = 0; v < VECTORS; v++) held[v] = load(here + v * W);
-            for (int r = 0; r < rows; r++) {  // in the order of operations of product_of
-                V a = mul(load(decoded[r]), held[0]), b = mul(load(decoded[r] + W), held[1]);
-                for (int v = 2; v < VECTORS; v += 2) {
-                    a = fma(load(decoded[r] + v * W), held[v], a);
-                    b = fma(load(decoded[r] + (v + 1) * W), held[v + 1], b);
-                }
-                store(total + r * W, fma(add(a, b), load(factors[r]), load(total + r * W)));
-            }
-        }
-    }
-    for (int t = 0; t < tokens; t++)
-        for (int r = 0; r < rows; r++) y[t * GROUP + r] = sum(load(totals.data() + (static_cast<size_t>(t) * GROUP + r) * W));
-}
-
-// ---------------------------------------------------------------- products with int8 activations
-
-// Activations of a token as int8 with one scale for each block: x = factor * byte, |byte| <= 127.
-struct Bytes {
-    int64_t steps = 0;
-    std::vector<int8_t> bytes;   // [tokens, steps, 2, S * 16]: of each step the even columns, then the odd ones
-    std::vector<float> factors;  // [tokens, steps, S], halved, as codes are looked up doubled
-    void reserve(int64_t tokens, int64_t step_count) {
-        steps = step_count;
-        bytes.assign(static_cast<size_t>(tokens * steps * 2 * STEP_BYTES), 0);
-        factors.assign(static_cast<size_t>(tokens * steps * S), 0.0f);
-    }
-    void round(int64_t token, const float* x, int64_t columns) {
-        for (int64_t block = 0; block < columns / BLOCK; block++) {
-            const float* from = x + block * BLOCK;
-            float largest = 0.0f;
-            for (int i = 0; i < BLOCK; i++) largest = std::fmax(largest, std::fabs(from[i]));
-            const float factor = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-            const int64_t step = token * steps + block / S;
-            int8_t* to = bytes.data() + step * 2 * STEP_BYTES + block % S * BLOCK_BYTES;
-            for (int i = 0; i < BLOCK; i++)
-                to[i / 2 + (i & 1) * STEP_BYTES] = static_cast<int8_t>(std::nearbyint(from[i] * inverse));
-            factors[step * S + block % S] = 0.5f * factor;
-        }
+        return add(a, b);
     }
 };
 
 #if !defined(PORTABLE)
-// One row times several tokens' activations. y[t].
-void row_product_int8(const Product& p, int64_t expert, int64_t r, const Bytes& x, const int64_t* tokens, int count,
-                      std::vector<float>& totals, float* y) {
-    const I8 doubled = table8(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
-    const uint8_t *row = p.row(expert, r), *scales = p.row_scales(expert, r);
-    const int64_t steps = p.steps(), blocks = p.blocks_a_row();
-    auto more = [&](const Step& packed, I8 a0, I8 a1, int64_t at, V total) {
-        const int8_t* here = x.bytes.data() + at * 2 * STEP_BYTES;
-        float factors[S];
-        for (int b = 0; b < S; b++) factors[b] = packed.scales[b] * x.factors[at * S + b];
-        return fma(dot(a0, load8(here), a1, load8(here + STEP_BYTES)), spread(factors), total);
-    };
-    if (count == 1) {
-        V total = zero();
-        for (int64_t step = 0; step < steps; step++) {
-            Step packed(row, scales, step, blocks);
-            const I8 codes = load8(packed.bytes);
-            total = more(packed, look(doubled, low(codes)), look(doubled, high(codes)), tokens[0] * steps + step, total);
-        }
-        y[0] = sum(total);
-        return;
+// Activations as int8 with one scale for each block: x = factor * byte, |byte| <= 127. As the CPU multiplies bytes
+// without sign by bytes with one, codes stand for their doubled values plus SHIFT, from 0 to 24.
+struct Int8 {
+    static constexpr int SHIFT = 12;
+    // bytes of even columns, and of odd ones; int32 [W], what takes SHIFT times a lane's bytes away again; factors [W]
+    static constexpr int RECORD = 8 * S + W + W;
+    static constexpr int TOGETHER = 2;
+    I8 even, odd;
+    void decode(I8 packed) {
+        const I8 values = table8(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+        even = look(values, low(packed)), odd = look(values, high(packed));
     }
-    totals.assign(static_cast<size_t>(count) * W, 0.0f);
-    for (int64_t step = 0; step < steps; step++) {
-        Step packed(row, scales, step, blocks);
-        const I8 codes = load8(packed.bytes);
-        const I8 a0 = look(doubled, low(codes)), a1 = look(doubled, high(codes));
-        for (int t = 0; t < count; t++) {
-            float* total = totals.data() + static_cast<size_t>(t) * W;
-            store(total, more(packed, a0, a1, tokens[t] * steps + step, load(total)));
+    static void arrange(const float* x, int64_t columns, float* records) {
+        for (int64_t block = 0; block < columns / BLOCK; block++, x += BLOCK) {
+            float largest = 0.0f;
+            for (int i = 0; i < BLOCK; i++) largest = std::fmax(largest, std::fabs(x[i]));
+            const float factor = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+            int8_t bytes[2][BLOCK / 2];
+            int32_t shift[4] = {};
+            for (int i = 0; i < BLOCK; i++) {
+                const int byte = static_cast<int>(std::nearbyint(x[i] * inverse));
+                bytes[i & 1][i / 2] = static_cast<int8_t>(byte);
+                shift[i / 8] -= SHIFT * byte;
+            }
+            const float factors[4] = {0.5f * factor, 0.5f * factor, 0.5f * factor, 0.5f * factor};
+            float* to = records + block / S * RECORD + block % S * 4;
+            std::memcpy(to, bytes[0], sizeof bytes[0]);
+            std::memcpy(to + 4 * S, bytes[1], sizeof bytes[1]);
+            std::memcpy(to + 8 * S, shift, sizeof shift);
+            std::memcpy(to + 8 * S + W, factors, sizeof factors);
         }
     }
-    for (int t = 0; t < count; t++) y[t] = sum(load(totals.data() + static_cast<size_t>(t) * W));
-}
+    V times(const float* record) const {
+        const V value = dot(even, load8(record), odd, load8(record + 4 * S), load8(record + 8 * S));
+        return mul(value, load(record + 8 * S + W));
+    }
+};
 #endif
+
+// ---------------------------------------------------------------- products
+
+// One row times one token. x [steps, RECORD].
+template <class Way> float row_product(const Product& p, int64_t expert, int64_t r, const float* x) {
+    const int64_t steps = p.steps();
+    V total = zero();
+    for (int64_t step = 0; step < steps; step++) {
+        const Step now = step_of(p, expert, r, step);
+        Way way;
+        way.decode(now.packed);
+        total = fma(way.times(x + step * Way::RECORD), now.factors, total);
+    }
+    return sum(total);
+}
+
+// R rows from `first` on in one step, which is decoded once for all tokens. x [tokens, RECORD], totals [tokens, R, W].
+template <class Way, int R>
+inline void rows_step(const Product& p, int64_t expert, int64_t first, int64_t step, const float* x, int tokens,
+                      float* totals) {
+    Step now[R];
+    Way way[R];
+    for (int i = 0; i < R; i++) {
+        now[i] = step_of(p, expert, first + i, step);
+        way[i].decode(now[i].packed);
+    }
+    for (int t = 0; t < tokens; t++, x += Way::RECORD, totals += R * W) {
+        V total[R];
+        for (int i = 0; i < R; i++) total[i] = fma(way[i].times(x), now[i].factors, load(totals + i * W));
+        for (int i = 0; i < R; i++) store(totals + i * W, total[i]);
+    }
+}
+
+// Up to GROUP rows times several tokens, step by step, so that a step of x stays in the first-level cache.
+// x [steps, tokens, RECORD], y [tokens, GROUP].
+template <class Way>
+void group_product(const Product& p, int64_t expert, int64_t first, int rows, const float* x, int tokens,
+                   Vector<float>& totals, float* y) {
+    constexpr int R = Way::TOGETHER;
+    totals.assign(static_cast<size_t>(tokens) * GROUP * W, 0.0f);  // [rows / R, tokens, R, W], then single rows
+    const int whole = rows / R * R;
+    for (int64_t step = 0; step < p.steps(); step++, x += tokens * Way::RECORD) {
+        for (int r = 0; r < whole; r += R)
+            rows_step<Way, R>(p, expert, first + r, step, x, tokens, totals.data() + r * tokens * W);
+        for (int r = whole; r < rows; r++)
+            rows_step<Way, 1>(p, expert, first + r, step, x, tokens, totals.data() + r * tokens * W);
+    }
+    for (int r = 0; r < rows; r++) {
+        const int together = r < whole ? R : 1, i = r < whole ? r % R : 0;
+        for (int t = 0; t < tokens; t++)
+            y[t * GROUP + r] = sum(load(totals.data() + ((r - i) * tokens + t * together + i) * W));
+    }
+}
 
 // ---------------------------------------------------------------- threads
 
@@ -440,6 +457,86 @@ struct Pair {
 
 constexpr int64_t ALONE_BYTES = 64 << 10;  // work that is done before another thread is awake
 
+struct Call {
+    const float *x, *weights;
+    const int64_t* chosen;
+    int64_t T, X, H, I, E, first_expert;
+    float limit;
+    Product up, down;
+    float* out;
+};
+
+template <class Way> void compute(Pool& pool, const Call& c) {
+    std::memset(c.out, 0, sizeof(float) * c.T * c.H);
+    std::vector<std::vector<Pair>> by_expert(c.E);
+    int64_t pairs = 0;
+    for (int64_t t = 0; t < c.T; t++)
+        for (int64_t k = 0; k < c.X; k++) {
+            int64_t expert = c.chosen[t * c.X + k] - c.first_expert;
+            if (expert >= 0 && expert < c.E) by_expert[expert].push_back({t, pairs++, c.weights[t * c.X + k]});
+        }
+    std::vector<int64_t> used;
+    for (int64_t expert = 0; expert < c.E; expert++)
+        if (!by_expert[expert].empty()) used.push_back(expert);
+    if (used.empty()) return;
+
+    const int64_t x_width = c.up.steps() * Way::RECORD, inner_width = c.down.steps() * Way::RECORD;
+    Vector<float> x(c.T * x_width), inner(pairs * c.I), inner_x(pairs * inner_width);
+    const bool alone = static_cast<int64_t>(used.size()) * c.I * c.H * 2 < ALONE_BYTES && pairs * c.I * c.H < (1 << 20);
+    pool.run(c.T, alone, [&](int64_t t) { Way::arrange(c.x + t * c.H, c.H, x.data() + t * x_width); });
+
+    // rows [first, last) of one expert for all its tokens; take(pair, row, value without bias)
+    auto products = [&](const Product& p, int64_t expert, int64_t first, int64_t last, bool by_slot, auto&& take) {
+        const auto& mine = by_expert[expert];
+        const int tokens = static_cast<int>(mine.size());
+        const int64_t width = p.steps() * Way::RECORD;
+        auto records = [&](int t) {
+            return by_slot ? inner_x.data() + mine[t].slot * width : x.data() + mine[t].token * width;
+        };
+        if (tokens == 1) {
+            for (int64_t r = first; r < last; r++) take(mine[0], r, row_product<Way>(p, expert, r, records(0)));
+            return;
+        }
+        Vector<float> by_step(tokens * width), totals, y(static_cast<size_t>(tokens) * GROUP);
+        for (int t = 0; t < tokens; t++)
+            for (int64_t step = 0; step < p.steps(); step++)
+                std::memcpy(by_step.data() + (step * tokens + t) * Way::RECORD, records(t) + step * Way::RECORD,
+                            sizeof(float) * Way::RECORD);
+        for (int64_t r = first; r < last; r += GROUP) {
+            const int rows = static_cast<int>(last - r < GROUP ? last - r : GROUP);
+            group_product<Way>(p, expert, r, rows, by_step.data(), tokens, totals, y.data());
+            for (int t = 0; t < tokens; t++)
+                for (int i = 0; i < rows; i++) take(mine[t], r + i, y[t * GROUP + i]);
+        }
+    };
+
+    const int64_t up_chunks = (c.up.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    pool.run(static_cast<int64_t>(used.size()) * up_chunks, alone, [&](int64_t index) {
+        const int64_t expert = used[index / up_chunks], first = index % up_chunks * CHUNK_ROWS;
+        const int64_t last = first + CHUNK_ROWS < c.up.rows ? first + CHUNK_ROWS : c.up.rows;
+        products(c.up, expert, first, last, false, [&](const Pair& pair, int64_t r, float value) {
+            // even rows come before odd ones for the same pair: the gate waits in its place for the up value
+            float& place = inner[pair.slot * c.I + r / 2];
+            value += c.up.bias_at(expert, r);
+            place = r % 2 == 0 ? value : swiglu(place, value, c.limit);
+        });
+    });
+
+    pool.run(pairs, alone, [&](int64_t slot) {
+        Way::arrange(inner.data() + slot * c.I, c.I, inner_x.data() + slot * inner_width);
+    });
+    // each piece has its rows of the result to itself and goes through the experts in ascending order
+    const int64_t down_chunks = (c.down.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    pool.run(down_chunks, alone, [&](int64_t index) {
+        const int64_t first = index * CHUNK_ROWS;
+        const int64_t last = first + CHUNK_ROWS < c.down.rows ? first + CHUNK_ROWS : c.down.rows;
+        for (int64_t expert : used)
+            products(c.down, expert, first, last, true, [&](const Pair& pair, int64_t r, float value) {
+                c.out[pair.token * c.H + r] += (value + c.down.bias_at(expert, r)) * pair.weight;
+            });
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -463,92 +560,15 @@ void experts(void* handle, const float* x, const float* weights, const int64_t* 
              const void* down_bias, int bias_is_bf16, int int8, float* out) {
     Pool& pool = *static_cast<Pool*>(handle);
     std::lock_guard<std::mutex> turn(pool.one_call);
-    const Product up{up_blocks, up_scales, up_bias, 2 * I, H, bias_is_bf16};
-    const Product down{down_blocks, down_scales, down_bias, H, I, bias_is_bf16};
-    std::memset(out, 0, sizeof(float) * T * H);
-
-    std::vector<std::vector<Pair>> by_expert(E);
-    int64_t pairs = 0;
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t k = 0; k < X; k++) {
-            int64_t expert = chosen[t * X + k] - first_expert;
-            if (expert >= 0 && expert < E) by_expert[expert].push_back({t, pairs++, weights[t * X + k]});
-        }
-    std::vector<int64_t> used;
-    for (int64_t expert = 0; expert < E; expert++)
-        if (!by_expert[expert].empty()) used.push_back(expert);
-    if (used.empty()) return;
-
-    const int64_t x_width = up.steps() * STEP, inner_width = down.steps() * STEP;
-    // in decoding order, filled up with zeros; for int8 in their own order, until they are rounded
-    std::vector<float> ordered(int8 ? 0 : T * x_width), inner(pairs * inner_width);
-    Bytes bytes, inner_bytes;
-    if (int8) bytes.reserve(T, up.steps()), inner_bytes.reserve(pairs, down.steps());
-    const bool alone = static_cast<int64_t>(used.size()) * I * H * 2 < ALONE_BYTES && pairs * I * H < (1 << 20);
-    pool.run(T, alone, [&](int64_t t) {
-        if (int8) return bytes.round(t, x + t * H, H);
-        for (int64_t column = 0; column < H; column++) ordered[t * x_width + place_of(column)] = x[t * H + column];
-    });
-
-    // rows [first, last) of one expert for all its tokens; take(pair, row, value without bias)
-    auto products = [&](const Product& p, int64_t expert, int64_t first, int64_t last, bool by_slot, auto&& take) {
-        const auto& mine = by_expert[expert];
-        const int tokens = static_cast<int>(mine.size());
-        const float* from = by_slot ? inner.data() : ordered.data();
-        const int64_t width = p.steps() * STEP;
-        std::vector<int64_t> places(tokens);
-        for (int t = 0; t < tokens; t++) places[t] = by_slot ? mine[t].slot : mine[t].token;
-        std::vector<float> by_step, totals, y(static_cast<size_t>(tokens) * GROUP);
+    const Call call{x, weights, chosen, T, X, H, I, E, first_expert, limit,
+                    {up_blocks, up_scales, up_bias, 2 * I, H, bias_is_bf16},
+                    {down_blocks, down_scales, down_bias, H, I, bias_is_bf16},
+                    out};
 #if !defined(PORTABLE)
-        if (int8) {
-            for (int64_t r = first; r < last; r++) {
-                row_product_int8(p, expert, r, by_slot ? inner_bytes : bytes, places.data(), tokens, totals, y.data());
-                for (int t = 0; t < tokens; t++) take(mine[t], r, y[t]);
-            }
-            return;
-        }
+    if (int8) return compute<Int8>(pool, call);
 #endif
-        if (tokens == 1) {
-            for (int64_t r = first; r < last; r++) take(mine[0], r, row_product(p, expert, r, from + places[0] * width));
-            return;
-        }
-        by_step.resize(tokens * width);
-        for (int t = 0; t < tokens; t++)
-            for (int64_t step = 0; step < p.steps(); step++)
-                std::memcpy(by_step.data() + (step * tokens + t) * STEP, from + places[t] * width + step * STEP,
-                            sizeof(float) * STEP);
-        for (int64_t r = first; r < last; r += GROUP) {
-            const int rows = static_cast<int>(last - r < GROUP ? last - r : GROUP);
-            group_product(p, expert, r, rows, by_step.data(), tokens, totals, y.data());
-            for (int t = 0; t < tokens; t++)
-                for (int i = 0; i < rows; i++) take(mine[t], r + i, y[t * GROUP + i]);
-        }
-    };
-
-    const int64_t up_chunks = (up.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    pool.run(static_cast<int64_t>(used.size()) * up_chunks, alone, [&](int64_t index) {
-        const int64_t expert = used[index / up_chunks], first = index % up_chunks * CHUNK_ROWS;
-        const int64_t last = first + CHUNK_ROWS < up.rows ? first + CHUNK_ROWS : up.rows;
-        products(up, expert, first, last, false, [&](const Pair& pair, int64_t r, float value) {
-            // even rows come before odd ones for the same pair: the gate waits in its place for the up value
-            float& place = inner[pair.slot * inner_width + (int8 ? r / 2 : place_of(r / 2))];
-            value += up.bias_at(expert, r);
-            place = r % 2 == 0 ? value : swiglu(place, value, limit);
-        });
-    });
-
-    if (int8)
-        pool.run(pairs, alone, [&](int64_t slot) { inner_bytes.round(slot, inner.data() + slot * inner_width, I); });
-    // each piece has its rows of the result to itself and goes through the experts in ascending order
-    const int64_t down_chunks = (down.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    pool.run(down_chunks, alone, [&](int64_t index) {
-        const int64_t first = index * CHUNK_ROWS;
-        const int64_t last = first + CHUNK_ROWS < down.rows ? first + CHUNK_ROWS : down.rows;
-        for (int64_t expert : used)
-            products(down, expert, first, last, true, [&](const Pair& pair, int64_t r, float value) {
-                out[pair.token * H + r] += (value + down.bias_at(expert, r)) * pair.weight;
-            });
-    });
+    (void)int8;
+    compute<Exact>(pool, call);
 }
 
 // Reads `bytes` bytes and does next to nothing with them: what the memory gives at most.

@@ -20,6 +20,7 @@ LIMIT = 7.0
 FLAGS = cpu_build.cpu_flags()
 LEVELS = [level.name for level in cpu_build.LEVELS if level.needs <= FLAGS]
 BEST = LEVELS[0]
+INT8_LEVELS = [name for name in LEVELS if name != "portable"]  # those products need AVX2
 
 # tokens, hidden, inner, held, first, experts, chosen
 CASES = {
@@ -92,11 +93,15 @@ def test_bf16_is_rounded_once(level: str, threads: dict[str, Threads]) -> None:
     assert (found.double() - wanted).norm() <= (plain.experts(*given).double() - wanted).norm()
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_token_gets_the_same_bits_alone_and_on_one_thread(level: str, threads: dict[str, Threads]) -> None:
+@pytest.mark.parametrize(
+    ("level", "int8"), [*((name, False) for name in LEVELS), *((name, True) for name in INT8_LEVELS)]
+)
+def test_a_token_gets_the_same_bits_alone_and_on_one_thread(
+    level: str, int8: bool, threads: dict[str, Threads]
+) -> None:
     x_TH, weights_TX, experts_TX, *rest = inputs("several tokens, odd sizes")
-    together = CpuExperts(threads[level])(x_TH, weights_TX, experts_TX, *rest)
-    one = CpuExperts(Threads(threads[level].library, 1))
+    together = CpuExperts(threads[level], int8)(x_TH, weights_TX, experts_TX, *rest)
+    one = CpuExperts(Threads(threads[level].library, 1), int8)
     rows = [slice(row, row + 1) for row in range(len(x_TH))]
     alone = [one(x_TH[row], weights_TX[row], experts_TX[row], *rest) for row in rows]
     assert torch.equal(torch.cat(alone), together)
@@ -109,19 +114,25 @@ def test_large_work_on_more_threads_than_cpus_repeats(threads: dict[str, Threads
     assert all(torch.equal(many(*given), first) for _ in range(5))
 
 
-@pytest.mark.skipif(BEST == "portable", reason="int8 products need AVX2")
 @pytest.mark.parametrize("name", [name for name in CASES if name != "no expert is here"])
-def test_int8_activations_are_near(name: str, threads: dict[str, Threads]) -> None:
+@pytest.mark.parametrize("level", INT8_LEVELS)
+def test_int8_activations_are_near(level: str, name: str, threads: dict[str, Threads]) -> None:
     given = inputs(name)
-    found, wanted = CpuExperts(threads[BEST], int8=True)(*given), exact(given)
+    found, wanted = CpuExperts(threads[level], int8=True)(*given), exact(given)
     assert 1e-5 < (found - wanted).norm() / wanted.norm() < 2e-2  # the lower bound: it is really 8 bits
 
 
-def test_a_nan_scale_is_a_nan(threads: dict[str, Threads]) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_ends_of_the_scales(level: str, threads: dict[str, Threads]) -> None:
+    """255 is NaN; 0 is 2 ** -127, which fp32 has no exponent for."""
     x_TH, weights_TX, experts_TX, gate_up, down, *rest = inputs("rows that end inside a step")
     down.scales[:, 5, 1] = 255
-    found = CpuExperts(threads[BEST])(x_TH, weights_TX, experts_TX, gate_up, down, *rest)
+    found = CpuExperts(threads[level])(x_TH, weights_TX, experts_TX, gate_up, down, *rest)
     assert found[:, 5].isnan().all() and int(found.isnan().sum()) == 1
+    down.scales[:], down.bias[:] = 0, 0.0
+    given = (x_TH, weights_TX, experts_TX, gate_up, down, *rest)
+    found, wanted = CpuExperts(threads[level])(*given), exact(given)
+    assert found.abs().max() > 0 and error(found.double(), wanted) < 1e-5
 
 
 def test_levels_need_what_they_use() -> None:
