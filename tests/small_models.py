@@ -89,7 +89,7 @@ def plain_engine(plan: Plan, ops: Operations = PLAIN, graph_sizes: Sequence[int]
     folder = Path(plan.checkpoint)
     inventory = read_inventory(folder)
     check_inventory(plan.spec, inventory, folder)
-    weights = load(plan, 0, inventory, torch.device(plan.device), layout=ops.layout, rest=plan.rest)
+    weights = load(plan, 0, inventory, torch.device(plan.device), layout=ops.layout, kept=plan.kept)
     return Engine(plan, 0, weights, ops, Alone(), graph_sizes)
 
 

@@ -49,7 +49,7 @@ def run_ranks(plan: Plan, work: Callable[[Engine], T]) -> list[T]:
 
     def one(rank: int) -> T:
         try:
-            weights = load(plan, rank, inventory, torch.device("cpu"), rest=plan.rest)
+            weights = load(plan, rank, inventory, torch.device("cpu"), kept=plan.kept)
             return work(Engine(plan, rank, weights, PLAIN, ThreadComm(rank, slots, barrier)))
         except BaseException:
             barrier.abort()  # the others must not wait for this rank

@@ -17,7 +17,7 @@ import click
 
 from ...parallel.errors import UserError
 from ...parallel.planning.machine import probe
-from ...parallel.planning.plan import Plan, Rest
+from ...parallel.planning.plan import Kept, Plan
 from ...parallel.planning.roofline import Floor, decode_floor
 from ...parallel.planning.shards import Mesh
 from ...parallel.planning.spec import PUBLISHED, Spec
@@ -347,16 +347,16 @@ def floor_of(row: Row, plan: Plan | None, name: str, *, ours: bool) -> Floor | s
     """
     context_tokens = row.prompt + (row.new + 1) // 2  # of a step in the middle
     device = None if row.device == "cpu" else row.device
-    rest: Rest = "bf16"
+    kept: Kept = None
     if ours and plan is not None:
         layout = plan.spec, plan.mesh, plan.dtype, plan.kv_dtype
-        rest = plan.rest
+        kept = plan.kept
     else:
         spec = spec_of(name) if plan is None else plan.spec
         if spec is None:
             return f"the architecture of {name!r} is not known here"
         layout = spec, Mesh(row.ranks or 1), "bf16", "bf16"
-    return decode_floor(*layout, device, row.batch or 1, context_tokens, rest)
+    return decode_floor(*layout, device, row.batch or 1, context_tokens, kept)
 
 
 def spec_of(model: str) -> Spec | None:

@@ -114,7 +114,7 @@ def start(
     laps.mark("kernels")
     files = mapped(entry.path for entry in inventory.values()) if experts_on == "file" else None
     try:
-        weights = load(plan, rank, inventory, device, count, ops.layout, experts_on, plan.rest)
+        weights = load(plan, rank, inventory, device, count, ops.layout, experts_on, plan.kept)
     except (MemoryError, OSError, RuntimeError) as error:
         if not lacks_host_memory(error):
             raise

@@ -5,6 +5,8 @@ Sinks: one learned logit a query head joins the softmax and takes weight away, b
 (OpenAI's gpt_oss/torch/model.py, sdpa).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,11 @@ def norm_qkv_write(
     rotation: tuple[Tensor, Tensor],
     kv_PCSKD: Tensor,
     slots_T: Tensor,
+    product: Callable[..., Tensor] = linear,
 ) -> tuple[Tensor, Tensor]:
     """(residual_TH, q_TND): norm.add_norm, and `qkv_write` of what it gives."""
     residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
-    return residual_TH, qkv_write(x_TH, weight_QH, bias_Q, rotation, kv_PCSKD, slots_T)
+    return residual_TH, qkv_write(x_TH, weight_QH, bias_Q, rotation, kv_PCSKD, slots_T, product)
 
 
 def qkv_write(
@@ -41,15 +44,16 @@ def qkv_write(
     rotation: tuple[Tensor, Tensor],
     kv_PCSKD: Tensor,
     slots_T: Tensor,
+    product: Callable[..., Tensor] = linear,
 ) -> Tensor:
-    """Project, rotate q and k, write k and v to their slots. Returns q_TND.
+    """Project by `product`, rotate q and k, write k and v to their slots. Returns q_TND.
 
     weight_QH: q, k and v rows, fused in this order. kv_PCSKD: one layer's pages [pages, 2, page_tokens, K, D],
     written in place. slots_T: page * page_tokens + offset for each token.
     """
     tokens = len(x_TH)
     _, _, page_tokens, kv_heads, head_dim = kv_PCSKD.shape
-    qkv = linear(x_TH, weight_QH, bias_Q).view(tokens, -1, head_dim)
+    qkv = product(x_TH, weight_QH, bias_Q).view(tokens, -1, head_dim)
     q_TND, k_TKD, v_TKD = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     page, offset = slots_T // page_tokens, slots_T % page_tokens
     write(kv_PCSKD, page, 0, offset, rotate(k_TKD, *rotation))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .rope import rotation
-from .weight_only import Quantized, Weight
+from .weight_only import Narrow, Weight
 
 
 def upload(words_W: Tensor, to_W: Tensor) -> None:
@@ -45,5 +45,5 @@ def embed(
     local_T = tokens_T - first_token
     here_T = (local_T >= 0) & (local_T < len(embed_VH))
     local_T = local_T.where(here_T, 0)
-    rows_TH = embed_VH.dense(local_T) if isinstance(embed_VH, Quantized) else embed_VH[local_T]
+    rows_TH = embed_VH.dense(local_T) if isinstance(embed_VH, Narrow) else embed_VH[local_T]
     return rows_TH * here_T[:, None], rotation(positions_T, frequencies, concentration)

@@ -20,7 +20,7 @@ def operations(plan: Plan) -> tuple[Operations, tuple[str, ...]]:
         return PLAIN, ()
     if plan.kernels in ("cpu", "cpu-int8"):
         from .cpu_build import NoLibraryError
-        from .cpu_experts import cpu_operations
+        from .cpu_products import cpu_operations
 
         try:
             return cpu_operations(int8=plan.kernels == "cpu-int8"), ()

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from . import weight_only
-from .weight_only import Quantized, Weight
+from .weight_only import Narrow, Weight
 
 
 def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b, [T, O], in the dtype of x."""
-    if isinstance(weight_OI, Quantized):
+    if isinstance(weight_OI, Narrow):
         return weight_only.linear(x_TI, weight_OI, bias_O)
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)

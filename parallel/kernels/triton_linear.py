@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .triton_launch import constants, early
 from .triton_pages import operand
 from .triton_weight_only import several, stored
-from .weight_only import Quantized, Weight
+from .weight_only import Narrow, Weight
 
 FEW_TOKENS = 16  # from here on torch's
 TILE_ROWS = 16
@@ -50,7 +50,7 @@ def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Ten
     """x W^T + b, [T, O], in the dtype of x."""
     if len(x_TI) == 1:
         return one(x_TI, weight_OI, bias_O, ONE)
-    if isinstance(weight_OI, Quantized):
+    if isinstance(weight_OI, Narrow):
         return several(x_TI, weight_OI, bias_O)
     cut = few_cut(x_TI, weight_OI)
     if cut is not None:

@@ -26,7 +26,7 @@ from .triton_linear import few_cut, few_product, few_shape, group_rows, linear
 from .triton_norm import add_norm, added
 from .triton_pages import as_stored, entry, operand, to_stored
 from .triton_weight_only import stored
-from .weight_only import Quantized, Weight
+from .weight_only import Narrow, Weight
 
 HEADS_TOGETHER = 8  # of a program that rotates and writes
 WARPS = 2
@@ -84,7 +84,7 @@ def norm_qkv_write(
         )
         return sum_TH, q_TND
     residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
-    narrow = isinstance(weight_QH, Quantized)
+    narrow = isinstance(weight_QH, Narrow)
     cut = None if narrow else few_cut(x_TH, weight_QH)
     if not narrow and cut is not None and head_dim % (2 * TOGETHER) == 0:
         _qkv_few[(len(weight_QH) // (2 * TOGETHER),)](

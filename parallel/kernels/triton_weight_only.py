@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from . import weight_only
 from .triton_launch import constants, early
 from .triton_pages import FP8_FACTOR, operand
-from .weight_only import Quantized, Weight
+from .weight_only import Narrow, Weight
 
 FEW_TOKENS = 16  # one side of a tensor core's tile; with more, weights are dequantized for torch's product
 ROWS, COLUMNS_TOGETHER, WAYS, WARPS, STAGES = 16, 512, 4, 4, 3
@@ -25,14 +25,14 @@ ROWS, COLUMNS_TOGETHER, WAYS, WARPS, STAGES = 16, 512, 4, 4, 3
 def stored(weight_OI: Weight) -> tuple[Tensor, Tensor, float]:
     """(values, scales of rows, FACTOR) of a weight as the kernels take it: fp8 as bytes, which `operand` makes numbers
     that FACTOR is missing from. FACTOR 0: a weight without scales, for which any tensor stands."""
-    if not isinstance(weight_OI, Quantized):
+    if not isinstance(weight_OI, Narrow):
         return weight_OI, weight_OI, 0.0
     if weight_OI.codes_OI.dtype == torch.int8:
         return weight_OI.codes_OI, weight_OI.scale_O, 1.0
     return weight_OI.codes_OI.view(torch.uint8), weight_OI.scale_O, FP8_FACTOR
 
 
-def several(x_TI: Tensor, weight_OI: Quantized, bias_O: Tensor | None) -> Tensor:
+def several(x_TI: Tensor, weight_OI: Narrow, bias_O: Tensor | None) -> Tensor:
     """x W^T + b, [T, O], in the dtype of x, for two tokens and more."""
     tokens, (rows, columns) = len(x_TI), weight_OI.shape
     if tokens > FEW_TOKENS:

@@ -1,4 +1,5 @@
-"""Weights of 8 bits with a scale for each output row, which stand where a weight in the compute dtype stood.
+"""Weights of fewer bits than the compute dtype, which stand where a weight in that dtype stood: 8 bits with a scale for
+each output row, or bf16 as the checkpoint has it.
 
 Activations are not rounded: what is saved is memory, and bytes that a decode step reads. T tokens, I columns in, O rows
 out. Does not know which weights of a model these are, nor whether what comes out is good enough.
@@ -11,15 +12,19 @@ from torch import Tensor
 
 from ..planning.memory import DENSE_TILE_BYTES
 
-CODES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # by the plan's name
+CODES: dict[str, torch.dtype] = {  # by the plan's name
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "bf16": torch.bfloat16,
+}
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # int8 is symmetric: -128 is not used
 FEW_TOKENS = 16  # of a product on a CPU that reads int8 as it is: with more, dequantizing pays
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """codes_OI: int8 or float8_e4m3fn. scale_O: of each row, fp32 with the values of bf16, so that it is the same in
-    products of either. dtype: that products are computed in."""
+class Narrow:
+    """codes_OI: int8, float8_e4m3fn or bfloat16. scale_O: of each row, fp32 with the values of bf16, so that it is the
+    same in products of either; 1 for bfloat16. dtype: that products are computed in."""
 
     codes_OI: Tensor
     scale_O: Tensor
@@ -37,8 +42,10 @@ class Quantized:
         return len(self.codes_OI)
 
     def dense(self, rows: slice | Tensor) -> Tensor:
-        """These rows dequantized."""
+        """These rows in the dtype of products."""
         codes, scale_R1 = self.codes_OI, self.scale_O[rows, None]
+        if codes.dtype == torch.bfloat16:
+            return codes[rows].to(self.dtype)
         if self.dtype == torch.bfloat16:  # in one pass; in fp16 a small scale would not be what it is
             scale_R1 = scale_R1.to(self.dtype)
         if codes.dtype != torch.int8:  # torch neither indexes fp8 everywhere nor multiplies it
@@ -48,19 +55,21 @@ class Quantized:
         return (some * scale_R1).to(self.dtype)
 
 
-Weight = Tensor | Quantized
+Weight = Tensor | Narrow
 
 
-def quantized(weight_OI: Tensor, codes: torch.dtype, dtype: torch.dtype) -> Quantized:
-    """The nearest codes, with a scale that brings the largest value of a row to the largest code."""
+def narrowed(weight_OI: Tensor, codes: torch.dtype, dtype: torch.dtype) -> Narrow:
+    """The nearest codes, with a scale that brings the largest value of a row to the largest code; or bf16 as it is."""
+    if codes == torch.bfloat16:
+        return Narrow(weight_OI.to(codes), torch.ones(len(weight_OI), device=weight_OI.device), dtype)
     largest, wide_OI = LARGEST[codes], weight_OI.float()
     least = torch.finfo(torch.bfloat16).tiny  # a row of zeros has some scale, too
     scale_O = (wide_OI.abs().amax(1) / largest).clamp_min(least).bfloat16().float()
     codes_OI = (wide_OI / scale_O[:, None]).clamp_(-largest, largest)  # scales are rounded: some exceed it
-    return Quantized((codes_OI.round_() if codes == torch.int8 else codes_OI).to(codes), scale_O, dtype)
+    return Narrow((codes_OI.round_() if codes == torch.int8 else codes_OI).to(codes), scale_O, dtype)
 
 
-def linear(x_TI: Tensor, weight_OI: Quantized, bias_O: Tensor | None = None) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Narrow, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b, [T, O], in the dtype of x: rows are dequantized a tile at a time."""
     rows, columns = weight_OI.shape
     if x_TI.device.type == "cpu" and _is_packed(weight_OI) and len(x_TI) <= FEW_TOKENS:
@@ -77,7 +86,7 @@ def linear(x_TI: Tensor, weight_OI: Quantized, bias_O: Tensor | None = None) -> 
     return out_TO
 
 
-def _is_packed(weight_OI: Quantized) -> bool:
+def _is_packed(weight_OI: Narrow) -> bool:
     """Whether torch has a product on the CPU that reads it as it is, and fast: 0.5 against 1.1 ms of the same product
     in bf16 for one token of [5120, 2880], on two cores of an EPYC; in fp32 it is slower than dequantizing."""
     return weight_OI.codes_OI.dtype == torch.int8 and weight_OI.dtype == torch.bfloat16

@@ -18,10 +18,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels.experts import LAYOUT, Layout, Packed
 from ..kernels.quantize import quantize
-from ..kernels.weight_only import CODES, Quantized, Weight, quantized
+from ..kernels.weight_only import CODES, Narrow, Weight, narrowed
 from ..planning.headers import Entry, wide_name
 from ..planning.memory import DENSE_TILE_BYTES, WIDE_BYTES, is_rest, stored_dtype
-from ..planning.plan import DType, Rest
+from ..planning.plan import DType, Kept
 from ..planning.shards import Mesh, Row, is_zero_here, local_shape, local_slices, table
 from ..planning.spec import Spec
 from .dtypes import TORCH_DTYPE
@@ -50,7 +50,7 @@ def load(
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
     layout: Layout = LAYOUT,
     experts: Literal["device", "memory", "file"] = "device",
-    rest: Rest = "bf16",
+    kept: Kept = None,
     embedding_device: torch.device | None = None,
 ) -> Weights:
     """The share of `rank`; experts that the files have in bf16 are quantized as they come. Calls progress(done_bytes,
@@ -58,10 +58,10 @@ def load(
 
     layout: of the experts, whose products are asked for layer by layer, gate_up and then down, first in `room` and
     again in `put`. experts: where they are: on the device, in host memory, or as views into the mapped file (of blocks
-    and scales, in `pack`; a replica of one rank). rest: what attention, embedding and head are kept in.
+    and scales, in `pack`; a replica of one rank). kept: what attention, embedding and head are kept in, as a plan says.
     embedding_device: of the embedding, if not on the device.
     """
-    room = _Room(plan, rank, inventory, device, layout, experts, rest, {row.name: row for row in table(plan.spec)}, [])
+    room = _Room(plan, rank, inventory, device, layout, experts, kept, {row.name: row for row in table(plan.spec)}, [])
     made = room.all(embedding_device or device)
     done_bytes, total_bytes = 0, sum(piece.counted_bytes for piece in room.pieces)
     with read_ahead([piece.boxes for piece in room.pieces], device) as tensors:
@@ -91,7 +91,7 @@ class _Room:
     device: torch.device
     layout: Layout
     experts: Literal["device", "memory", "file"]
-    rest: Rest
+    kept: Kept
     rows: Mapping[str, Row]
     pieces: list[_Piece]
 
@@ -123,15 +123,15 @@ class _Room:
 
     def _matrix(self, *names: str) -> Weight:
         """Rows of all of `names` in this order, in what the rest is kept in."""
-        if self.rest == "bf16":
+        if self.kept is None:
             return self._tensor(*names)
-        shape, dtype, codes = self._shape(*names), TORCH_DTYPE[self.plan.dtype], CODES[self.rest]
+        shape, dtype, codes = self._shape(*names), TORCH_DTYPE[self.plan.dtype], CODES[self.kept]
         codes_OI = torch.empty(shape, dtype=codes, device=self.device)
-        made = Quantized(codes_OI, torch.empty(shape[:1], dtype=torch.float32, device=self.device), dtype)
+        made = Narrow(codes_OI, torch.empty(shape[:1], dtype=torch.float32, device=self.device), dtype)
 
         def put(rows: slice, tensor: Tensor) -> None:
             """On the device it is never whole as it was."""
-            some = quantized(tensor.to(self.device, non_blocking=True).to(dtype), codes, dtype)
+            some = narrowed(tensor.to(self.device, non_blocking=True).to(dtype), codes, dtype)
             made.codes_OI[rows], made.scale_O[rows] = some.codes_OI, some.scale_O
 
         assert all(is_rest(self.rows[name]) for name in names)

@@ -15,6 +15,7 @@ from ..kernels import PLAIN, Operations
 from ..kernels.batch import Batch, Chunk, PageView, tiles
 from ..kernels.experts import Packed
 from ..kernels.sample import Draws, Kept, Wanted
+from ..kernels.weight_only import Weight, narrowed
 from .comm import Alone
 
 HIDDEN, INNER, EXPERTS, EXPERTS_PER_TOKEN = 2880, 2880, 4, 2  # few experts: each is 25 MB, and one is like another
@@ -62,6 +63,14 @@ class _Random:
         values = torch.randn(shape, generator=self._generator) * scale
         return values.to(self.device, dtype or self.dtype)
 
+    def matrix(self, *shape: int, scale: float = 1.0) -> tuple[Weight, Tensor]:
+        """As a plan of this dtype keeps it, bf16 where fp32 is computed in; and in fp64."""
+        if self.dtype != torch.float32:
+            weight_OI = self.normal(*shape, scale=scale)
+            return weight_OI, weight_OI.double()
+        weight_OI = self.normal(*shape, dtype=torch.bfloat16, scale=scale)
+        return narrowed(weight_OI, torch.bfloat16, self.dtype), weight_OI.double()
+
     def whole(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(low, high, shape, generator=self._generator).to(self.device, dtype)
 
@@ -107,9 +116,12 @@ def _embed(ops: Operations, random: _Random) -> Iterator[float]:
 
 def _linear(ops: Operations, random: _Random) -> Iterator[float]:
     for rows, has_bias in ((HIDDEN, True), (1001, False)):
-        x_TI, weight_OI = random.normal(random.tokens, HEADS * HEAD_DIM), random.normal(rows, HEADS * HEAD_DIM)
+        x_TI, (weight_OI, wide_OI) = (
+            random.normal(random.tokens, HEADS * HEAD_DIM),
+            random.matrix(rows, HEADS * HEAD_DIM),
+        )
         bias_O = random.normal(rows) if has_bias else None
-        wanted = PLAIN.linear(x_TI.double(), weight_OI.double(), None if bias_O is None else bias_O.double())
+        wanted = PLAIN.linear(x_TI.double(), wide_OI, None if bias_O is None else bias_O.double())
         yield _error(ops.linear(x_TI, weight_OI, bias_O), wanted)
 
 
@@ -124,14 +136,14 @@ def _norm_qkv_write(ops: Operations, random: _Random) -> Iterator[float]:
     rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     residual_TH, delta_TH = random.normal(random.tokens, HIDDEN), random.normal(random.tokens, HIDDEN)
     before = residual_TH, delta_TH, random.normal(HIDDEN, dtype=torch.float32), EPS
-    weight_QH, bias_Q = random.normal(rows, HIDDEN, scale=HIDDEN**-0.5), random.normal(rows)
+    (weight_QH, wide_QH), bias_Q = random.matrix(rows, HIDDEN, scale=HIDDEN**-0.5), random.normal(rows)
     angles = random.normal(random.tokens, HEAD_DIM // 2, dtype=torch.float32)
     rotation = angles.cos(), angles.sin()
     slots_T = torch.arange(random.tokens, device=random.device) * 3 + 1  # over pages, and not all of each
     pages = -(-3 * random.tokens // PAGE_TOKENS) + 1
     kv_PCSKD = random.normal(pages, 2, PAGE_TOKENS, KV_HEADS, HEAD_DIM)
     wanted_kv = kv_PCSKD.double()
-    wide = weight_QH.double(), bias_Q.double()
+    wide = wide_QH, bias_Q.double()
     wanted_sum, wanted_q = PLAIN.norm_qkv_write(*before, torch.float64, *wide, rotation, wanted_kv, slots_T)
     found_sum, found_q = ops.norm_qkv_write(*before, random.dtype, weight_QH, bias_Q, rotation, kv_PCSKD, slots_T)
     yield _error(found_sum, wanted_sum)
@@ -281,6 +293,6 @@ def check_gpu(index: int) -> list[Agreement]:
 
 def check_cpu() -> list[Agreement]:
     """Raises NoLibraryError where the CPU's experts cannot be compiled, UserError where they are grossly wrong."""
-    from ..kernels.cpu_experts import cpu_operations
+    from ..kernels.cpu_products import cpu_operations
 
     return agreements(cpu_operations(), torch.device("cpu"), torch.float32)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..kernels.cpu_build import NoLibraryError, cpu_flags, level_for, library
-from ..kernels.cpu_experts import SOURCE, Threads, thread_count
+from ..kernels.cpu_products import SOURCE, Threads, thread_count
 from ..planning.speeds import Speeds, keep_speeds
 
 HOST_BYTES = 1 << 30  # more than caches hold

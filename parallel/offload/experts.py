@@ -319,7 +319,7 @@ def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[
             slow,
         )
     from ..kernels.cpu_build import NoLibraryError
-    from ..kernels.cpu_experts import cpu_operations
+    from ..kernels.cpu_products import cpu_operations
 
     try:
         on_cpu = cpu_operations().experts

@@ -283,7 +283,7 @@ def choose_among(spec: Spec, place: Place, asked: Asked, layouts: tuple[Layout, 
     if speed is not None:
         for layout in ordered:
             link = place.link if layout.span == 1 else "network"
-            step = decode_step(spec, layout.mesh, place.dtype, speed, link, batch, context, place.rest, place.kernels)
+            step = decode_step(spec, layout.mesh, place.dtype, speed, link, batch, context, place.kept, place.kernels)
             steps[layout.mesh.ranks] = step
     layout = _best(ordered, steps, asked.workload)
     if layout.span > 1:

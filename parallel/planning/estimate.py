@@ -15,7 +15,7 @@ from typing import Literal
 from .machine import Link
 from .memory import is_rest, stored_bytes
 from .pages import local_kv_heads
-from .plan import DTYPE_BYTES, DType, Kernels, Rest, Workload
+from .plan import DTYPE_BYTES, DType, Kept, Kernels, Workload
 from .shards import Mesh, part, table
 from .spec import Spec
 
@@ -118,11 +118,11 @@ def decode_step(
     link: Link | Literal["network"],
     batch_tokens: int,
     context_tokens: int,
-    rest: Rest = "bf16",
+    kept: Kept = None,
     kernels: Kernels = "triton",
 ) -> Step:
     """The estimate for `mesh`, whose ranks each read bytes_per_s and are joined by `link`."""
-    read = read_bytes(spec, mesh, dtype, batch_tokens, context_tokens, rest)
+    read = read_bytes(spec, mesh, dtype, batch_tokens, context_tokens, kept)
     return Step(
         batch_tokens=batch_tokens,
         read_bytes=read,
@@ -143,16 +143,16 @@ def all_reduce_s(link: Link | Literal["network"], ranks: int, message_bytes: int
 
 
 def read_bytes(
-    spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, context_tokens: int, rest: Rest = "bf16"
+    spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, context_tokens: int, kept: Kept = None
 ) -> float:
     """Bytes of weights and KV cache that the busiest rank reads in one step of batch_tokens sequences, judged at no
     more than DECODE_CONTEXT_TOKENS each."""
     seen = min(context_tokens, DECODE_CONTEXT_TOKENS)
     kv = kv_bytes(spec, mesh, DTYPE_BYTES[dtype], seen)
-    return weight_bytes(spec, mesh, dtype, batch_tokens, rest) + batch_tokens * kv
+    return weight_bytes(spec, mesh, dtype, batch_tokens, kept) + batch_tokens * kv
 
 
-def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, rest: Rest = "bf16") -> float:
+def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, kept: Kept = None) -> float:
     """Bytes of weights that the busiest rank reads in one step of batch_tokens tokens: all but the embedding, and of
     the experts the expected number of different ones.
 
@@ -161,7 +161,7 @@ def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, rest: 
     """
     dense, experts = 0, 0
     for row in table(spec):
-        size = stored_bytes(row, mesh, 0, dtype, rest)
+        size = stored_bytes(row, mesh, 0, dtype, kept)
         if any(cut.axis == "ep" for cut in row.cuts):
             experts += size
         elif row.name != "embed":

@@ -13,7 +13,7 @@ from ..errors import UserError
 from .machine import Gpu, Link
 from .memory import Device, Room, rank_memory
 from .pages import page_bytes
-from .plan import DType, Kernels, KvDType, RankMemory, Rest
+from .plan import DType, Kept, Kernels, KvDType, RankMemory, Rest, kept
 from .shards import Mesh, local_slices, part, table
 from .spec import Spec
 
@@ -51,6 +51,11 @@ class Place:
         if self.device == "cpu":
             return "plain" if self.dtype == "fp64" else "cpu"
         return "triton" if self.dtype == "bf16" else "plain"
+
+    @property
+    def kept(self) -> Kept:
+        """What the rest really is kept in."""
+        return kept(self.rest, self.dtype, self.kernels)
 
     @property
     def unpacks(self) -> bool:
@@ -135,7 +140,7 @@ def memories(spec: Spec, place: Place, mesh: Mesh, room: Room) -> tuple[RankMemo
             place.kv_dtype,
             place.kernels,
             room,
-            place.rest,
+            place.kept,
         )
         for rank in range(mesh.ranks)
     )

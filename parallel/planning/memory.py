@@ -9,7 +9,7 @@ from math import ceil, prod
 from typing import Literal
 
 from .pages import local_kv_heads, page_bytes, pool_pages
-from .plan import DTYPE_BYTES, DType, Kernels, KvDType, RankMemory, Rest
+from .plan import DTYPE_BYTES, DType, Kept, Kernels, KvDType, RankMemory
 from .shards import Mesh, Row, local_shape, table
 from .spec import Spec
 
@@ -55,6 +55,7 @@ ALLOCATOR_SLACK = 1.25  # what torch's allocator holds besides, with expandable 
 
 KEPT_WIDE = ("norm", "attn_norm", "mlp_norm", "sinks")  # kept in fp32: few bytes, and their readers compute so
 WIDE_BYTES = 4  # fp32
+CODE_BYTES = {"bf16": 2, "fp8": 1, "int8": 1}
 INDEX_BYTES = 4  # int32, for one byte of packed weights while it is looked up
 TABLE_ENTRY_BYTES = 4  # int32 page numbers
 COUNT_BYTES = 2  # int16: how often a token stands in an answer, and whether it does in the prompt
@@ -76,22 +77,22 @@ def stored_element_bytes(row: Row, dtype: DType) -> int:
 
 
 def is_rest(row: Row) -> bool:
-    """Whether the plan's `rest` says what `row` is kept in: the matrices that are neither experts nor routers."""
+    """Whether `kept` says what `row` is kept in: the matrices that are neither experts nor routers."""
     return row.dtype != "U8" and len(row.shape) == 2 and not row.by_expert
 
 
-def stored_bytes(row: Row, mesh: Mesh, rank: int, dtype: DType, rest: Rest) -> int:
+def stored_bytes(row: Row, mesh: Mesh, rank: int, dtype: DType, kept: Kept) -> int:
     """What `rank` keeps of `row`."""
     shape = local_shape(row, mesh, rank)
-    if rest != "bf16" and is_rest(row):
-        return prod(shape) + shape[0] * WIDE_BYTES  # codes, and a scale for each row
+    if kept is not None and is_rest(row):
+        return prod(shape) * CODE_BYTES[kept] + shape[0] * WIDE_BYTES  # codes, and a scale for each row
     return prod(shape) * stored_element_bytes(row, dtype)
 
 
 @cache
-def weights_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType, rest: Rest = "bf16") -> int:
+def weights_bytes(spec: Spec, mesh: Mesh, rank: int, dtype: DType, kept: Kept = None) -> int:
     """Sum over the shard table of this rank's elements as they are stored."""
-    return sum(stored_bytes(row, mesh, rank, dtype, rest) for row in table(spec))
+    return sum(stored_bytes(row, mesh, rank, dtype, kept) for row in table(spec))
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def workspace_bytes(
     residual_dtype: DType,
     kernels: Kernels,
     room: Room,
-    rest: Rest = "bf16",
+    kept: Kept = None,
 ) -> int:
     """Most bytes that live during a step besides weights and KV.
 
@@ -171,7 +172,7 @@ def workspace_bytes(
     passing = max(prompts, room.sequences * spec.hidden * lasting + head)
     slack = 1.0 if kernels == "triton" else ALLOCATOR_SLACK
     cublas = CUBLAS_BYTES if kernels == "triton" else 0
-    unpacked = 0 if rest == "bf16" else COMPARED_BYTES
+    unpacked = COMPARED_BYTES if kept in ("fp8", "int8") else 0
     return rows_bytes(spec, mesh, rank, room) + cublas + unpacked + ceil(passing * slack)
 
 
@@ -193,16 +194,16 @@ def rank_memory(
     kv_dtype: KvDType,
     kernels: Kernels,
     room: Room,
-    rest: Rest = "bf16",
+    kept: Kept = None,
 ) -> RankMemory:
     """All parts of rank `rank` of a replica."""
     # and one that nobody holds, for the padding of steps
     pages = 1 + pool_pages(spec, room.kv_tokens, room.sequences, room.step_tokens, room.page_tokens)
     return RankMemory(
         rank=rank,
-        weights_bytes=weights_bytes(spec, mesh, rank, dtype, rest),
+        weights_bytes=weights_bytes(spec, mesh, rank, dtype, kept),
         kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, room.page_tokens),
-        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room, rest),
+        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room, kept),
         graphs_bytes=GRAPHS_BYTES if kernels == "triton" else 0,
         communication_bytes=communication_bytes(spec, mesh, device, dtype, room.step_tokens),
         context_bytes=PROCESS[device].context_bytes,

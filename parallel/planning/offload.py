@@ -229,7 +229,7 @@ def in_memory(spec: Spec, place: Place, speeds: Speeds, context_tokens: int) -> 
 
 def _token_bytes(spec: Spec, place: Place, context_tokens: int) -> float:
     """What one rank reads for a token of a single stream."""
-    read = read_bytes(spec, Mesh(), place.dtype, 1, context_tokens, place.rest)
+    read = read_bytes(spec, Mesh(), place.dtype, 1, context_tokens, place.kept)
     return read + (unpacked_bytes(spec, place.dtype) if place.unpacks else 0)
 
 

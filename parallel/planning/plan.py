@@ -20,16 +20,24 @@ KvDType = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: e4m3, as the nu
 DTYPE_BYTES: dict[KvDType, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1}
 
 Workload = Literal["latency", "throughput"]
-# plain: torch's own operations, on any device. cpu: the same but for the experts, which are C++ of ours; cpu-int8: and
-# those round activations to 8 bits.
+# plain: torch's own operations, on any device. cpu: the same but for experts, and products of fp32 with bf16 weights,
+# which are C++ of ours; cpu-int8: and experts round activations to 8 bits.
 Kernels = Literal["triton", "plain", "cpu", "cpu-int8"]
 
 
 Misses = Literal["copied", "computed"]
-# What attention's matrices, the embedding and the head are kept in. bf16: as the checkpoint has them, in the compute
-# dtype. fp8 (e4m3), int8: with a scale for each output row.
+# What attention's matrices, the embedding and the head are kept in. bf16: as the checkpoint has them, or in the compute
+# dtype where kernels read no other. fp8 (e4m3), int8: with a scale for each output row.
 Rest = Literal["bf16", "fp8", "int8"]
+Kept = Literal["bf16", "fp8", "int8"] | None  # the same, but for None: in the compute dtype
 REST_KL = 0.05  # nats: the most by which answers may differ for it, unless asked otherwise
+
+
+def kept(rest: Rest, dtype: DType, kernels: Kernels) -> Kept:
+    """The CPU's own kernels read bf16 in products of fp32, which makes no difference to them but half of the bytes."""
+    if rest != "bf16":
+        return rest
+    return "bf16" if dtype == "fp32" and kernels in ("cpu", "cpu-int8") else None
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,11 @@ class Plan:
     @property
     def mesh(self) -> Mesh:
         return Mesh(self.ranks, self.ep)
+
+    @property
+    def kept(self) -> Kept:
+        """What the rest really is kept in."""
+        return kept(self.rest, self.dtype, self.kernels)
 
     @property
     def world_size(self) -> int:

@@ -21,7 +21,7 @@ from .layouts import RESIDUAL, SMALLEST_CONTEXT_TOKENS, Place, memories, shortfa
 from .machine import Machine
 from .offload import ahead, hot_experts, in_memory, one_rank, room_for, ways
 from .placement import Order, Routing, place_experts
-from .plan import DType, Offload, Plan, Way
+from .plan import Offload, Plan, Way
 from .reasons import no_plan, why, why_offloaded, with_rest
 from .spec import Spec
 
@@ -42,14 +42,11 @@ def plan(spec: Spec, machine: Machine, asked: Asked = FREE, *, model: str, check
     check_layout(spec, machine, place, asked)
     choice = choose(spec, place, asked)
     if choice is None and nothing_fits(spec, place, asked):
-        if place.device == "cpu" and asked.dtype is None:
-            place = on_cpu(machine, dataclasses.replace(asked, dtype="bf16"))
-            choice = choose(spec, place, asked)
-        if choice is None and one_rank(asked):
+        offloaded = None
+        if one_rank(asked):
             offloaded = _offloaded(spec, found, machine, place, asked, model, checkpoint)
-            if offloaded is not None:
-                return offloaded
-            place = find_place(machine, asked)
+        if offloaded is not None:
+            return offloaded
     if choice is None:
         raise no_plan(spec, found, machine, place, asked)
     mesh, context = choice.layout.mesh, choice.layout.context_tokens
@@ -114,7 +111,7 @@ def _offloaded(
         if asked.misses is None and on_the_cpu is not None and on_the_cpu.tok_s > here[0].way.tok_s:
             return plan(spec, found, dataclasses.replace(asked, gpu_memory_bytes=0), model=model, checkpoint=checkpoint)
         others += () if on_the_cpu is None else (on_the_cpu,)
-    taken, narrow = here[0], dataclasses.replace(place, rest="int8")
+    taken, narrow = here[0], find_place(machine, dataclasses.replace(asked, rest="int8"))
     in_8_bits = () if asked.rest != "bf16" or narrow.unpacks else ways(spec, narrow, machine.speeds, asked)
     way = taken.way
     hot = hot_experts(asked.routing, way.slots)
@@ -156,13 +153,10 @@ def _on_the_cpu(spec: Spec, machine: Machine, asked: Asked) -> Way | None:
     gpus_alone = asked.kernels is not None or asked.dtype == "fp16" or asked.rest == "fp8"
     if gpus_alone or machine.host_memory_bytes is None:
         return None
-    dtypes: tuple[DType, ...] = ("fp32", "bf16") if asked.rest == "bf16" else ("bf16",)
-    for dtype in (asked.dtype,) if asked.dtype else dtypes:
-        place = on_cpu(machine, dataclasses.replace(asked, dtype=dtype))
-        context = room_for(spec, asked).context_tokens
-        if choose(spec, place, dataclasses.replace(asked, context_tokens=context)) is not None:
-            return in_memory(spec, place, machine.speeds, context)
-    found = ways(spec, on_cpu(machine, dataclasses.replace(asked, dtype=asked.dtype or "bf16")), machine.speeds, asked)
+    place, context = on_cpu(machine, asked), room_for(spec, asked).context_tokens
+    if choose(spec, place, dataclasses.replace(asked, context_tokens=context)) is not None:
+        return in_memory(spec, place, machine.speeds, context)
+    found = ways(spec, place, machine.speeds, asked)
     return found[0].way if found else None
 
 

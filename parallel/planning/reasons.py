@@ -32,15 +32,14 @@ from .spec import Spec
 DTYPE_WHY: dict[DType, str] = {
     "bf16": "{} multiplies bf16 at full speed, and the checkpoint's own tensors are bf16",
     "fp16": "{} has no bf16 units; hidden states between layers are kept in fp32, as they may outgrow fp16",
-    "fp32": "on a CPU the exact one is the default; --dtype bf16 halves the memory of all but the experts",
+    "fp32": "on a CPU the exact one is the default",
 }
-NARROW_WHY = "fp32, the default on a CPU, does not fit"
 NARROW_REST_WHY = "the products of a CPU that read 8 bits as they are want it"
 KERNELS_WHY: dict[Kernels, str] = {
     "triton": "Triton's",
     "plain": "plain torch, which is slow: Triton's are for bf16",
-    "cpu": "experts by our C++, compiled at first use, as exact as plain torch, which does the rest",
-    "cpu-int8": "experts by our C++, with activations rounded to 8 bits before each product; plain torch for the rest",
+    "cpu": "experts, and products with bf16 weights in fp32, by our C++, compiled at first use; else plain torch",
+    "cpu-int8": "as cpu, but with activations rounded to 8 bits before each product of experts",
 }
 PARTS = ("weights", "kv", "workspace", "graphs", "communication", "context")
 PART_NAMES = {"kv": "KV cache", "context": "CUDA context"}
@@ -69,7 +68,7 @@ def why(
         lines.append(_placement(asked, mesh, orders))
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
     if place.device == "cpu" and place.dtype == "bf16" and asked.dtype is None:
-        dtype_why = NARROW_WHY if asked.rest == "bf16" else NARROW_REST_WHY
+        dtype_why = NARROW_REST_WHY
     lines += [f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4", *_rest(spec, mesh, place, asked)]
     if asked.context_tokens is not None:
         lines.append(f"context {context} tokens: asked for, of the model's {spec.max_context_tokens}")
@@ -94,10 +93,12 @@ def why(
 
 
 def _rest(spec: Spec, mesh: Mesh, place: Place, asked: Asked) -> list[str]:
-    """Nothing, where the checkpoint's own is kept."""
-    if place.rest == "bf16":
+    """Nothing, where all is kept in the compute dtype."""
+    if place.kept == "bf16":
+        return ["attention, embedding and head stay bf16 as in the checkpoint, and are read as they are"]
+    if place.kept is None:
         return []
-    saved = weights_bytes(spec, mesh, 0, place.dtype) - weights_bytes(spec, mesh, 0, place.dtype, place.rest)
+    saved = weights_bytes(spec, mesh, 0, place.dtype) - weights_bytes(spec, mesh, 0, place.dtype, place.kept)
     how = "dequantized for each product, which saves memory and no time" if place.unpacks else "read as it is"
     return [
         f"rest {place.rest}: asked for; attention, embedding and head in 8 bits with a scale a row take "
@@ -315,8 +316,8 @@ def why_offloaded(
             known = f"by the routing recorded with {asked.routing.model}"
         lines.append(f"experts: {share:.0%} of those that a token needs are on the GPU, {known}")
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
-    if place.device == "cpu" and asked.dtype is None:
-        dtype_why = NARROW_WHY if asked.rest == "bf16" else NARROW_REST_WHY
+    if place.device == "cpu" and place.dtype == "bf16" and asked.dtype is None:
+        dtype_why = NARROW_REST_WHY
     lines += [f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4", *_rest(spec, Mesh(), place, asked)]
     if asked.context_tokens is not None:
         context_why = "asked for"

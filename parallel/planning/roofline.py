@@ -12,7 +12,7 @@ well, and so it does in prefill: this says nothing about either. Knows no timing
 from dataclasses import dataclass
 
 from .estimate import bandwidth, kv_bytes, weight_bytes
-from .plan import DTYPE_BYTES, DType, KvDType, Rest
+from .plan import DTYPE_BYTES, DType, Kept, KvDType
 from .shards import Mesh
 from .spec import Spec
 
@@ -49,11 +49,11 @@ def decode_floor(
     device: str | None,
     batch: int,
     context_tokens: int,
-    rest: Rest = "bf16",
+    kept: Kept = None,
 ) -> Floor:
     """Of a step of `batch` sequences, each context_tokens long. device: name of the GPU as NVML gives it, or None."""
     return Floor(
-        weight_bytes(spec, mesh, dtype, batch, rest),
+        weight_bytes(spec, mesh, dtype, batch, kept),
         batch * kv_bytes(spec, mesh, DTYPE_BYTES[kv_dtype], context_tokens),
         None if device is None else bandwidth(device),
     )

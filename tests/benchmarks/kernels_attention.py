@@ -35,7 +35,7 @@ from gptoss_launch.parallel.kernels import (
     triton_weight_only,
 )
 from gptoss_launch.parallel.kernels.batch import Batch, Chunk, PageView, tiles
-from gptoss_launch.parallel.kernels.weight_only import CODES, quantized
+from gptoss_launch.parallel.kernels.weight_only import CODES, narrowed
 from torch import Tensor
 
 COMPILERS = 14  # processes
@@ -190,7 +190,7 @@ def linear_case(tokens: int, rows: int, columns: int, bias: bool, codes: torch.d
     x_TI = torch.randn((tokens, columns), dtype=BF16, device="cuda")
     whole_OI = weights[0].float()
     if codes is not None:
-        weights = [quantized(weight, codes, BF16) for weight in weights]
+        weights = [narrowed(weight, codes, BF16) for weight in weights]
         whole_OI = weights[0].dense(slice(None)).float()
     calls = {"torch": [partial(linear.linear, x_TI, weight, bias_O) for weight in weights]}
     if tokens == 1:

@@ -15,7 +15,7 @@ from gptoss_launch.parallel.engine.trace import Trace
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.kernels import PLAIN
 from gptoss_launch.parallel.kernels.choose import triton_operations
-from gptoss_launch.parallel.kernels.weight_only import Quantized
+from gptoss_launch.parallel.kernels.weight_only import Narrow
 from gptoss_launch.parallel.model.comm import Alone
 from gptoss_launch.parallel.planning.headers import read_inventory
 from gptoss_launch.parallel.planning.memory import weights_bytes
@@ -54,7 +54,7 @@ def tensors(value: object) -> list[Tensor]:
 
 def dequantized(value):
     """The same weights, with what the codes stand for in their place."""
-    if isinstance(value, Quantized):
+    if isinstance(value, Narrow):
         return (value.codes_OI.double() * value.scale_O.double()[:, None]).to(value.dtype)
     if isinstance(value, tuple):
         return tuple(dequantized(one) for one in value)

@@ -1,10 +1,10 @@
-"""Weights of 8 bits: how near their codes come, and every operation that reads them against the same operation in fp32
-on dequantized weights; plain torch, torch's own product on a CPU, and Triton."""
+"""Weights of fewer bits than the compute dtype: how near their codes come, and every operation that reads them against
+the same operation in fp32 on dequantized weights; plain torch, torch's own product on a CPU, and Triton."""
 
 import pytest
 import torch
 from gptoss_launch.parallel.kernels import attention, begin, linear, norm, triton_begin, triton_linear, triton_qkv
-from gptoss_launch.parallel.kernels.weight_only import CODES, Quantized, quantized
+from gptoss_launch.parallel.kernels.weight_only import CODES, Narrow, narrowed
 from small_models import GPU
 from torch import Tensor
 
@@ -12,18 +12,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-22}
 # the interpreter cuts to bf16 instead of rounding, and its products of bf16 are wrong
 TRITON = [torch.float16, pytest.param(torch.bfloat16, marks=GPU)]
-BITS = pytest.mark.parametrize("bits", CODES)
+BITS = pytest.mark.parametrize("bits", ("int8", "fp8"))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
-def weight(rows: int, columns: int, bits: str, dtype: torch.dtype) -> tuple[Quantized, Tensor]:
+def weight(rows: int, columns: int, bits: str, dtype: torch.dtype) -> tuple[Narrow, Tensor]:
     """Rows of very different sizes, one of zeros; and what they stand for."""
     sizes = torch.logspace(-3, 1, rows, device=DEVICE)[:, None]
     sizes[rows // 2] = 0
-    made = quantized(random(rows, columns, seed=5) * sizes, CODES[bits], dtype)
+    made = narrowed(random(rows, columns, seed=5) * sizes, CODES[bits], dtype)
     return made, made.codes_OI.double() * made.scale_O.double()[:, None]
 
 
@@ -38,7 +38,7 @@ def near(got: Tensor, want: Tensor, size: Tensor) -> bool:
 def test_codes_are_the_nearest(bits: str, dtype: torch.dtype) -> None:
     given = random(50, 96) * torch.logspace(-3, 1, 50, device=DEVICE)[:, None]
     given[7] = 0
-    made = quantized(given, CODES[bits], dtype)
+    made = narrowed(given, CODES[bits], dtype)
     assert made.shape == given.shape and made.dtype == dtype and made.codes_OI.element_size() == 1
     found = made.codes_OI.double() * made.scale_O.double()[:, None]
     largest = given.abs().amax(1, keepdim=True).double()
@@ -48,6 +48,15 @@ def test_codes_are_the_nearest(bits: str, dtype: torch.dtype) -> None:
     assert ((found - given.double()).abs() <= off * 1.01 + largest * ULP[torch.bfloat16]).all()
     assert torch.equal(found[7], torch.zeros_like(found[7]))
     assert torch.equal(made.dense(slice(3, 9)).double(), found[3:9].to(dtype).double())
+
+
+def test_bf16_stays_as_it_is() -> None:
+    given = random(50, 96, dtype=torch.bfloat16)
+    made = narrowed(given.float(), torch.bfloat16, torch.float32)
+    assert torch.equal(made.codes_OI, given) and bool((made.scale_O == 1).all())
+    assert torch.equal(made.dense(slice(3, 9)), given[3:9].float())
+    x_TI = random(3, 96)
+    torch.testing.assert_close(linear.linear(x_TI, made), torch.nn.functional.linear(x_TI, given.float()))
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
@@ -83,7 +92,7 @@ def test_qkv_write(bits: str, version, dtype: torch.dtype, tokens: int) -> None:
     """Against the plain one, in fp32 and on dequantized weights."""
     heads, kv_heads, head_dim, hidden = 6, 2, 16, 32
     rows = (heads + 2 * kv_heads) * head_dim
-    weight_QH = quantized(random(rows, hidden, seed=3), CODES[bits], dtype)
+    weight_QH = narrowed(random(rows, hidden, seed=3), CODES[bits], dtype)
     dense_QH = weight_QH.codes_OI.float() * weight_QH.scale_O.float()[:, None]
     before = random(tokens, hidden, dtype=dtype), random(tokens, hidden, dtype=dtype, seed=7), random(hidden, seed=8)
     bias_Q = random(rows, dtype=dtype, seed=4)

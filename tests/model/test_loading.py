@@ -12,13 +12,13 @@ import pytest
 import torch
 from gptoss_launch.parallel.kernels import triton_mxfp4
 from gptoss_launch.parallel.kernels.experts import LAYOUT, Layout, Packed
-from gptoss_launch.parallel.kernels.weight_only import CODES, Quantized, Weight, quantized
+from gptoss_launch.parallel.kernels.weight_only import CODES, Narrow, Weight, narrowed
 from gptoss_launch.parallel.model import files
 from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.weights import Weights
 from gptoss_launch.parallel.planning.headers import Entry, read_inventory
 from gptoss_launch.parallel.planning.memory import weights_bytes
-from gptoss_launch.parallel.planning.plan import Plan, Rest
+from gptoss_launch.parallel.planning.plan import Kept, Plan
 from gptoss_launch.parallel.planning.shards import is_zero_here, local_bytes, local_slices, table
 from safetensors.torch import load_file
 from small_models import GPU, checkpoint, plain_plan
@@ -90,17 +90,17 @@ def oracle(plan: Plan, rank: int) -> dict[str, Tensor]:
     return made
 
 
-def assert_are(weights: Weights, wanted: dict[str, Tensor], layout: Layout, rest: Rest, dtype: torch.dtype) -> None:
+def assert_are(weights: Weights, wanted: dict[str, Tensor], layout: Layout, kept: Kept, dtype: torch.dtype) -> None:
     def same(found: Tensor, tensor: Tensor) -> None:
         assert found.dtype == tensor.dtype and found.is_contiguous() and torch.equal(found.cpu(), tensor)
 
     def matrix(found: Weight, *names: str) -> None:
         tensor = torch.cat([wanted[name] for name in names]).to(dtype)
-        if rest == "bf16":
+        if kept is None:
             assert isinstance(found, Tensor)
             return same(found, tensor)
-        assert isinstance(found, Quantized) and found.dtype == dtype
-        codes = quantized(tensor, CODES[rest], dtype)
+        assert isinstance(found, Narrow) and found.dtype == dtype
+        codes = narrowed(tensor, CODES[kept], dtype)
         same(found.codes_OI.view(torch.uint8), codes.codes_OI.view(torch.uint8))
         same(found.scale_O, codes.scale_O)
 
@@ -131,14 +131,14 @@ def assert_are(weights: Weights, wanted: dict[str, Tensor], layout: Layout, rest
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("layout", [LAYOUT, triton_mxfp4.LAYOUT], ids=["plain", "triton"])
 @pytest.mark.parametrize(
-    ("ranks", "ep", "ordered", "rest"),
-    [(1, 1, False, "bf16"), (2, 1, False, "int8"), (3, 1, True, "bf16"), (3, 3, True, "bf16"), (4, 2, False, "fp8")],
+    ("ranks", "ep", "ordered", "kept"),
+    [(1, 1, False, None), (2, 1, False, "int8"), (3, 1, True, "bf16"), (3, 3, True, None), (4, 2, False, "fp8")],
 )
 def test_every_rank_holds_what_the_table_says(
     ranks: int,
     ep: int,
     ordered: bool,
-    rest: Rest,
+    kept: Kept,
     layout: Layout,
     device: str,
     tmp_path_factory: pytest.TempPathFactory,
@@ -151,9 +151,9 @@ def test_every_rank_holds_what_the_table_says(
     assert plan.checkpoint is not None
     inventory = read_inventory(Path(plan.checkpoint))
     for rank in range(ranks):
-        weights = load(plan, rank, inventory, torch.device(device), layout=layout, rest=rest)
+        weights = load(plan, rank, inventory, torch.device(device), layout=layout, kept=kept)
         assert weights.embed_VH.device.type == weights.layers[0].down.blocks.device.type == device
-        assert_are(weights, oracle(plan, rank), layout, rest, torch.bfloat16)
+        assert_are(weights, oracle(plan, rank), layout, kept, torch.bfloat16)
 
 
 def test_all_tensors_are_made_before_any_is_filled(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -4,6 +4,7 @@ fp32 compute on packed weights: every logit within 1e-5 of the largest one, ever
 identical.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from forced import Forced, answers, prefill
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.kernels import PLAIN, experts, mxfp4
-from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
+from gptoss_launch.parallel.kernels.cpu_products import cpu_operations
+from gptoss_launch.parallel.kernels.weight_only import Narrow
 from small_models import GPU, SPECS, checkpoint, plain_engine, plain_plan, prompt
 
 # OpenAI's model copies every token's experts in fp32: 400 MB a token at the true width
@@ -56,13 +58,14 @@ def test_logits_equal_transformers(name: str, device: Literal["cpu", "cuda"], ch
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_logits_with_cpu_experts_equal_transformers(name: str, checkpoints: Path) -> None:
+def test_logits_by_cpu_products_equal_transformers(name: str, checkpoints: Path) -> None:
     folder = checkpoint(name, checkpoints)
     tokens = prompt(SPECS[name], PROMPT_TOKENS[name], seed=2)
     oracle = oracles.transformers_run(folder, tokens).logits
-    engine = plain_engine(plain_plan(folder), cpu_operations())
-    assert_exact(all_logits(engine, tokens), oracle, f"{name}, CPU experts, token by token, against transformers")
-    assert_exact(prefill(engine, tokens, 512), oracle[-1:], f"{name}, CPU experts, prefill, against transformers")
+    engine = plain_engine(dataclasses.replace(plain_plan(folder), kernels="cpu"), cpu_operations())
+    assert isinstance(engine.weights.head_VH, Narrow)
+    assert_exact(all_logits(engine, tokens), oracle, f"{name}, CPU products, token by token, against transformers")
+    assert_exact(prefill(engine, tokens, 512), oracle[-1:], f"{name}, CPU products, prefill, against transformers")
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -18,7 +18,7 @@ from gptoss_launch.parallel.engine.trace import Trace
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.kernels import PLAIN, Operations, triton_mxfp4
 from gptoss_launch.parallel.kernels.choose import triton_operations
-from gptoss_launch.parallel.kernels.cpu_experts import cpu_operations
+from gptoss_launch.parallel.kernels.cpu_products import cpu_operations
 from gptoss_launch.parallel.kernels.experts import Packed
 from gptoss_launch.parallel.model.checkpoint import load
 from gptoss_launch.parallel.model.comm import Alone

@@ -8,6 +8,7 @@ from gptoss_launch.parallel.errors import NoPlanError, UserError
 from gptoss_launch.parallel.planning.choice import Asked
 from gptoss_launch.parallel.planning.layouts import context_choices
 from gptoss_launch.parallel.planning.machine import Machine, parse_size, read_machine
+from gptoss_launch.parallel.planning.memory import weights_bytes
 from gptoss_launch.parallel.planning.plan import Plan
 from gptoss_launch.parallel.planning.planner import plan as choose_plan
 from gptoss_launch.parallel.planning.spec import PUBLISHED
@@ -135,10 +136,13 @@ def test_the_hint_holds(gib: int) -> None:
     planned("20b", "h100", **asked | {"gpu_memory_bytes": parse_size(larger[1])})
 
 
-def test_a_narrower_dtype_on_a_cpu() -> None:
+def test_the_exact_dtype_on_a_cpu_keeps_bf16() -> None:
+    """Its own kernels read bf16 in products of fp32; torch's do not."""
     plan = planned("20b", "cpu", host_memory_bytes=16 * GIB)
-    assert (plan.dtype, plan.offload) == ("bf16", "none") and "fp32, the default on a CPU" in why(plan, "dtype bf16")
-    error = refused("20b", "cpu", host_memory_bytes=16 * GIB, dtype="fp32", ranks=2)
+    assert (plan.dtype, plan.kept, plan.offload) == ("fp32", "bf16", "none") and "stay bf16" in why(plan, "attention")
+    assert plan.memory[0].weights_bytes == weights_bytes(plan.spec, plan.mesh, 0, "fp32", "bf16") < 14e9
+    assert planned("20b", "cpu", host_memory_bytes=24 * GIB, kernels="plain").kept is None
+    error = refused("20b", "cpu", host_memory_bytes=16 * GIB, dtype="fp32", kernels="plain", ranks=2)
     assert error.hint.startswith("--dtype bf16 fits")
     assert planned("20b", "cpu", host_memory_bytes=16 * GIB, dtype="bf16", ranks=2).device == "cpu"
 

@@ -1,4 +1,4 @@
-"""The experts of a layer of 20b by llama.cpp's ggml on this CPU, beside `cpu_experts.py`: `python bench_ggml.py SDIST`.
+"""The experts of a layer of 20b by llama.cpp's ggml beside `cpu_products.py`: `python bench_ggml.py SDIST`.
 
     pip download llama-cpp-python --no-deps --no-binary :all:
 

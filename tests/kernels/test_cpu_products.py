@@ -1,4 +1,4 @@
-"""The C++ experts of a CPU against the plain ones in fp64, at every level of instructions that this CPU has."""
+"""The C++ products of a CPU against the plain ones in fp64, at every level of instructions that this CPU has."""
 
 import dataclasses
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from gptoss_launch.parallel.errors import UserError
-from gptoss_launch.parallel.kernels import PLAIN, choose, cpu_build, cpu_experts
+from gptoss_launch.parallel.kernels import PLAIN, choose, cpu_build, cpu_products, linear
 from gptoss_launch.parallel.kernels import experts as plain
-from gptoss_launch.parallel.kernels.cpu_experts import CpuExperts, Threads, cpu_operations
+from gptoss_launch.parallel.kernels.cpu_products import CpuExperts, CpuLinear, Threads, cpu_operations
 from gptoss_launch.parallel.kernels.experts import Packed
+from gptoss_launch.parallel.kernels.weight_only import narrowed
 from small_models import TINY, plain_plan
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def threads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Threads]:
     """Of each level, two threads, so that work is shared also where there is one CPU."""
     cache = tmp_path_factory.mktemp("compiled")
     levels = [level for level in cpu_build.LEVELS if level.name in LEVELS]
-    return {level.name: Threads(cpu_build.library(cpu_experts.SOURCE, level, cache), 2) for level in levels}
+    return {level.name: Threads(cpu_build.library(cpu_products.SOURCE, level, cache), 2) for level in levels}
 
 
 def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple:
@@ -122,6 +123,34 @@ def test_int8_activations_are_near(level: str, name: str, threads: dict[str, Thr
     assert 1e-5 < (found - wanted).norm() / wanted.norm() < 2e-2  # the lower bound: it is really 8 bits
 
 
+# more tokens than a tile, rows that are no whole groups, columns that end inside a step
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 201, 2880), (2, 7, 32), (3, 130, 96), (67, 65, 160)])
+@pytest.mark.parametrize("level", LEVELS)
+def test_linear_is_exact(
+    level: str, tokens: int, rows: int, columns: int, threads: dict[str, Threads], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptoss_launch.parallel.kernels.linear.linear", None)  # it is ours that runs
+    generator = torch.Generator().manual_seed(tokens)
+    x_TI, bias_O = torch.randn((tokens, columns), generator=generator), torch.randn(rows, generator=generator)
+    weight_OI = torch.randn((rows, columns), generator=generator).bfloat16()
+    product = CpuLinear(threads[level])
+    found = product(x_TI, narrowed(weight_OI, torch.bfloat16, torch.float32), bias_O)
+    assert found.dtype == torch.float32
+    assert error(found, x_TI.double() @ weight_OI.double().T + bias_O) < 2e-6
+    whole = narrowed(weight_OI, torch.bfloat16, torch.float32)
+    assert torch.equal(torch.cat([product(x_TI[row : row + 1], whole) for row in range(tokens)]), product(x_TI, whole))
+
+
+def test_other_weights_are_left_to_torch(threads: dict[str, Threads]) -> None:
+    x_TI, odd_OI = torch.randn((3, 40)), torch.randn((5, 40)).bfloat16()
+    product = CpuLinear(threads[BEST])
+    for weight_OI in (
+        odd_OI.float(),
+        *(narrowed(odd_OI, codes, torch.float32) for codes in (torch.int8, odd_OI.dtype)),
+    ):
+        assert torch.equal(product(x_TI, weight_OI), linear.linear(x_TI, weight_OI))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_ends_of_the_scales(level: str, threads: dict[str, Threads]) -> None:
     """255 is NaN; 0 is 2 ** -127, which fp32 has no exponent for."""
@@ -147,7 +176,7 @@ def test_levels_need_what_they_use() -> None:
 def test_every_level_compiles(tmp_path: Path) -> None:
     """Also those that this CPU cannot run; loading them runs nothing of ours."""
     for level in cpu_build.LEVELS:
-        cpu_build.library(cpu_experts.SOURCE, level, tmp_path)
+        cpu_build.library(cpu_products.SOURCE, level, tmp_path)
     assert len(list(tmp_path.iterdir())) == len(cpu_build.LEVELS)
 
 
@@ -207,6 +236,6 @@ library(Path({str(source)!r}), {level}, Path({str(tmp_path)!r}))
 
 
 def test_a_library_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_experts, "disagreement", lambda run: float("nan"))
+    monkeypatch.setattr(cpu_products, "disagreement", lambda run: float("nan"))
     with pytest.raises(UserError, match="the CPU experts .* are off by nan"):
         cpu_operations()

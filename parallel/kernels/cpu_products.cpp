@@ -1,12 +1,15 @@
-// The mixture of experts on a CPU: both MXFP4 products, SwiGLU and the weighted sum, from the checkpoint's own layout.
+// Products on a CPU with weights as the checkpoint has them: the mixture of experts (both MXFP4 products, SwiGLU and the
+// weighted sum), and those of a bf16 matrix.
 //
 // Compiled by cpu_build.py once for each kind of CPU, and called through ctypes. Knows pointers and sizes; no Python, no
 // torch. Sums are fp32 and in an order that depends neither on the number of threads nor on the other tokens of a step.
 //
-// A row of weights is read S blocks at a time, a step: S is what fills a register with packed nibbles. Decoded, a step is
-// 8 vectors of W = 4 S values, in the order in which decoding leaves them; activations are brought into that order once.
-// Legend: H hidden, I inner width, E experts here, T tokens, X experts a token, K columns of a product.
+// A row of weights is read S blocks of 32 columns at a time, a step: S is what fills a register with packed nibbles.
+// Decoded, a step is 8 vectors of W = 4 S values, in the order in which decoding leaves them; activations are brought into
+// that order once.
+// Legend: H hidden, I inner width, E experts here, T tokens, X experts a token.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
@@ -27,18 +30,20 @@
 
 namespace {
 
-constexpr int BLOCK = 32;  // weights that share a scale
+constexpr int BLOCK = 32;  // columns that share a scale
 constexpr int BLOCK_BYTES = 16;
 constexpr int VECTORS = 8;         // of a decoded step
 constexpr int GROUP = 8;           // rows that are read step by step together where several tokens read them
 constexpr int AHEAD_BYTES = 2048;  // weights are asked for so long before they are read
+constexpr int TILE = 32;           // tokens whose steps and sums stay in the first-level cache
 constexpr int CHUNK_ROWS = 64;     // rows of one piece of work
 constexpr float SWIGLU_ALPHA = 1.702f;
 
 // ---------------------------------------------------------------- vectors
 //
-// S: blocks of a step. REGISTERS: of vectors. ask: prefetch. read: some packed blocks, at most S, and zeros. powers: what
-// their scale bytes stand for, 2 ** (byte - 127), each in its block's quarter of a vector; 255 is NaN.
+// S: blocks of a step. REGISTERS: of vectors. ask: prefetch. split: bf16 at even and at odd places. read_blocks: some
+// packed blocks, at most S, and zeros. powers: what their scale bytes stand for, 2 ** (byte - 127), each in its block's
+// quarter of a vector; 255 is NaN.
 
 constexpr uint32_t LEAST = 0x00400000, INFINITE = 0x7F800000;  // bits of 2 ** -127, and of what 255 looks like
 
@@ -54,12 +59,18 @@ inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(V x) { return _mm512_reduce_add_ps(x); }
 inline void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline V ones() { return _mm512_set1_ps(1.0f); }
 inline I8 load8(const void* p) { return _mm512_loadu_si512(p); }
+inline void split(const uint16_t* values, V& even, V& odd) {
+    const I8 pairs = load8(values);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF0000)));
+}
 inline I8 table8(__m128i t) { return _mm512_broadcast_i32x4(t); }
 inline I8 look(I8 t, I8 index) { return _mm512_shuffle_epi8(t, index); }
 inline I8 low(I8 x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline I8 high(I8 x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
-inline I8 read(const uint8_t* bytes, int blocks) {
+inline I8 read_blocks(const uint8_t* bytes, int blocks) {
     return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1 << 4 * blocks) - 1), bytes);
 }
 inline V powers(const uint8_t* scales, int blocks) {
@@ -95,12 +106,18 @@ inline float sum(V x) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 inline void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline V ones() { return _mm256_set1_ps(1.0f); }
 inline I8 load8(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline V even_halves(I8 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+inline V odd_halves(I8 x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xFFFF0000))); }
+inline void split(const uint16_t* values, V& even, V& odd) {
+    even = even_halves(load8(values)), odd = odd_halves(load8(values));
+}
 inline I8 table8(__m128i t) { return _mm256_broadcastsi128_si256(t); }
 inline I8 look(I8 t, I8 index) { return _mm256_shuffle_epi8(t, index); }
 inline I8 low(I8 x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline I8 high(I8 x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
-inline I8 read(const uint8_t* bytes, int blocks) {
+inline I8 read_blocks(const uint8_t* bytes, int blocks) {
     return blocks == S ? load8(bytes) : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
 }
 inline V powers(const uint8_t* scales, int blocks) {
@@ -129,8 +146,18 @@ inline V mul(V a, V b) { return each([&](int i) { return a.at[i] * b.at[i]; }); 
 inline V add(V a, V b) { return each([&](int i) { return a.at[i] + b.at[i]; }); }
 inline V fma(V a, V b, V c) { return each([&](int i) { return a.at[i] * b.at[i] + c.at[i]; }); }
 inline float sum(V x) { return (x.at[0] + x.at[2]) + (x.at[1] + x.at[3]); }
+inline V ones() { return {{1, 1, 1, 1}}; }
 inline void ask(const void*) {}
-inline I8 read(const uint8_t* bytes, int) { return bytes; }
+inline float widened(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline void split(const uint16_t* values, V& even, V& odd) {
+    even = each([&](int i) { return widened(values[2 * i]); }), odd = each([&](int i) { return widened(values[2 * i + 1]); });
+}
+inline I8 read_blocks(const uint8_t* bytes, int) { return bytes; }
 inline V powers(const uint8_t* scales, int) {
     uint32_t bits = static_cast<uint32_t>(*scales) << 23;
     bits = bits == INFINITE ? 0xFFFFFFFF : bits < LEAST ? LEAST : bits;
@@ -148,6 +175,7 @@ template <class T> struct Aligned {  // to cache lines: a vector across two of t
     void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
     bool operator==(const Aligned&) const { return true; }
     bool operator!=(const Aligned&) const { return false; }
+    template <class U> void construct(U* p) { ::new (static_cast<void*>(p)) U; }  // not filled with zeros
     static constexpr std::align_val_t LINE{64};
 };
 template <class T> using Vector = std::vector<T, Aligned<T>>;
@@ -156,107 +184,97 @@ constexpr int W = 4 * S;
 constexpr int STEP = VECTORS * W;  // columns of a step
 constexpr int STEP_BYTES = S * BLOCK_BYTES;
 
-// ---------------------------------------------------------------- weights
+// ---------------------------------------------------------------- ways to multiply
+//
+// A way holds a step of a row of its Matrix, decoded, of which TOGETHER fit the registers. Of a token's activations it
+// keeps RECORD floats for each step, on cache lines of their own, which `arrange` makes, `stride` floats apart. Where
+// the last step of a row is cut short, both are filled up with zeros.
 
-struct Product {  // one product of all experts: [E, rows, blocks, 16], [E, rows, blocks], [E, rows]
-    const uint8_t* blocks;
-    const uint8_t* scales;
-    const void* bias;
-    int64_t rows, columns;
-    int bias_is_bf16;
+inline int64_t steps_of(int64_t columns) { return (columns + STEP - 1) / STEP; }
+
+struct Mxfp4 {  // blocks [rows, columns / 32, 16], scales [rows, columns / 32]
+    const uint8_t *blocks, *scales;
+    int64_t columns;
     int64_t blocks_a_row() const { return columns / BLOCK; }
-    int64_t steps() const { return (blocks_a_row() + S - 1) / S; }
-    const uint8_t* row(int64_t expert, int64_t r) const {
-        return blocks + (expert * rows + r) * blocks_a_row() * BLOCK_BYTES;
-    }
-    const uint8_t* row_scales(int64_t expert, int64_t r) const { return scales + (expert * rows + r) * blocks_a_row(); }
-    float bias_at(int64_t expert, int64_t r) const {
-        int64_t at = expert * rows + r;
-        if (!bias_is_bf16) return static_cast<const float*>(bias)[at];
-        uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(bias)[at]) << 16;
-        float value;
-        std::memcpy(&value, &bits, sizeof value);
-        return value;
-    }
 };
 
 struct Step {
     I8 packed;
     V factors;
+    void read(const Mxfp4& matrix, int64_t r, int64_t step) {
+        const int64_t first = r * matrix.blocks_a_row() + step * S, left = matrix.blocks_a_row() - step * S;
+        const int here = left < S ? static_cast<int>(left) : S;
+        const uint8_t* bytes = matrix.blocks + first * BLOCK_BYTES;
+        ask(bytes + AHEAD_BYTES);
+        packed = read_blocks(bytes, here), factors = powers(matrix.scales + first, here);
+    }
 };
 
-// A step of a row, whose last one may be cut short.
-inline Step step_of(const Product& p, int64_t expert, int64_t r, int64_t step) {
-    const int64_t first = step * S, left = p.blocks_a_row() - first;
-    const int here = left < S ? static_cast<int>(left) : S;
-    const uint8_t* bytes = p.row(expert, r) + first * BLOCK_BYTES;
-    ask(bytes + AHEAD_BYTES);
-    return {read(bytes, here), powers(p.row_scales(expert, r) + first, here)};
+// total plus the products of w and a record that is in the order of w.
+inline V plus_products(const V w[VECTORS], V factors, const float* record, V total) {
+    V a = mul(w[0], load(record)), b = mul(w[1], load(record + W));
+#pragma GCC unroll 8
+    for (int v = 2; v < VECTORS; v += 2) {
+        a = fma(w[v], load(record + v * W), a);
+        b = fma(w[v + 1], load(record + (v + 1) * W), b);
+    }
+    return fma(add(a, b), factors, total);
 }
 
-// ---------------------------------------------------------------- two ways to multiply
-//
-// A way holds a row's step decoded. Of a token's activations it keeps RECORD floats for each step, cache lines of their
-// own, which `arrange` makes; where the last step is cut short, records are filled up with zeros.
-
-// Where a column stands in decoding order.
-inline int64_t place_of(int64_t column) {
-    const int c = static_cast<int>(column % STEP);
-#if defined(__AVX2__) && !defined(__AVX512BW__)
-    const int in = c % BLOCK, v = (in & 1) * 4 + in / 16 * 2 + in % 4 / 2, lane = c / BLOCK * 4 + in % 16 / 4;
-#else
-    const int v = c % VECTORS, lane = c / VECTORS;
-#endif
-    return column - c + v * W + lane;
+// place(column): where a column of a step stands in a record.
+template <class Place> void put(const float* x, int64_t columns, float* records, int64_t stride, Place place) {
+    for (int64_t step = 0; step < steps_of(columns); step++, records += stride)
+        for (int c = 0; c < STEP; c++) records[place(c)] = step * STEP + c < columns ? x[step * STEP + c] : 0.0f;
 }
 
 // Packed bytes -> the values of their codes in decoding order.
 #if defined(__AVX512BW__)
-inline void decoded(I8 packed, V w[VECTORS]) {  // of each 4 bytes the nibbles from low to high
+inline void decode(I8 packed, V w[VECTORS]) {  // of each 4 bytes the nibbles from low to high
     const V values = _mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f);
     for (int v = 0; v < VECTORS; v++) w[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4 * v), values);
 }
 #elif !defined(PORTABLE)
 // the upper and the lower byte of each code's value as bf16, which is the upper half of the same value as fp32
-inline void decoded(I8 packed, V w[VECTORS]) {
+inline void decode(I8 packed, V w[VECTORS]) {
     const I8 upper = table8(_mm_setr_epi8(0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, char(0x80), char(0xBF), char(0xBF),
                                           char(0xBF), char(0xC0), char(0xC0), char(0xC0), char(0xC0)));
     const I8 lower = table8(_mm_setr_epi8(0, 0, char(0x80), char(0xC0), 0, 0x40, char(0x80), char(0xC0), 0, 0, char(0x80),
                                           char(0xC0), 0, 0x40, char(0x80), char(0xC0)));
     const I8 codes[2] = {low(packed), high(packed)};
-    auto even = [](I8 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
-    auto odd = [](I8 x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xFFFF0000))); };
     for (int nibble = 0; nibble < 2; nibble++) {
         const I8 a = look(lower, codes[nibble]), b = look(upper, codes[nibble]);
         const I8 left = _mm256_unpacklo_epi8(a, b), right = _mm256_unpackhi_epi8(a, b);
-        w[4 * nibble] = even(left), w[4 * nibble + 1] = odd(left);
-        w[4 * nibble + 2] = even(right), w[4 * nibble + 3] = odd(right);
+        w[4 * nibble] = even_halves(left), w[4 * nibble + 1] = odd_halves(left);
+        w[4 * nibble + 2] = even_halves(right), w[4 * nibble + 3] = odd_halves(right);
     }
 }
 #else
 const float FP4[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
-inline void decoded(I8 packed, V w[VECTORS]) {
+inline void decode(I8 packed, V w[VECTORS]) {
     for (int v = 0; v < VECTORS; v++)
         w[v] = each([&](int lane) { return FP4[packed[4 * lane + v / 2] >> 4 * (v & 1) & 15]; });
 }
 #endif
 
 struct Exact {
-    static constexpr int RECORD = STEP;                       // in decoding order
-    static constexpr int TOGETHER = REGISTERS / 2 / VECTORS;  // rows whose decoded steps fit the registers
+    using Matrix = Mxfp4;
+    static constexpr int RECORD = STEP, TOGETHER = REGISTERS / 2 / VECTORS;
+    Step step;
     V w[VECTORS];
-    void decode(I8 packed) { decoded(packed, w); }
-    static void arrange(const float* x, int64_t columns, float* records) {
-        for (int64_t column = 0; column < columns; column++) records[place_of(column)] = x[column];
+    void read(const Matrix& matrix, int64_t r, int64_t at) {
+        step.read(matrix, r, at);
+        decode(step.packed, w);
     }
-    V times(const float* record) const {
-        V a = mul(w[0], load(record)), b = mul(w[1], load(record + W));
-#pragma GCC unroll 8
-        for (int v = 2; v < VECTORS; v += 2) {
-            a = fma(w[v], load(record + v * W), a);
-            b = fma(w[v + 1], load(record + (v + 1) * W), b);
-        }
-        return add(a, b);
+    V plus(const float* record, V total) const { return plus_products(w, step.factors, record, total); }
+    static void arrange(const float* x, int64_t columns, float* records, int64_t stride) {
+        put(x, columns, records, stride, [](int c) {
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+            const int in = c % BLOCK, v = (in & 1) * 4 + in / 16 * 2 + in % 4 / 2, lane = c / BLOCK * 4 + in % 16 / 4;
+#else
+            const int v = c % VECTORS, lane = c / VECTORS;
+#endif
+            return v * W + lane;
+        });
     }
 };
 
@@ -264,94 +282,136 @@ struct Exact {
 // Activations as int8 with one scale for each block: x = factor * byte, |byte| <= 127. As the CPU multiplies bytes
 // without sign by bytes with one, codes stand for their doubled values plus SHIFT, from 0 to 24.
 struct Int8 {
+    using Matrix = Mxfp4;
     static constexpr int SHIFT = 12;
     // bytes of even columns, and of odd ones; int32 [W], what takes SHIFT times a lane's bytes away again; factors [W]
-    static constexpr int RECORD = 8 * S + W + W;
-    static constexpr int TOGETHER = 2;
+    static constexpr int RECORD = 8 * S + W + W, TOGETHER = 2;
+    Step step;
     I8 even, odd;
-    void decode(I8 packed) {
+    void read(const Matrix& matrix, int64_t r, int64_t at) {
+        step.read(matrix, r, at);
         const I8 values = table8(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-        even = look(values, low(packed)), odd = look(values, high(packed));
+        even = look(values, low(step.packed)), odd = look(values, high(step.packed));
     }
-    static void arrange(const float* x, int64_t columns, float* records) {
-        for (int64_t block = 0; block < columns / BLOCK; block++, x += BLOCK) {
+    V plus(const float* record, V total) const {
+        const V value = dot(even, load8(record), odd, load8(record + 4 * S), load8(record + 8 * S));
+        return fma(mul(value, load(record + 8 * S + W)), step.factors, total);
+    }
+    static void arrange(const float* x, int64_t columns, float* records, int64_t stride) {
+        for (int64_t block = 0; block < steps_of(columns) * S; block++) {
+            float* to = records + block / S * stride + block % S * 4;
             float largest = 0.0f;
-            for (int i = 0; i < BLOCK; i++) largest = std::fmax(largest, std::fabs(x[i]));
+            for (int64_t at = block * BLOCK; at < columns && at < (block + 1) * BLOCK; at++)
+                largest = std::fmax(largest, std::fabs(x[at]));
             const float factor = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-            int8_t bytes[2][BLOCK / 2];
+            int8_t bytes[2][BLOCK / 2] = {};
             int32_t shift[4] = {};
-            for (int i = 0; i < BLOCK; i++) {
-                const int byte = static_cast<int>(std::nearbyint(x[i] * inverse));
+            for (int i = 0; i < BLOCK && block * BLOCK + i < columns; i++) {
+                const int byte = static_cast<int>(std::nearbyint(x[block * BLOCK + i] * inverse));
                 bytes[i & 1][i / 2] = static_cast<int8_t>(byte);
                 shift[i / 8] -= SHIFT * byte;
             }
             const float factors[4] = {0.5f * factor, 0.5f * factor, 0.5f * factor, 0.5f * factor};
-            float* to = records + block / S * RECORD + block % S * 4;
             std::memcpy(to, bytes[0], sizeof bytes[0]);
             std::memcpy(to + 4 * S, bytes[1], sizeof bytes[1]);
             std::memcpy(to + 8 * S, shift, sizeof shift);
             std::memcpy(to + 8 * S + W, factors, sizeof factors);
         }
     }
-    V times(const float* record) const {
-        const V value = dot(even, load8(record), odd, load8(record + 4 * S), load8(record + 8 * S));
-        return mul(value, load(record + 8 * S + W));
-    }
 };
 #endif
+
+struct Rows16 {  // bf16 [rows, columns]; columns are whole blocks
+    const uint16_t* values;
+    int64_t columns;
+};
+
+struct Bf16 {
+    using Matrix = Rows16;
+    static constexpr int RECORD = STEP, TOGETHER = REGISTERS / 2 / VECTORS;
+    V w[VECTORS];
+    void read(const Matrix& matrix, int64_t r, int64_t step) {
+        const int64_t left = matrix.columns - step * STEP;
+        const uint16_t* values = matrix.values + r * matrix.columns + step * STEP;
+        for (int v = 0; v < VECTORS; v += 2) {
+            w[v] = w[v + 1] = zero();
+            if (v * W >= left) continue;
+            ask(values + v * W + AHEAD_BYTES / 2);
+            split(values + v * W, w[v], w[v + 1]);
+        }
+    }
+    V plus(const float* record, V total) const { return plus_products(w, ones(), record, total); }
+    static void arrange(const float* x, int64_t columns, float* records, int64_t stride) {
+        put(x, columns, records, stride, [](int c) { return (c / (2 * W) * 2 + c % 2) * W + c % (2 * W) / 2; });
+    }
+};
 
 // ---------------------------------------------------------------- products
 
 // One row times one token. x [steps, RECORD].
-template <class Way> float row_product(const Product& p, int64_t expert, int64_t r, const float* x) {
-    const int64_t steps = p.steps();
+template <class Way> float row_product(const typename Way::Matrix& matrix, int64_t r, const float* x) {
+    const int64_t steps = steps_of(matrix.columns);
     V total = zero();
     for (int64_t step = 0; step < steps; step++) {
-        const Step now = step_of(p, expert, r, step);
         Way way;
-        way.decode(now.packed);
-        total = fma(way.times(x + step * Way::RECORD), now.factors, total);
+        way.read(matrix, r, step);
+        total = way.plus(x + step * Way::RECORD, total);
     }
     return sum(total);
 }
 
 // R rows from `first` on in one step, which is decoded once for all tokens. x [tokens, RECORD], totals [tokens, R, W].
 template <class Way, int R>
-inline void rows_step(const Product& p, int64_t expert, int64_t first, int64_t step, const float* x, int tokens,
+inline void rows_step(const typename Way::Matrix& matrix, int64_t first, int64_t step, const float* x, int tokens,
                       float* totals) {
-    Step now[R];
     Way way[R];
-    for (int i = 0; i < R; i++) {
-        now[i] = step_of(p, expert, first + i, step);
-        way[i].decode(now[i].packed);
-    }
+    for (int i = 0; i < R; i++) way[i].read(matrix, first + i, step);
     for (int t = 0; t < tokens; t++, x += Way::RECORD, totals += R * W) {
         V total[R];
-        for (int i = 0; i < R; i++) total[i] = fma(way[i].times(x), now[i].factors, load(totals + i * W));
+        for (int i = 0; i < R; i++) total[i] = way[i].plus(x, load(totals + i * W));
         for (int i = 0; i < R; i++) store(totals + i * W, total[i]);
     }
 }
 
-// Up to GROUP rows times several tokens, step by step, so that a step of x stays in the first-level cache.
-// x [steps, tokens, RECORD], y [tokens, GROUP].
+// Rows [first, last), at most GROUP, times at most TILE tokens. x [steps, tokens, RECORD], y [tokens, GROUP].
 template <class Way>
-void group_product(const Product& p, int64_t expert, int64_t first, int rows, const float* x, int tokens,
-                   Vector<float>& totals, float* y) {
+void group_product(const typename Way::Matrix& matrix, int64_t first, int64_t last, const float* x, int tokens,
+                   float* y) {
     constexpr int R = Way::TOGETHER;
-    totals.assign(static_cast<size_t>(tokens) * GROUP * W, 0.0f);  // [rows / R, tokens, R, W], then single rows
-    const int whole = rows / R * R;
-    for (int64_t step = 0; step < p.steps(); step++, x += tokens * Way::RECORD) {
+    const int rows = static_cast<int>(last - first), whole = rows / R * R;
+    if (tokens == 1) {
+        for (int r = 0; r < rows; r++) y[r] = row_product<Way>(matrix, first + r, x);
+        return;
+    }
+    alignas(64) float totals[GROUP * TILE * W];  // [rows / R, tokens, R, W], then single rows
+    std::memset(totals, 0, sizeof(float) * rows * tokens * W);
+    for (int64_t step = 0; step < steps_of(matrix.columns); step++, x += tokens * Way::RECORD) {
         for (int r = 0; r < whole; r += R)
-            rows_step<Way, R>(p, expert, first + r, step, x, tokens, totals.data() + r * tokens * W);
+            rows_step<Way, R>(matrix, first + r, step, x, tokens, totals + r * tokens * W);
         for (int r = whole; r < rows; r++)
-            rows_step<Way, 1>(p, expert, first + r, step, x, tokens, totals.data() + r * tokens * W);
+            rows_step<Way, 1>(matrix, first + r, step, x, tokens, totals + r * tokens * W);
     }
     for (int r = 0; r < rows; r++) {
         const int together = r < whole ? R : 1, i = r < whole ? r % R : 0;
-        for (int t = 0; t < tokens; t++)
-            y[t * GROUP + r] = sum(load(totals.data() + ((r - i) * tokens + t * together + i) * W));
+        for (int t = 0; t < tokens; t++) y[t * GROUP + r] = sum(load(totals + ((r - i) * tokens + t * together + i) * W));
     }
 }
+
+// Rows of a piece of work times at most TILE tokens: take(row, token, value).
+template <class Way, class Take>
+void chunk_product(const typename Way::Matrix& matrix, int64_t chunk, int64_t rows, const float* x, int tokens,
+                   Take&& take) {
+    const int64_t end = std::min(rows, (chunk + 1) * CHUNK_ROWS);
+    float y[TILE * GROUP];
+    for (int64_t first = chunk * CHUNK_ROWS; first < end; first += GROUP) {
+        const int64_t last = std::min(end, first + GROUP);
+        group_product<Way>(matrix, first, last, x, tokens, y);
+        for (int64_t r = first; r < last; r++)
+            for (int t = 0; t < tokens; t++) take(r, t, y[t * GROUP + r - first]);
+    }
+}
+
+inline int64_t chunks_of(int64_t rows) { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
 
 // ---------------------------------------------------------------- threads
 
@@ -450,90 +510,103 @@ float swiglu(float gate, float up, float limit) {
     return gate / (1.0f + std::exp(-SWIGLU_ALPHA * gate)) * (up + 1.0f);
 }
 
-struct Pair {
-    int64_t token, slot;  // slot: its row of what lies between the products
-    float weight;
-};
-
 constexpr int64_t ALONE_BYTES = 64 << 10;  // work that is done before another thread is awake
 
-struct Call {
+struct Experts {  // one product of all experts: [E, rows, blocks, 16], [E, rows, blocks], [E, rows]
+    const uint8_t *blocks, *scales;
+    const void* bias;
+    int64_t rows, columns;
+    int bias_is_bf16;
+    Mxfp4 of(int64_t expert) const {
+        const int64_t first = expert * rows * (columns / BLOCK);
+        return {blocks + first * BLOCK_BYTES, scales + first, columns};
+    }
+    float bias_at(int64_t expert, int64_t r) const {
+        int64_t at = expert * rows + r;
+        if (!bias_is_bf16) return static_cast<const float*>(bias)[at];
+        uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(bias)[at]) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+};
+
+struct Mixture {
     const float *x, *weights;
     const int64_t* chosen;
-    int64_t T, X, H, I, E, first_expert;
+    int64_t T, X, E, first_expert;
     float limit;
-    Product up, down;
+    Experts up, down;
     float* out;
 };
 
-template <class Way> void compute(Pool& pool, const Call& c) {
-    std::memset(c.out, 0, sizeof(float) * c.T * c.H);
-    std::vector<std::vector<Pair>> by_expert(c.E);
-    int64_t pairs = 0;
-    for (int64_t t = 0; t < c.T; t++)
-        for (int64_t k = 0; k < c.X; k++) {
-            int64_t expert = c.chosen[t * c.X + k] - c.first_expert;
-            if (expert >= 0 && expert < c.E) by_expert[expert].push_back({t, pairs++, c.weights[t * c.X + k]});
-        }
-    std::vector<int64_t> used;
-    for (int64_t expert = 0; expert < c.E; expert++)
-        if (!by_expert[expert].empty()) used.push_back(expert);
-    if (used.empty()) return;
+struct Pair {
+    int64_t token;
+    float weight;
+};
 
-    const int64_t x_width = c.up.steps() * Way::RECORD, inner_width = c.down.steps() * Way::RECORD;
-    Vector<float> x(c.T * x_width), inner(pairs * c.I), inner_x(pairs * inner_width);
-    const bool alone = static_cast<int64_t>(used.size()) * c.I * c.H * 2 < ALONE_BYTES && pairs * c.I * c.H < (1 << 20);
-    pool.run(c.T, alone, [&](int64_t t) { Way::arrange(c.x + t * c.H, c.H, x.data() + t * x_width); });
+struct Batch {  // `count` pairs of one expert, from `first` on
+    int64_t expert, first;
+    int count;
+};
 
-    // rows [first, last) of one expert for all its tokens; take(pair, row, value without bias)
-    auto products = [&](const Product& p, int64_t expert, int64_t first, int64_t last, bool by_slot, auto&& take) {
+template <class Way> void mix(Pool& pool, const Mixture& m) {
+    const int64_t hidden = m.up.columns, inner = m.down.columns;
+    std::memset(m.out, 0, sizeof(float) * m.T * hidden);
+    std::vector<std::vector<Pair>> by_expert(m.E);
+    for (int64_t at = 0; at < m.T * m.X; at++) {
+        const int64_t expert = m.chosen[at] - m.first_expert;
+        if (expert >= 0 && expert < m.E) by_expert[expert].push_back({at / m.X, m.weights[at]});
+    }
+    std::vector<Pair> pairs;
+    std::vector<Batch> batches;
+    for (int64_t expert = 0; expert < m.E; expert++) {
         const auto& mine = by_expert[expert];
-        const int tokens = static_cast<int>(mine.size());
-        const int64_t width = p.steps() * Way::RECORD;
-        auto records = [&](int t) {
-            return by_slot ? inner_x.data() + mine[t].slot * width : x.data() + mine[t].token * width;
-        };
-        if (tokens == 1) {
-            for (int64_t r = first; r < last; r++) take(mine[0], r, row_product<Way>(p, expert, r, records(0)));
-            return;
+        for (size_t first = 0; first < mine.size(); first += TILE) {
+            const int count = static_cast<int>(std::min(mine.size() - first, static_cast<size_t>(TILE)));
+            batches.push_back({expert, static_cast<int64_t>(pairs.size() + first), count});
         }
-        Vector<float> by_step(tokens * width), totals, y(static_cast<size_t>(tokens) * GROUP);
-        for (int t = 0; t < tokens; t++)
-            for (int64_t step = 0; step < p.steps(); step++)
-                std::memcpy(by_step.data() + (step * tokens + t) * Way::RECORD, records(t) + step * Way::RECORD,
-                            sizeof(float) * Way::RECORD);
-        for (int64_t r = first; r < last; r += GROUP) {
-            const int rows = static_cast<int>(last - r < GROUP ? last - r : GROUP);
-            group_product<Way>(p, expert, r, rows, by_step.data(), tokens, totals, y.data());
-            for (int t = 0; t < tokens; t++)
-                for (int i = 0; i < rows; i++) take(mine[t], r + i, y[t * GROUP + i]);
-        }
+        pairs.insert(pairs.end(), mine.begin(), mine.end());
+    }
+    const int64_t count = static_cast<int64_t>(pairs.size()), tiles = static_cast<int64_t>(batches.size());
+    const bool alone = tiles * inner * hidden * 2 < ALONE_BYTES && count * inner * hidden < (1 << 20);
+
+    // a pair's activations for both products, and what is between them; a batch's lie together, step by step
+    const int64_t width = std::max(steps_of(hidden), steps_of(inner)) * Way::RECORD;
+    Vector<float> records(count * width), values(count * inner);
+    auto arrange = [&](int64_t columns, auto&& from) {
+        pool.run(tiles, alone, [&](int64_t index) {
+            const Batch& batch = batches[index];
+            for (int t = 0; t < batch.count; t++)
+                Way::arrange(from(batch.first + t), columns, records.data() + batch.first * width + t * Way::RECORD,
+                             batch.count * Way::RECORD);
+        });
     };
 
-    const int64_t up_chunks = (c.up.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    pool.run(static_cast<int64_t>(used.size()) * up_chunks, alone, [&](int64_t index) {
-        const int64_t expert = used[index / up_chunks], first = index % up_chunks * CHUNK_ROWS;
-        const int64_t last = first + CHUNK_ROWS < c.up.rows ? first + CHUNK_ROWS : c.up.rows;
-        products(c.up, expert, first, last, false, [&](const Pair& pair, int64_t r, float value) {
-            // even rows come before odd ones for the same pair: the gate waits in its place for the up value
-            float& place = inner[pair.slot * c.I + r / 2];
-            value += c.up.bias_at(expert, r);
-            place = r % 2 == 0 ? value : swiglu(place, value, c.limit);
-        });
+    arrange(hidden, [&](int64_t pair) { return m.x + pairs[pair].token * hidden; });
+    const int64_t up_chunks = chunks_of(m.up.rows);
+    pool.run(tiles * up_chunks, alone, [&](int64_t index) {
+        const Batch& batch = batches[index / up_chunks];
+        const float* x = records.data() + batch.first * width;
+        auto take = [&](int64_t r, int t, float value) {
+            // a gate waits in its place for the up value of the next row
+            float& place = values[(batch.first + t) * inner + r / 2];
+            value += m.up.bias_at(batch.expert, r);
+            place = r % 2 == 0 ? value : swiglu(place, value, m.limit);
+        };
+        chunk_product<Way>(m.up.of(batch.expert), index % up_chunks, m.up.rows, x, batch.count, take);
     });
-
-    pool.run(pairs, alone, [&](int64_t slot) {
-        Way::arrange(inner.data() + slot * c.I, c.I, inner_x.data() + slot * inner_width);
-    });
+    arrange(inner, [&](int64_t pair) { return values.data() + pair * inner; });
     // each piece has its rows of the result to itself and goes through the experts in ascending order
-    const int64_t down_chunks = (c.down.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    pool.run(down_chunks, alone, [&](int64_t index) {
-        const int64_t first = index * CHUNK_ROWS;
-        const int64_t last = first + CHUNK_ROWS < c.down.rows ? first + CHUNK_ROWS : c.down.rows;
-        for (int64_t expert : used)
-            products(c.down, expert, first, last, true, [&](const Pair& pair, int64_t r, float value) {
-                c.out[pair.token * c.H + r] += (value + c.down.bias_at(expert, r)) * pair.weight;
-            });
+    pool.run(chunks_of(hidden), alone, [&](int64_t chunk) {
+        for (const Batch& batch : batches) {
+            auto take = [&](int64_t r, int t, float value) {
+                const Pair& pair = pairs[batch.first + t];
+                m.out[pair.token * hidden + r] += (value + m.down.bias_at(batch.expert, r)) * pair.weight;
+            };
+            const float* x = records.data() + batch.first * width;
+            chunk_product<Way>(m.down.of(batch.expert), chunk, hidden, x, batch.count, take);
+        }
     });
 }
 
@@ -560,15 +633,38 @@ void experts(void* handle, const float* x, const float* weights, const int64_t* 
              const void* down_bias, int bias_is_bf16, int int8, float* out) {
     Pool& pool = *static_cast<Pool*>(handle);
     std::lock_guard<std::mutex> turn(pool.one_call);
-    const Call call{x, weights, chosen, T, X, H, I, E, first_expert, limit,
-                    {up_blocks, up_scales, up_bias, 2 * I, H, bias_is_bf16},
-                    {down_blocks, down_scales, down_bias, H, I, bias_is_bf16},
-                    out};
+    const Experts up{up_blocks, up_scales, up_bias, 2 * I, H, bias_is_bf16};
+    const Experts down{down_blocks, down_scales, down_bias, H, I, bias_is_bf16};
+    const Mixture mixture{x, weights, chosen, T, X, E, first_expert, limit, up, down, out};
 #if !defined(PORTABLE)
-    if (int8) return compute<Int8>(pool, call);
+    if (int8) return mix<Int8>(pool, mixture);
 #endif
     (void)int8;
-    compute<Exact>(pool, call);
+    mix<Exact>(pool, mixture);
+}
+
+// out[T, rows] = x [T, columns] times the rows of a bf16 matrix, plus bias [rows], if there is one. Columns are whole
+// blocks.
+void linear(void* handle, const float* x, int64_t T, const uint16_t* matrix, int64_t rows, int64_t columns,
+            const float* bias, float* out) {
+    Pool& pool = *static_cast<Pool*>(handle);
+    std::lock_guard<std::mutex> turn(pool.one_call);
+    const Rows16 weights{matrix, columns};
+    const int64_t width = steps_of(columns) * Bf16::RECORD, tiles = (T + TILE - 1) / TILE;
+    const bool alone = rows * columns * 2 < ALONE_BYTES && T * rows * columns < (1 << 20);
+    Vector<float> records(T * width);
+    auto tokens_of = [&](int64_t tile) { return static_cast<int>(std::min<int64_t>(TILE, T - tile * TILE)); };
+    pool.run(T, alone, [&](int64_t t) {
+        const int64_t tile = t / TILE, stride = tokens_of(tile) * Bf16::RECORD;
+        Bf16::arrange(x + t * columns, columns, records.data() + tile * TILE * width + t % TILE * Bf16::RECORD, stride);
+    });
+    pool.run(tiles * chunks_of(rows), alone, [&](int64_t index) {
+        const int64_t tile = index % tiles;
+        auto take = [&](int64_t r, int t, float value) {
+            out[(tile * TILE + t) * rows + r] = bias ? value + bias[r] : value;
+        };
+        chunk_product<Bf16>(weights, index / tiles, rows, records.data() + tile * TILE * width, tokens_of(tile), take);
+    });
 }
 
 // Reads `bytes` bytes and does next to nothing with them: what the memory gives at most.

@@ -1,15 +1,17 @@
-"""The mixture of experts on a CPU, with the signature and meaning of `experts.experts`: our C++, called by ctypes.
+"""Products on a CPU by our C++, called by ctypes: the mixture of experts, with the signature and meaning of
+`experts.experts`, and `linear.linear` for matrices that are kept in bf16 while fp32 is computed in.
 
-Weights stay as the checkpoint has them, so they may as well be a view into its mapped file. All arithmetic is fp32 on
-the decoded values, whatever the dtype of the activations, and rounded once at the end; nothing depends on the number of
-threads or on what else is in the step. With int8, activations are rounded to 8 bits, a scale a block of 32, before each
-of the two products: faster where the memory outruns the arithmetic, and no longer exact.
+Weights stay as the checkpoint has them, so experts may as well be a view into its mapped file. All arithmetic is fp32
+on the decoded values, whatever the dtype of the activations, and rounded once at the end; nothing depends on the number
+of threads or on what else is in the step. With int8, the experts' activations are rounded to 8 bits, a scale a block of
+32, before each of the two products: faster where the memory outruns the arithmetic, and no longer exact.
 """
 
 import ctypes
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import PLAIN, Operations, cpu_build
+from . import PLAIN, Operations, attention, cpu_build, linear
 from . import experts as plain
+from .weight_only import Narrow, Weight, narrowed
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 CHECKED_ERROR = 1e-5  # of the largest value: fp32 sums in another order; measured 3e-7
@@ -31,6 +34,8 @@ _EXPERTS = (
     *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),  # blocks, scales, bias, twice
     *(ctypes.c_int, ctypes.c_int, _POINTER),  # bias_is_bf16, int8, out
 )
+_LINEAR = (_POINTER, _POINTER, _INT64, _POINTER, _INT64, _INT64, _POINTER, _POINTER)  # pool, x, T, matrix, its shape, …
+BLOCK_COLUMNS = 32  # which a matrix has a whole number of
 
 
 def thread_count() -> int:
@@ -51,6 +56,7 @@ class Threads:
         library.pool_new.restype, library.pool_new.argtypes = _POINTER, (ctypes.c_int, _POINTER)
         library.pool_delete.restype, library.pool_delete.argtypes = None, (_POINTER,)
         library.experts.restype, library.experts.argtypes = None, _EXPERTS
+        library.linear.restype, library.linear.argtypes = None, _LINEAR
         library.read_all.restype, library.read_all.argtypes = ctypes.c_uint64, (_POINTER, _POINTER, _INT64)
         cpus = _cpus()
         places = (ctypes.c_int * count)(*cpus) if count == len(cpus) else None
@@ -99,6 +105,27 @@ class CpuExperts:
         return out_TH.to(x_TH.dtype)
 
 
+@dataclass(frozen=True)
+class CpuLinear:
+    """`linear.linear`, on `threads`."""
+
+    threads: Threads = field(repr=False)
+
+    def __call__(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
+        codes_OI = weight_OI.codes_OI if isinstance(weight_OI, Narrow) else weight_OI
+        if codes_OI is weight_OI or codes_OI.dtype != torch.bfloat16 or codes_OI.shape[1] % BLOCK_COLUMNS:
+            return linear.linear(x_TI, weight_OI, bias_O)
+        x = x_TI.float().contiguous()
+        bias = None if bias_O is None else bias_O.float().contiguous()
+        assert codes_OI.is_contiguous() and x.shape[1] == codes_OI.shape[1]
+        out_TO = torch.empty((len(x), len(codes_OI)))
+        self.threads.library.linear(
+            *(self.threads.pool, x.data_ptr(), len(x), codes_OI.data_ptr(), *codes_OI.shape),
+            *(None if bias is None else bias.data_ptr(), out_TO.data_ptr()),
+        )
+        return out_TO.to(x_TI.dtype)
+
+
 def _parts(packed: plain.Packed) -> tuple[Tensor, Tensor, Tensor]:
     return packed.blocks, packed.scales, packed.bias
 
@@ -119,7 +146,7 @@ LAYOUT = plain.Layout(_pack, _room, plain.put)  # the checkpoint's own; a bias o
 
 
 def cpu_operations(int8: bool = False, **build: Any) -> Operations:
-    """Plain torch but for the experts. build: arguments of `cpu_build.library`.
+    """Plain torch but for the experts and products with bf16 matrices. build: arguments of `cpu_build.library`.
 
     Raises NoLibraryError where nothing can be compiled, and UserError where what was compiled computes something else.
     """
@@ -127,15 +154,33 @@ def cpu_operations(int8: bool = False, **build: Any) -> Operations:
     threads = Threads(cpu_build.library(SOURCE, level, **build), thread_count())
     if int8 and not threads.library.has_int8():
         raise UserError("experts with int8 activations need a CPU with AVX2", "leave out --kernels cpu-int8")
-    run = CpuExperts(threads, int8)
-    error = disagreement(run)
+    run, product = CpuExperts(threads, int8), CpuLinear(threads)
     limit = CHECKED_ERROR_INT8 if int8 else CHECKED_ERROR
-    if not error <= limit:
-        raise UserError(
-            f"the CPU experts ({level.name}) are off by {error:.1e} of the largest value, limit {limit:.0e}",
-            "--kernels plain computes them with torch",
-        )
-    return dataclasses.replace(PLAIN, layout=LAYOUT, experts=run)
+    for what, error, most in (
+        ("experts", disagreement(run), limit),
+        ("products", linear_disagreement(product), CHECKED_ERROR),
+    ):
+        if not error <= most:
+            raise UserError(
+                f"the CPU {what} ({level.name}) are off by {error:.1e} of the largest value, limit {most:.0e}",
+                "--kernels plain computes them with torch",
+            )
+    return dataclasses.replace(
+        PLAIN,
+        layout=LAYOUT,
+        linear=product,
+        norm_qkv_write=partial(attention.norm_qkv_write, product=product),
+        experts=run,
+    )
+
+
+def linear_disagreement(product: CpuLinear) -> float:
+    """As `disagreement`, of products with a bf16 matrix."""
+    generator = torch.Generator().manual_seed(0)
+    x_TI, weight_OI = torch.randn((5, 96), generator=generator), torch.randn((43, 96), generator=generator).bfloat16()
+    wanted = x_TI.double() @ weight_OI.double().T
+    found = product(x_TI, narrowed(weight_OI, torch.bfloat16, torch.float32))
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def disagreement(run: CpuExperts) -> float:

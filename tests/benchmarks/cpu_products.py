@@ -1,6 +1,6 @@
 """How fast the C++ experts of a CPU are: both products of 20b at the true width, beside what the memory gives.
 
-    python tests/benchmarks/cpu_experts.py [--tokens 1,2,8,64] [--threads N] [--seconds 20]
+    python tests/benchmarks/cpu_products.py [--tokens 1,2,8,64] [--threads N] [--seconds 20]
 
 Each round reads 1 GiB (all threads, nothing computed), then runs every case once on experts that were not used before,
 so that no cache helps; rounds follow one another until the time is over, and the best of each counts, as others may use
@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from gptoss_launch.parallel.kernels import cpu_build, cpu_experts
-from gptoss_launch.parallel.kernels.cpu_experts import CpuExperts, Threads
+from gptoss_launch.parallel.kernels import cpu_build, cpu_products
+from gptoss_launch.parallel.kernels.cpu_products import CpuExperts, Threads
 from gptoss_launch.parallel.kernels.experts import Packed
 from gptoss_launch.parallel.kernels.experts import experts as plain_experts
 from torch import Tensor
@@ -47,11 +47,11 @@ def seconds(call: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,2,8,64")
-    parser.add_argument("--threads", type=int, default=cpu_experts.thread_count())
+    parser.add_argument("--threads", type=int, default=cpu_products.thread_count())
     parser.add_argument("--seconds", type=float, default=20.0)
     arguments = parser.parse_args()
     level = cpu_build.level_for(cpu_build.cpu_flags())
-    threads = Threads(cpu_build.library(cpu_experts.SOURCE, level), arguments.threads)
+    threads = Threads(cpu_build.library(cpu_products.SOURCE, level), arguments.threads)
     ways = {"exact": CpuExperts(threads)}
     if threads.library.has_int8():
         ways["int8"] = CpuExperts(threads, int8=True)
