@@ -4,6 +4,7 @@ Commands are a table of names, modules and help lines, imported when they are us
 Knows no command's options.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -34,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoint": ("checkpoint", "Write random checkpoints in the published layout."),
 }
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk that is written to, or that of a redirected stdout
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -103,8 +105,21 @@ def run(arguments: Sequence[str]) -> int:
     except click.Abort:
         return _INTERRUPTED
     except BrokenPipeError:  # whoever read our output has left, as in `plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _drop_output()
+        _complain(
+            f"{error.filename or 'output'} cannot be written: {error.strerror}", (), "make room, or write elsewhere"
+        )
+        return UserError.exit_code
+
+
+def _drop_output() -> None:
+    """What is still in the buffer of stdout goes nowhere, or Python would complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(error: click.UsageError) -> tuple[str, tuple[str, ...], str]:
@@ -129,4 +144,7 @@ def _complain(message: str, tried: tuple[str, ...], hint: str) -> None:
 
 
 def main() -> None:
+    for name in ("stdin", "stdout", "stderr"):  # in this order: a file gets the lowest number that is free
+        if getattr(sys, name) is None:  # closed by whoever started us, as by `>&-`; a socket must not take its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
     sys.exit(run(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """The command line itself: fast, light, and wrong input answered with one line, a hint and an exit code."""
 
+import shlex
 import subprocess
 import sys
 import time
@@ -117,3 +118,20 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m gptoss_launch.launch plan openai/gpt-oss-20b --machine h100 --json | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("plan", "openai/gpt-oss-20b", "--machine", "h100")])
+def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "gptoss_launch.launch", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "error: output cannot be written: No space left on device\nhint: make room, or write elsewhere\n"
+    )
+
+
+def test_a_closed_stdout_is_nobodys_fault() -> None:
+    program = "exec " + shlex.join([sys.executable, "-m", "gptoss_launch.launch", "plan", "tiny"]) + " >&-"
+    done = subprocess.run(["sh", "-c", program], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
