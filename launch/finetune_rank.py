@@ -69,11 +69,11 @@ def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, lin
     print_plan(settings, spec, line, to_stderr=True, under_torchrun=under_torchrun)
     if settings.resume == "never" and run.exists() and any(run.iterdir()):
         raise UserError(f"{run} is not empty", "run=NEW FOLDER, or resume=auto to go on")
-    run.mkdir(parents=True, exist_ok=True)
     # samples of a run that has no checkpoint yet may be of other settings
     data = stored_data(run) if saves(run) else None
     if data is None:
         data = read_data(settings, load_tokenizer(folder), spec.vocab)
+    settings.made_run()
     for skipped in data.skipped[:10]:
         click.echo(f"skipped {skipped}", err=True)
     if data.skipped:

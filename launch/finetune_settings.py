@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import importlib.resources
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,6 +207,16 @@ class FinetuneSettings:
         if self.run is None:
             raise UserError("no run", "run=FOLDER, where checkpoints and metrics go")
         return self.run
+
+    def made_run(self) -> Path:
+        """The run's folder, which is there and can be written to afterwards. Raises UserError."""
+        run = self.checked_run()
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=run).close()
+        except OSError as error:
+            raise UserError(f"run={run}: {error.strerror}", "run=FOLDER that can be written to") from None
+        return run
 
 
 _FIELDS = {one.name: one for one in dataclasses.fields(FinetuneSettings)}

@@ -230,6 +230,9 @@ def test_values_are_those_of_the_published_models() -> None:
         (["model=tiny", "data=nowhere.jsonl", "run=RUN", "device=cpu"], "nowhere.jsonl: not readable"),
         (["--config", "tiny", "run=RUN", "machine=h100"], "machine=h100 is for --dry-run"),
         (["--config", "tinny"], "--config tinny: not readable"),
+        (["--config", "tiny", "run=/proc/run", "device=cpu"], "run=/proc/run: No such file or directory"),
+        (["--config", "tiny", "run=/proc/run", "ranks=2", "device=cpu"], "run=/proc/run: No such file or directory"),
+        (["--config", "tiny", f"run={__file__}/run", "device=cpu"], "run: Not a directory"),
     ],
 )
 def test_what_is_missing_is_said(
@@ -237,6 +240,24 @@ def test_what_is_missing_is_said(
 ) -> None:
     assert run(["finetune", *(word.replace("RUN", str(tmp_path / "run")) for word in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data=nowhere.jsonl", "nowhere.jsonl: not readable"),
+        ("deepspeed=zero9", "deepspeed=zero9: no such configuration"),
+        ("model=nowhere", "no model 'nowhere'"),
+    ],
+)
+def test_what_no_rank_could_do_starts_none(
+    word: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: object())
+    assert run(["finetune", "--config", "tiny", f"run={tmp_path / 'run'}", "ranks=2", "device=cpu", word]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: {message}") and len(err.splitlines()) == 2  # once, with its hint
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
