@@ -22,7 +22,7 @@ from .layouts import (
 )
 from .machine import Machine, format_size
 from .memory import Room, weights_bytes
-from .offload import expert_bytes, hit_share, known, one_rank, room_for, without_slots_bytes
+from .offload import expert_bytes, hit_share, in_file, known, one_rank, room_for, without_slots_bytes
 from .pages import pool_pages
 from .placement import Order, imbalance
 from .plan import DType, Kernels, Offload, RankMemory, Way
@@ -78,7 +78,7 @@ def why(
     else:
         lines.append(
             f"context {context} tokens: the longest of the planner's steps that fits, of the model's "
-            f"{spec.max_context_tokens}"
+            f"{spec.max_context_tokens}{_room_in_bf16(spec, place, asked, choice.layout)}"
         )
     lines.append(f"kernels {place.kernels}: {'asked for; ' if asked.kernels else ''}{KERNELS_WHY[place.kernels]}")
     lines.append(_sequences(place, asked, room))
@@ -91,6 +91,17 @@ def why(
     )
     lines.append(f"prompts go in steps of at most {room.step_tokens} tokens, which bounds the workspace")
     return lines
+
+
+def _room_in_bf16(spec: Spec, place: Place, asked: Asked, layout: Layout) -> str:
+    """A CPU with a little less memory is planned for in bf16, where a longer context fits."""
+    if place.device == "cuda" or place.dtype != "fp32" or asked.dtype is not None:
+        return ""
+    narrow = dataclasses.replace(place, dtype="bf16", kv_dtype=asked.kv_dtype or "bf16")
+    there = longest(spec, narrow, layout, context_choices(spec.max_context_tokens))
+    if there is None or there.context_tokens <= layout.context_tokens:
+        return ""
+    return f"; --dtype bf16 has room for {there.context_tokens}"
 
 
 def _rest(spec: Spec, mesh: Mesh, place: Place, asked: Asked) -> list[str]:
@@ -374,11 +385,47 @@ def no_plan(spec: Spec, found: Machine, machine: Machine, place: Place, asked: A
     else:
         tried.append(f"1 rank on a GPU: {why_no_gpu(found, asked)}")
     short, layout = min(nearest.values(), key=lambda one: one[0])
+    changes = _changes(spec, machine, place, asked, layout)
+    # experts in the file take less than any layout that holds them
+    if place.device == "cpu" and (least := _file_row(spec, machine, place, asked)) is not None:
+        assert place.host_free_bytes is not None
+        total = least.device_bytes + least.host_bytes
+        short = total - place.host_free_bytes
+        parts = f"{_parts(least)}, process {format_size(least.host_bytes)}"
+        needs = f"needs {_of(total, place.host_free_bytes)} ({parts})"
+        tried.insert(0, f"1 rank on the CPU, experts in the file, {context} tokens: {_short(short)}; {needs}")
+        in_file_fits = f"{_up(total)} of free host memory fit, with experts in the checkpoint's file"
+        changes = [*_shorter_in_file(spec, machine, asked, context), in_file_fits, *changes]
     return NoPlanError(
         f"no plan for {context} tokens of context fits {machine.name}: {_short(short)}",
         tuple(tried),
-        "; ".join(_changes(spec, machine, place, asked, layout)),
+        "; ".join(changes),
     )
+
+
+def _file_row(spec: Spec, machine: Machine, place: Place, asked: Asked) -> RankMemory | None:
+    """The least that a rank on the CPU takes; None where its experts are not left in the file."""
+    context = asked.context_tokens or min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
+    if not one_rank(asked) or _whole_fits(spec, place, asked):
+        return None
+    return in_file(spec, on_cpu(machine, _narrow(asked)), room_for(spec, asked, context))
+
+
+def _shorter_in_file(spec: Spec, machine: Machine, asked: Asked, context: int) -> list[str]:
+    """The longest context that a plan with experts in the file has room for."""
+    assert machine.host_memory_bytes is not None
+    for tokens in context_choices(context):
+        row = in_file(spec, on_cpu(machine, _narrow(asked)), room_for(spec, asked, tokens))
+        if tokens < context and row.device_bytes + row.host_bytes <= machine.host_memory_bytes:
+            return [f"--context {tokens} fits"]
+    return []
+
+
+def _whole_fits(spec: Spec, place: Place, asked: Asked) -> bool:
+    """Whether a short context, or another layout, needs no offload."""
+    free = dataclasses.replace(asked, ranks=None, ep=None, dp=None)
+    shortest = min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
+    return any(not shortfall(spec, place, layout) for layout in candidates(spec, place, free, shortest))
 
 
 def _why_not_offloaded(spec: Spec, place: Place, asked: Asked) -> str:
@@ -387,9 +434,7 @@ def _why_not_offloaded(spec: Spec, place: Place, asked: Asked) -> str:
     if place.host_free_bytes is None:
         return "how much host memory is free is not known; --host-memory SIZE says so"
     room = room_for(spec, asked)
-    free = dataclasses.replace(asked, ranks=None, ep=None, dp=None)
-    shortest = min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
-    if any(not shortfall(spec, place, layout) for layout in candidates(spec, place, free, shortest)):
+    if _whole_fits(spec, place, asked):
         return "only where nothing fits without, and a shorter context or another layout would"
     row = memories(spec, place, Mesh(), room_for(spec, asked, min(room.context_tokens, SMALLEST_CONTEXT_TOKENS)))[0]
     needed, what = without_slots_bytes(spec, place, asked.misses or "computed", row), "all but the experts takes"
@@ -446,14 +491,43 @@ def _changes(spec: Spec, machine: Machine, place: Place, asked: Asked, layout: L
     changes += _other_gpus(spec, machine, place, asked, context)
     need = _up(max(row.device_bytes for row in rows))
     count = layout.per_node * mesh.ranks
-    changes.append(f"a GPU with {need} free fits" if count == 1 else f"{count} GPUs with {need} free each fit")
-    if place.host_free_bytes is not None and host_bytes > place.host_free_bytes:
-        changes.append(f"{_up(host_bytes)} of host memory are needed besides")
-    if machine.host_memory_bytes is not None and asked.rest != "fp8":
-        cpu = on_cpu(machine, asked)
-        if not shortfall(spec, cpu, Layout(Mesh(), 1, context)):
-            changes.append("--gpu-memory 0 runs it on the CPU, slowly")
+    lacks_host = place.host_free_bytes is not None and host_bytes > place.host_free_bytes
+    free = min(gpu.free_bytes for gpu in layout.gpus(place))
+    if max(row.device_bytes for row in rows) <= free:
+        changes += [f"{_up(host_bytes)} of free host memory fit"] if lacks_host else []
+    else:
+        if lacks_host and _all_but_experts_fit(spec, place, asked):
+            changes.append(f"{_up(host_bytes)} of free host memory fit, with experts in the checkpoint's file")
+        changes.append(f"a GPU with {need} free fits" if count == 1 else f"{count} GPUs with {need} free each fit")
+        changes += [f"{_up(host_bytes)} of host memory are needed besides"] if lacks_host else []
+    if _cpu_fits(spec, machine, asked, context):
+        changes.append("--gpu-memory 0 runs it on the CPU, slowly")
     return changes
+
+
+def _all_but_experts_fit(spec: Spec, place: Place, asked: Asked) -> bool:
+    """On the GPU, in a plan that leaves experts elsewhere."""
+    if not one_rank(asked) or _whole_fits(spec, place, asked):
+        return False
+    context = asked.context_tokens or min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
+    row = memories(spec, place, Mesh(), room_for(spec, asked, context))[0]
+    return without_slots_bytes(spec, place, asked.misses or "computed", row) <= place.gpus[0].free_bytes
+
+
+def _cpu_fits(spec: Spec, machine: Machine, asked: Asked, context: int) -> bool:
+    """Whether the same without the GPUs is a plan, with all in memory or with experts in the file."""
+    if machine.host_memory_bytes is None or asked.rest == "fp8" or asked.dtype == "fp16" or asked.kernels is not None:
+        return False
+    if not shortfall(spec, on_cpu(machine, asked), Layout(Mesh(), 1, context)):
+        return True
+    row = in_file(spec, on_cpu(machine, _narrow(asked)), room_for(spec, asked, context))
+    total = row.device_bytes + row.host_bytes
+    return one_rank(asked) and asked.misses != "copied" and total <= machine.host_memory_bytes
+
+
+def _narrow(asked: Asked) -> Asked:
+    """As a CPU computes what does not fit in fp32."""
+    return dataclasses.replace(asked, dtype=asked.dtype or "bf16")
 
 
 def _other_layouts(spec: Spec, place: Place, asked: Asked, context: int) -> list[str]:
