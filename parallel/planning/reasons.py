@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..errors import NoPlanError
-from .choice import WHOLE_EXPERTS, Asked, Choice, candidates, dtype_of, on_cpu, sm, spanning, why_no_gpu
+from .choice import TIE, WHOLE_EXPERTS, Asked, Choice, candidates, dtype_of, on_cpu, sm, spanning, why_no_gpu
 from .estimate import BATCH_TOKENS, Step, expert_load
 from .layouts import (
     MOST_SEQUENCES,
@@ -195,7 +195,9 @@ def _ranks(place: Place, asked: Asked, choice: Choice) -> str:
         others_text = ", ".join(f"{rates[other]:.0f} with {other}" for other in others)
         return head + f"{_step(step)}; a node makes {rates[ranks]:.0f} tokens/s so, against {others_text}"
     others_text = ", ".join(f"{_ms(choice.steps[other].seconds)} with {other}" for other in others)
-    return head + f"{_step(step)}; against {others_text}"
+    slower = step.seconds > min(one.seconds for one in choice.steps.values())
+    tie = f"; what is within {round((TIE - 1) * 100)} % counts as equal, and this makes the most replicas" * slower
+    return head + f"{_step(step)}; against {others_text}{tie}"
 
 
 def _step(step: Step) -> str:
@@ -304,6 +306,12 @@ def why_offloaded(
             f"1 rank: {_parts(row)} are {_of(row.device_bytes, place.gpus[0].free_bytes)}; host memory "
             f"{format_size(row.host_bytes)}{host}"
         )
+        if idle := len(place.gpus) - 1:
+            each = "" if place.nodes == 1 else " a node"
+            lines.append(
+                f"ranks 1: no number of ranks in a node holds all experts, and only one rank can leave some elsewhere; "
+                f"{_count(idle, 'GPU')}{each} stay{'s' * (idle == 1)} idle"
+            )
     else:
         total = row.device_bytes + row.host_bytes
         lines.append(f"1 rank: {_parts(row)}; with {format_size(row.host_bytes)} a process {format_size(total)}")

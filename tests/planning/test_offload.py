@@ -179,6 +179,11 @@ def test_hardware_that_fits_is_not_offloaded() -> None:
         planned("120b", "rtx3090x3", ranks=1)
 
 
+def test_gpus_that_stay_idle_are_said() -> None:
+    assert any("1 GPU stays idle" in line for line in planned("120b", "rtx3090x2").why)
+    assert not any("idle" in line for line in planned("120b", "rtx3090").why)
+
+
 def test_round_trip_keeps_the_digest() -> None:
     counts = tuple((1,) * 32 for _ in range(24))
     plan = planned("20b", "rtx2080ti", routing=Routing("20b", counts))

@@ -206,6 +206,13 @@ def test_fp32_on_a_cpu_says_what_bf16_has_room_for() -> None:
     assert there.context_tokens == int(found[1]) > narrow.context_tokens
 
 
+def test_a_layout_that_is_not_the_fastest_says_why() -> None:
+    plan = planned("20b", "h200x8")
+    assert (plan.dp, plan.ranks) == (2, 4)
+    assert why(plan, "ranks").endswith("what is within 5 % counts as equal, and this makes the most replicas")
+    assert "counts as equal" not in why(planned("20b", "h100x8"), "ranks")
+
+
 def without_host(machine: str) -> Machine:
     """Of whose host memory nothing is known, so that no expert can be left there."""
     return dataclasses.replace(read_machine(machine), host_memory_bytes=None)
