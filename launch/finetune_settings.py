@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.plan import DType
+from ..parallel.planning.yaml_text import load_yaml
 from ..parallel.planning.zero import read_zero
 from ..parallel.training.job import AdapterDtype, Mode, OptimizerKind, Schedule
 from .finetune_metrics import TRACKERS
@@ -286,7 +287,7 @@ def _read_words(words: Sequence[str]) -> dict[Any, Any]:
         if not equals:
             raise UserError(f"{word!r} is no setting", "write key=value, for instance learning_rate=2e-4")
         try:
-            values[key] = yaml.safe_load(text)
+            values[key] = load_yaml(text)
         except yaml.YAMLError as error:
             raise UserError(f"{word}: no YAML: {' '.join(str(error).split())}", "quote it for the shell") from None
     return values

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..parallel.errors import UserError, did_you_mean
+from ..parallel.planning.yaml_text import load_yaml
 from .settings import NODE_SETTINGS, ServeSettings
 from .slurm_options import read_option
 
@@ -147,7 +148,7 @@ def read_sections(path: Path, kind: Kind | None) -> dict[str, dict[str, Any]]:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{path}: not readable: {reason}", "name a YAML file with slurm:, env: and run:") from None
     try:
-        found = yaml.load(text, yaml.BaseLoader) or {}
+        found = load_yaml(text, typed=False) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}", "one `key: value` a line") from None
     if not isinstance(found, dict):

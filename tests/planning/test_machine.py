@@ -196,6 +196,7 @@ link: pcie
         ("link: pcie", "link: none", ["link is 'none' with 2 GPUs"]),
         ("link: pcie", "link: pci", ["'pci' is none of nvlink, pcie, none"]),
         ("link: pcie", "link: [", ["no YAML"]),
+        ("link: pcie", "link: pcie\nnodes: 2", ["key 'nodes' twice"]),
         (GOOD, "- 1", ["is no mapping"]),
     ],
 )

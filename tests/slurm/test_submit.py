@@ -87,6 +87,7 @@ def test_what_wins(command_line: CommandLine, config: Path, tmp_path: Path) -> N
         ("run: {}", "run.model is missing", "--set run.model="),
         ("run: [model]", "run: no mapping", ""),
         ("a: b: c", "no YAML", ""),
+        ("slurm: {time: 1, nodes: 2, time: 3}", "key 'time' twice", ""),
     ],
 )
 def test_wrong_settings(command_line: CommandLine, tmp_path: Path, text: str, message: str, hint: str) -> None:
