@@ -141,7 +141,8 @@ def local_model(model: str) -> Path:
 
 
 def _nearest(model: str) -> str:
-    return did_you_mean(model, [TINY, *PUBLISHED])
+    short = {name.rpartition("-")[2]: name for name in PUBLISHED}  # 20b, 120b
+    return did_you_mean(short.get(model.lower(), model), [TINY, *PUBLISHED])
 
 
 def _from_hub(model: str, need_weights: bool) -> Path:
@@ -163,11 +164,11 @@ def _from_hub(model: str, need_weights: bool) -> Path:
     except Exception as error:  # whatever the network stack raises: httpx, OSError, ValueError
         reason = " ".join(str(error).split())
         message = f"{model} is no folder here and could not be downloaded: {reason}"
-        raise UserError(message, _COPY.format(_nearest(model))) from error
+        raise UserError(message, _COPY + ("" if model in PUBLISHED else f"; {_nearest(model)}")) from error
 
 
 _INSTALL = "pip install 'gptoss-launch[serve]', or name a folder"
-_COPY = "without a network, copy the checkpoint's folder here and name the folder; {}"
+_COPY = "without a network, copy the checkpoint's folder here and name the folder"
 
 
 def tiny_folder() -> Path:

@@ -216,6 +216,8 @@ def make_job(kind: Kind, layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> J
         "signal": f"B:USR1@{launching.lead_s}",
     }
     resolved = {name: value for name, value in (defaults | options | ours).items() if value is not False}
+    if str(resolved["nodes"]).isdigit() and int(resolved["nodes"]) == 0:
+        raise UserError("--nodes 0 leaves no node to run on", "--nodes=1, or leave it out")
     if resolved["nodes"] != "1" and (kind == "bench" or payload.get("engine") == "vllm"):
         what = "bench measures" if kind == "bench" else "engine vllm serves on"
         raise UserError(f"{what} one node, not {resolved['nodes']}", "--nodes=1")

@@ -358,5 +358,7 @@ def _read_fields(
         try:
             values[key] = read(fields[key])
         except UserError as error:
-            raise UserError(f"{where}: {key}: {error.message}", error.hint) from None
+            raise UserError(
+                f"{where}: {key}: {error.message}", error.hint or "see configs/machines/h100.yaml"
+            ) from None
     return values

@@ -118,7 +118,15 @@ def test_offline_download_says_what_to_do(hub: Path) -> None:
     with pytest.raises(UserError, match="could not be downloaded") as caught:
         resolve(MODEL, need_weights=True)
     assert "copy the checkpoint's folder here" in caught.value.hint
-    assert "\n" not in caught.value.message
+    assert "\n" not in caught.value.message and "did you mean" not in caught.value.hint  # it was spelt right
+    with pytest.raises(UserError, match="did you mean openai/gpt-oss-20b"):
+        resolve("openai/gpt-oss-21b", need_weights=True)
+
+
+def test_a_size_alone_gets_the_whole_name() -> None:
+    for size in ("20b", "120B"):
+        with pytest.raises(UserError, match=f"did you mean openai/gpt-oss-{size.lower()}"):
+            resolve(size, need_weights=False)
 
 
 def test_cached_checkpoint_is_found_offline(hub: Path) -> None:

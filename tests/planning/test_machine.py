@@ -189,7 +189,7 @@ link: pcie
         ("cpu_cores", "cpu_core", ["unknown key 'cpu_core'", "did you mean cpu_cores?"]),
         ("memory: 24GiB", "memori: 24GiB", ["unknown key 'memori'", "did you mean memory?"]),
         ("nodes: 1", "", ["no nodes"]),
-        ("nodes: 1", "nodes: many", ["nodes: 'many' is no positive whole number"]),
+        ("nodes: 1", "nodes: many", ["nodes: 'many' is no positive whole number", "hint: see configs/machines"]),
         ("32GB", "32 apples", ["host_memory: '32 apples' is no size"]),
         ("free: 23GiB", "free: 25GiB", ["bytes free of"]),
         ("8.6", "sm_86", ["'sm_86' is no compute capability"]),

@@ -87,6 +87,11 @@ def test_what_wins(command_line: CommandLine, config: Path, tmp_path: Path) -> N
         ("run: {}", "run.model is missing", "--set run.model="),
         ("run: [model]", "run: no mapping", ""),
         ("a: b: c", "no YAML", ""),
+        (
+            "{slurm: {nodes: 0}, run: {model: openai/gpt-oss-20b, machine: h100x8}}",
+            "--nodes 0 leaves no node",
+            "--nodes=1",
+        ),
         ("slurm: {time: 1, nodes: 2, time: 3}", "key 'time' twice", ""),
     ],
 )
