@@ -191,13 +191,18 @@ def keep_metrics(path: Path, done: int) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGUSR1 has come (Slurm sends either before a time limit). Set back at the end."""
+    """Whether SIGTERM, SIGUSR1 (Slurm sends either before a time limit) or Ctrl-C has come; a second Ctrl-C ends at
+    once. Set back at the end."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in came:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:  # past Python's buffers, which may be in use where the signal comes
+            os.write(2, b"\nsaving after the next step; a second Ctrl-C ends at once\n")
         came.append(number)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.signal(number, note) for number in numbers]
     try:
         yield lambda: bool(came)

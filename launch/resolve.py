@@ -26,6 +26,7 @@ from .settings import ServeSettings, Settings
 
 TINY = "tiny"
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"  # of PEFT, as `export --format adapter` writes it
 MEASURE_LIMIT_S = 180.0
 NOT_WANTED = ["original/*", "metal/*"]  # the same weights again in other layouts
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -108,6 +109,10 @@ def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
         if not need_weights and model in PUBLISHED:
             return PUBLISHED[model], None
         folder = _from_hub(model, need_weights)
+    if not (folder / CONFIG).exists() and (folder / ADAPTER).exists():
+        raise UserError(
+            f"{folder} holds an adapter, and no model", "gptoss-launch export RUN --format mxfp4 writes one"
+        )
     spec = read_config(folder / CONFIG)
     if need_weights:
         check_inventory(spec, read_inventory(folder), folder, quantizes=True)

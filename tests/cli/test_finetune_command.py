@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from gptoss_launch.launch import extras
 from gptoss_launch.launch.cli import run
+from gptoss_launch.launch.finetune_rank import stop_signals
 from gptoss_launch.launch.finetune_settings import PRESETS, FinetuneSettings, load_finetune_settings, read_deepspeed
 from gptoss_launch.launch.records import Source
 from gptoss_launch.launch.settings import preset_names
@@ -278,7 +279,21 @@ def test_preview_prints_samples_with_their_mask(capsys: pytest.CaptureFixture[st
     assert out.count("tokens,") == 3 and "assistant⟦<|channel|>analysis<|message|>" in out and "<|return|>⟧" in out
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_interrupt_ends_at_once() -> None:
+    with stop_signals() as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     model = checkpoint("three_blocks", tmp_path)
     words = [f"model={model}", f"run={folder}", "steps=8", "packs_per_step=1", "first_loss=ignore"]
@@ -290,7 +305,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pyt
     def interrupt() -> None:
         while not over.wait(0.01):
             if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
-                os.kill(os.getpid(), signal.SIGUSR1)
+                os.kill(os.getpid(), number)
                 return
 
     thread = threading.Thread(target=interrupt)
