@@ -6,6 +6,7 @@ Knows no command's options.
 
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class _LazyGroup(click.Group):
         return importlib.import_module(f".commands.{COMMANDS[cmd_name][0]}", __package__).command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
             raise UserError(f"no command {args[0]!r}", did_you_mean(args[0], COMMANDS))
         return super().resolve_command(ctx, args)
 
@@ -147,4 +148,6 @@ def main() -> None:
     for name in ("stdin", "stdout", "stderr"):  # in this order: a file gets the lowest number that is free
         if getattr(sys, name) is None:  # closed by whoever started us, as by `>&-`; a socket must not take its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: no locale is a reason to end with a traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))

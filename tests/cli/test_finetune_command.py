@@ -128,12 +128,18 @@ def test_presets_are_those_that_are_tested() -> None:
 
 def test_what_does_not_fit_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["finetune", "--config", "20b-80gb", "--dry-run", "machine=h100", "mode=full"]) == 6
-    assert "does not fit cuda of h100: short by " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "does not fit cuda of h100: short by " in err and "\ntried: ranks 1\n" in err
     words = ["ranks=2", "machine=h200x2", "mode=full"]
     assert run(["finetune", "--config", "20b-80gb", "--dry-run", *words, "deepspeed=zero3-offload-all"]) == 6
     assert "does not fit the host memory of h200x2: short by " in capsys.readouterr().err
     assert run(["finetune", "--config", "20b-80gb", "--dry-run", "ranks=9", "machine=h100x8"]) == 2
     assert "ranks=9, and h100x8 has 8 GPUs" in capsys.readouterr().err
+
+
+def test_a_gpu_too_old_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["finetune", "--config", "20b-12gb", "--dry-run", "machine=gtx1080ti", "host_layers=13"]) == 2
+    assert "device=cuda, and NVIDIA GeForce GTX 1080 Ti is sm_61" in capsys.readouterr().err
 
 
 def test_a_small_gpu_is_told_how_many_layers_may_wait_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
