@@ -286,7 +286,7 @@ def _assignments(value: Any) -> tuple[str, ...]:
     if isinstance(value, dict):
         value = [f"{key}={one}" for key, one in value.items()]
     if not isinstance(value, list) or not all(isinstance(one, str) and "=" in one[1:] for one in value):
-        raise UserError(f"{value!r} is no list of key=value", "set: {lora.rank: 16}, or set: [lora.rank=16]")
+        raise UserError(f"{value!r} is no list of key=value", "in --config: set: {steps: 100}, or set: [steps=100]")
     return tuple(_text(one) for one in value)
 
 

@@ -385,9 +385,11 @@ def test_more_nodes_than_there_are(cli: CommandLine) -> None:
 
 
 def test_every_template_is_accepted(cli: CommandLine, tmp_path: Path) -> None:
+    training = tmp_path / "training.yaml"
+    training.write_text(f"model: tiny\ndata: {tmp_path}/data.jsonl\nrun: {tmp_path}/run\n")
     for kind, settings in (
         ("serve", ["run.model=tiny"]),
-        ("finetune", ["run.config=tiny", "slurm.nodes=2"]),
+        ("finetune", [f"run.config={training}", "slurm.nodes=2"]),
         ("bench", ["run.what=decode", "run.target=tiny"]),
         ("preflight", ["slurm.nodes=2"]),
     ):

@@ -105,6 +105,32 @@ def test_wrong_settings(command_line: CommandLine, tmp_path: Path, text: str, me
     assert hint in lines[-1] and done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("run", "message", "hint"),
+    [
+        ("{config: nope}", "--config nope: not readable", "known: 120b-80gb"),
+        ("{config: tiny, set: {stesp: 3}}", "unknown key 'stesp'", "did you mean steps?"),
+        ("{config: tiny, set: {steps: -1}}", "steps: -1 is no whole number", "Steps of the optimizer"),
+        ("{config: tiny}", "finetune: no run", "run=..."),
+        ("{config: 20b-80gb, set: {run: /shared/a}}", "finetune: no data", "data=..."),
+        ("{config: tiny, set: steps}", "'steps' is no list of key=value", "set: [steps=100]"),
+    ],
+)
+def test_training_that_no_rank_would_begin(
+    command_line: CommandLine, tmp_path: Path, run: str, message: str, hint: str
+) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(f"run: {run}\n")
+    lines = command_line("submit", "finetune", "--config", config, "--render", code=2).stderr.splitlines()
+    assert message in lines[-2] and hint in lines[-1]
+
+
+def test_training_by_another_interpreter_is_its_own(command_line: CommandLine, tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text("run: {config: theirs, python: /opt/python}\n")
+    assert "--config theirs" in command_line("submit", "finetune", "--config", config, "--render").stdout
+
+
 def test_a_site_file_holds_no_keys_of_a_command(command_line: CommandLine, tmp_path: Path) -> None:
     site = tmp_path / "config" / "gptoss-launch" / "site.yaml"
     site.parent.mkdir(parents=True)
