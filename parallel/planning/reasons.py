@@ -67,6 +67,8 @@ def why(
     lines += [_ep(spec, asked, choice)]
     if asked.routing is not None:
         lines.append(_placement(asked, mesh, orders))
+    unused = [f"--misses {asked.misses}"] * (asked.misses is not None) + ["--look-ahead"] * bool(asked.look_ahead)
+    lines += [f"{flag}: asked for, and of no use, as no expert is left elsewhere" for flag in unused]
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
     if place.device == "cpu" and place.dtype == "bf16" and asked.dtype is None:
         dtype_why = NARROW_WHY if asked.rest == "bf16" else NARROW_REST_WHY
