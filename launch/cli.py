@@ -4,7 +4,9 @@ Commands are a table of names, modules and help lines, imported when they are us
 Knows no command's options.
 """
 
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoint": ("checkpoint", "Write random checkpoints in the published layout."),
 }
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk that is written to, or that of a redirected stdout
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -49,7 +52,7 @@ class _LazyGroup(click.Group):
         return importlib.import_module(f".commands.{COMMANDS[cmd_name][0]}", __package__).command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
             raise UserError(f"no command {args[0]!r}", did_you_mean(args[0], COMMANDS))
         return super().resolve_command(ctx, args)
 
@@ -103,8 +106,21 @@ def run(arguments: Sequence[str]) -> int:
     except click.Abort:
         return _INTERRUPTED
     except BrokenPipeError:  # whoever read our output has left, as in `plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _drop_output()
+        _complain(
+            f"{error.filename or 'output'} cannot be written: {error.strerror}", (), "make room, or write elsewhere"
+        )
+        return UserError.exit_code
+
+
+def _drop_output() -> None:
+    """What is still in the buffer of stdout goes nowhere, or Python would complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(error: click.UsageError) -> tuple[str, tuple[str, ...], str]:
@@ -129,4 +145,9 @@ def _complain(message: str, tried: tuple[str, ...], hint: str) -> None:
 
 
 def main() -> None:
+    for name in ("stdin", "stdout", "stderr"):  # in this order: a file gets the lowest number that is free
+        if getattr(sys, name) is None:  # closed by whoever started us, as by `>&-`; a socket must not take its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: no locale is a reason to end with a traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..parallel.errors import NoPlanError, UserError
+from ..parallel.planning.choice import FREE, why_no_gpu
 from ..parallel.planning.flops import ASSUMED_MFU, peak_flops, training_flops
 from ..parallel.planning.machine import format_size, probe, read_machine
 from ..parallel.planning.spec import Spec
@@ -43,6 +44,8 @@ def print_plan(
     assert settings.device is not None and settings.dtype is not None
     if settings.device == "cuda" and not machine.gpus:
         raise UserError(f"device=cuda, and {machine.name} has no GPU", "device=cpu, or machine=NAME for a plan")
+    if settings.device == "cuda" and (reason := why_no_gpu(machine, FREE)):
+        raise UserError(f"device=cuda, and {reason}", "device=cpu, or machine=NAME for a plan")
     full, here = settings.mode == "full", settings.world_size
     if settings.device == "cuda":
         here = min(settings.world_size, len(machine.gpus))
@@ -114,7 +117,7 @@ def print_plan(
             raise NoPlanError(
                 f"{settings.mode} training of {settings.model} does not fit {what}: "
                 f"short by {format_size(needed - there)}",
-                (_ranks_in_words(settings, zero),),
+                (f"ranks {_ranks_in_words(settings, zero)}",),
                 "more ranks, or another deepspeed (zero3, zero3-offload-part, zero3-offload, zero3-offload-all)"
                 if full
                 else _less_on_the_host(settings)

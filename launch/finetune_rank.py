@@ -69,11 +69,11 @@ def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, lin
     print_plan(settings, spec, line, to_stderr=True, under_torchrun=under_torchrun)
     if settings.resume == "never" and run.exists() and any(run.iterdir()):
         raise UserError(f"{run} is not empty", "run=NEW FOLDER, or resume=auto to go on")
-    run.mkdir(parents=True, exist_ok=True)
     # samples of a run that has no checkpoint yet may be of other settings
     data = stored_data(run) if saves(run) else None
     if data is None:
         data = read_data(settings, load_tokenizer(folder), spec.vocab)
+    settings.made_run()
     for skipped in data.skipped[:10]:
         click.echo(f"skipped {skipped}", err=True)
     if data.skipped:
@@ -191,13 +191,18 @@ def keep_metrics(path: Path, done: int) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGUSR1 has come (Slurm sends either before a time limit). Set back at the end."""
+    """Whether SIGTERM, SIGUSR1 (Slurm sends either before a time limit) or Ctrl-C has come; a second Ctrl-C ends at
+    once. Set back at the end."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in came:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:  # past Python's buffers, which may be in use where the signal comes
+            os.write(2, b"\nsaving after the next step; a second Ctrl-C ends at once\n")
         came.append(number)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.signal(number, note) for number in numbers]
     try:
         yield lambda: bool(came)

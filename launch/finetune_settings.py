@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import importlib.resources
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.plan import DType
+from ..parallel.planning.yaml_text import load_yaml
 from ..parallel.planning.zero import read_zero
 from ..parallel.training.job import AdapterDtype, Mode, OptimizerKind, Schedule
 from .finetune_metrics import TRACKERS
@@ -207,6 +209,16 @@ class FinetuneSettings:
             raise UserError("no run", "run=FOLDER, where checkpoints and metrics go")
         return self.run
 
+    def made_run(self) -> Path:
+        """The run's folder, which is there and can be written to afterwards. Raises UserError."""
+        run = self.checked_run()
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=run).close()
+        except OSError as error:
+            raise UserError(f"run={run}: {error.strerror}", "run=FOLDER that can be written to") from None
+        return run
+
 
 _FIELDS = {one.name: one for one in dataclasses.fields(FinetuneSettings)}
 
@@ -275,7 +287,7 @@ def _read_words(words: Sequence[str]) -> dict[Any, Any]:
         if not equals:
             raise UserError(f"{word!r} is no setting", "write key=value, for instance learning_rate=2e-4")
         try:
-            values[key] = yaml.safe_load(text)
+            values[key] = load_yaml(text)
         except yaml.YAMLError as error:
             raise UserError(f"{word}: no YAML: {' '.join(str(error).split())}", "quote it for the shell") from None
     return values

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..parallel.errors import UserError, did_you_mean
 
@@ -54,18 +54,32 @@ class Record:
 def read_records(source: Source) -> Iterator[Record]:
     """Every record of a source, in its order. Raises UserError for a source that cannot be opened."""
     path = Path(source.name).expanduser()
-    if path.suffix in (".jsonl", ".json") or path.is_file():
+    if _is_jsonl(path):
         yield from _read_jsonl(path)
     else:
         yield from _read_dataset(source, path)
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def check_source(source: Source) -> None:
+    """Raises UserError for a file that cannot be opened; a dataset is looked for where it is read."""
+    path = Path(source.name).expanduser()
+    if _is_jsonl(path):
+        _open(path).close()
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.suffix in (".jsonl", ".json") or path.is_file()
+
+
+def _open(path: Path) -> BinaryIO:
     try:
-        file = path.open("rb")
+        return path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: not readable: {error.strerror}", "data names a .jsonl file or a dataset") from None
-    with file:
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

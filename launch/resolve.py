@@ -26,6 +26,7 @@ from .settings import ServeSettings, Settings
 
 TINY = "tiny"
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"  # of PEFT, as `export --format adapter` writes it
 MEASURE_LIMIT_S = 180.0
 NOT_WANTED = ["original/*", "metal/*"]  # the same weights again in other layouts
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -108,6 +109,10 @@ def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
         if not need_weights and model in PUBLISHED:
             return PUBLISHED[model], None
         folder = _from_hub(model, need_weights)
+    if not (folder / CONFIG).exists() and (folder / ADAPTER).exists():
+        raise UserError(
+            f"{folder} holds an adapter, and no model", "gptoss-launch export RUN --format mxfp4 writes one"
+        )
     spec = read_config(folder / CONFIG)
     if need_weights:
         check_inventory(spec, read_inventory(folder), folder, quantizes=True)
@@ -141,7 +146,8 @@ def local_model(model: str) -> Path:
 
 
 def _nearest(model: str) -> str:
-    return did_you_mean(model, [TINY, *PUBLISHED])
+    short = {name.rpartition("-")[2]: name for name in PUBLISHED}  # 20b, 120b
+    return did_you_mean(short.get(model.lower(), model), [TINY, *PUBLISHED])
 
 
 def _from_hub(model: str, need_weights: bool) -> Path:
@@ -163,11 +169,11 @@ def _from_hub(model: str, need_weights: bool) -> Path:
     except Exception as error:  # whatever the network stack raises: httpx, OSError, ValueError
         reason = " ".join(str(error).split())
         message = f"{model} is no folder here and could not be downloaded: {reason}"
-        raise UserError(message, _COPY.format(_nearest(model))) from error
+        raise UserError(message, _COPY + ("" if model in PUBLISHED else f"; {_nearest(model)}")) from error
 
 
 _INSTALL = "pip install 'gptoss-launch[serve]', or name a folder"
-_COPY = "without a network, copy the checkpoint's folder here and name the folder; {}"
+_COPY = "without a network, copy the checkpoint's folder here and name the folder"
 
 
 def tiny_folder() -> Path:

@@ -18,6 +18,7 @@ import click
 from ..parallel.errors import UserError, did_you_mean
 from ..parallel.planning.machine import parse_size
 from ..parallel.planning.plan import REST_KL, DType, Kernels, KvDType, Misses, Rest, Workload
+from ..parallel.planning.yaml_text import load_yaml
 
 DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
 KV_DTYPES: tuple[KvDType, ...] = (*DTYPES, "fp8")
@@ -335,7 +336,7 @@ def read_yaml(config: str, presets: str) -> tuple[str, dict[Any, Any]]:
             hint = did_you_mean(config, preset_names(presets))
             raise UserError(f"--config {config}: not readable: {error}", hint) from None
     try:
-        keys = yaml.safe_load(text) or {}
+        keys = load_yaml(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{where}: no YAML: {' '.join(str(error).split())}", "one `key: value` a line") from None
     if not isinstance(keys, dict):

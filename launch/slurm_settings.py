@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..parallel.errors import UserError, did_you_mean
+from ..parallel.planning.yaml_text import load_yaml
 from .settings import NODE_SETTINGS, ServeSettings
 from .slurm_options import read_option
 
@@ -147,7 +148,7 @@ def read_sections(path: Path, kind: Kind | None) -> dict[str, dict[str, Any]]:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{path}: not readable: {reason}", "name a YAML file with slurm:, env: and run:") from None
     try:
-        found = yaml.load(text, yaml.BaseLoader) or {}
+        found = load_yaml(text, typed=False) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}", "one `key: value` a line") from None
     if not isinstance(found, dict):
@@ -215,6 +216,8 @@ def make_job(kind: Kind, layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> J
         "signal": f"B:USR1@{launching.lead_s}",
     }
     resolved = {name: value for name, value in (defaults | options | ours).items() if value is not False}
+    if str(resolved["nodes"]).isdigit() and int(resolved["nodes"]) == 0:
+        raise UserError("--nodes 0 leaves no node to run on", "--nodes=1, or leave it out")
     if resolved["nodes"] != "1" and (kind == "bench" or payload.get("engine") == "vllm"):
         what = "bench measures" if kind == "bench" else "engine vllm serves on"
         raise UserError(f"{what} one node, not {resolved['nodes']}", "--nodes=1")
@@ -283,7 +286,7 @@ def _assignments(value: Any) -> tuple[str, ...]:
     if isinstance(value, dict):
         value = [f"{key}={one}" for key, one in value.items()]
     if not isinstance(value, list) or not all(isinstance(one, str) and "=" in one[1:] for one in value):
-        raise UserError(f"{value!r} is no list of key=value", "set: {lora.rank: 16}, or set: [lora.rank=16]")
+        raise UserError(f"{value!r} is no list of key=value", "in --config: set: {steps: 100}, or set: [steps=100]")
     return tuple(_text(one) for one in value)
 
 

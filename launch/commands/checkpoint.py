@@ -52,6 +52,8 @@ def read_spec(size: str | None, spec_file: Path | None, layers: int | None) -> S
         raise UserError("one of --model and --spec is wanted", f"--model is {' or '.join(SIZES)}, --spec a config.json")
     if size is not None and size not in SIZES:
         raise UserError(f"--model {size}: no such size", did_you_mean(size, SIZES))
+    if spec_file is not None and not spec_file.is_file():
+        raise UserError(f"--spec {spec_file}: no such file", "the config.json of a checkpoint")
     spec = SIZES[size] if size is not None else read_config(spec_file or Path())
     return spec if layers is None else dataclasses.replace(spec, layers=layers, layer_kinds=alternating_kinds(layers))
 

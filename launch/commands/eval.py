@@ -6,7 +6,7 @@ Each record is one as finetune reads it; its last assistant message is what is w
 import json as json_text
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +49,8 @@ def command(model: str, task: Path, max_tokens: int, json: bool) -> None:
     requests = list(read_task(task, max_tokens))
     with served(model) as url, ThreadPoolExecutor(AT_ONCE) as pool:
         name = ask(f"{url}/models", None)["data"][0]["id"]
-        answers = list(pool.map(lambda one: ask(f"{url}/chat/completions", one[0] | {"model": name}), requests))
+        asked = pool.map(lambda one: ask(f"{url}/chat/completions", one[0] | {"model": name}), requests)
+        answers = list(shown(asked, len(requests)))
     score = count(model, task, requests, [answer["choices"][0] for answer in answers])
     if json:
         click.echo(json_text.dumps(asdict(score)))
@@ -59,6 +60,20 @@ def command(model: str, task: Path, max_tokens: int, json: bool) -> None:
     )
     for one in score.wrong:
         click.echo(f"wanted {one['wanted']!r}, got {one['got']!r}: {one['asked']}")
+
+
+def shown(answers: Iterable[Any], total: int) -> Iterator[Any]:
+    """The answers, counted in a bar on stderr, in a terminal only, that leaves nothing behind."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        for answer in answers:
+            bar.advance(task)
+            yield answer
 
 
 def read_task(task: Path, max_tokens: int) -> Iterator[tuple[dict[str, Any], Any]]:

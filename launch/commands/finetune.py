@@ -53,12 +53,11 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
     need_trackers(wanted.trackers)
     if wanted.optimizer == "adamw8bit":
         need_module("optimizer=adamw8bit", "torchao")
-    if preview is None and place is None and wanted.needs_torchrun:
-        run = wanted.checked_run()
-        run.mkdir(parents=True, exist_ok=True)
-        return start_ranks(wanted.world_size, words, run / STOP_FILE)
     spec, folder = resolve(wanted.model, need_weights=True)
     assert folder is not None
+    if preview is None and place is None and wanted.needs_torchrun:
+        check_before_ranks(wanted)
+        return start_ranks(wanted.world_size, words, wanted.made_run() / STOP_FILE)
     if preview is not None:
         from ..tokenizer import load_tokenizer
 
@@ -67,6 +66,22 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
     from ..finetune_rank import finetune
 
     return finetune(wanted, spec, folder, place, command_line(wanted, words))
+
+
+def check_before_ranks(settings: FinetuneSettings) -> None:
+    """Raises UserError, once, for what each rank would stumble over when torchrun has started it."""
+    from ...parallel.planning.machine import probe
+    from ...parallel.training.saves import saves
+    from ..finetune_plan import device_and_dtype
+    from ..finetune_settings import read_deepspeed
+    from ..records import check_source
+
+    dtype = device_and_dtype(settings, bool(probe().gpus)).dtype
+    if settings.deepspeed is not None and dtype is not None:
+        read_deepspeed(settings.deepspeed, dtype)
+    if not saves(settings.checked_run()):  # else the samples are in the run's folder
+        for source in (*settings.data, *settings.eval_data):
+            check_source(source)
 
 
 def command_line(settings: FinetuneSettings, words: list[str]) -> str:

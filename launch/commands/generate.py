@@ -125,7 +125,7 @@ def read_token_ids(path: Path) -> tuple[int, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--token-ids {path}: not readable: {error}", "a JSON list of ids, or ids in words") from None
     try:
-        ids = json_text.loads(text) if text.startswith("[") else [int(word) for word in text.split()]
+        ids = json_text.loads(text) if text.startswith("[") else [_read_id(word) for word in text.split()]
     except ValueError as error:
         raise UserError(f"--token-ids {path}: {error}", "a JSON list of ids, or ids in words") from None
     wrong = [item for item in ids if not isinstance(item, int) or isinstance(item, bool)]
@@ -134,6 +134,13 @@ def read_token_ids(path: Path) -> tuple[int, ...]:
     if not ids:
         raise UserError(f"--token-ids {path}: no ids in it", "a JSON list of ids, or ids in words")
     return tuple(ids)
+
+
+def _read_id(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ValueError(f"{word[:40]!r} is no token id") from None
 
 
 def chat_prompt(

@@ -3,6 +3,7 @@
 The job's id, and nothing else, goes to stdout. Loads no torch.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,7 @@ def submit(
     from ..slurm_settings import absolute_path
 
     job, plan = with_plan(read_job(kind, config, assignments, flags))
+    check_training(job)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(job.launching.folder or absolute_path(f"runs/{_file_name(str(job.option('job-name')))}-{stamp}"))
     script = render_script(job, str(folder), own_version())
@@ -209,6 +211,20 @@ def with_plan(job: Job) -> tuple[Job, dict[str, Any] | None]:
                 f"--gpus-per-node={needed}, or fewer --set run.ranks=... and run.dp=...",
             )
     return job, plan.to_json()
+
+
+def check_training(job: Job) -> None:
+    """Raises UserError for settings of finetune that its ranks would refuse, hours later and on all nodes.
+
+    Where another interpreter or a container runs them, files and presets are its own."""
+    if job.kind != "finetune" or job.launching.container_image or job.launching.python != sys.executable:
+        return
+    from ..finetune_settings import load_finetune_settings
+
+    settings = load_finetune_settings(job.command[2], job.command[3:])
+    for name, words in (("model", "a folder or a hub id"), ("data", "FILE.jsonl"), ("run", "a folder of all nodes")):
+        if not getattr(settings, name):
+            raise UserError(f"finetune: no {name}", f"set: [{name}=...] under run:, {words}; or in run.config")
 
 
 def remarks(job: Job) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..errors import UserError, did_you_mean
 from .speeds import Speeds, read_speeds, speeds_file
+from .yaml_text import load_yaml
 
 Link = Literal["nvlink", "pcie", "none"]
 LINKS: tuple[Link, ...] = ("nvlink", "pcie", "none")
@@ -254,7 +255,7 @@ def read_machine(name_or_path: str) -> Machine:
         folder = importlib.resources.files("gptoss_launch.configs") / "machines"
         text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
     try:
-        fields = yaml.safe_load(text)
+        fields = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: no YAML: {' '.join(str(error).split())}", "see configs/machines/h100.yaml") from None
     values = _read_fields(fields, _MACHINE_FIELDS, where, ("bandwidth",))
@@ -331,7 +332,8 @@ _GPU_FIELDS: dict[str, Callable[[Any], Any]] = {
 def _read_gpus(fields: Any, where: str) -> tuple[Gpu, ...]:
     values = _read_fields(fields, _GPU_FIELDS, where)
     if values["free"] > values["memory"]:
-        raise UserError(f"{where}: {values['free']} bytes free of {values['memory']}")
+        hint = "free is what an idle one reports, at most its memory"
+        raise UserError(f"{where}: {values['free']} bytes free of {values['memory']}", hint)
     gpu = Gpu(values["name"], values["memory"], values["free"], values["capability"])
     return (gpu,) * values["count"]
 
@@ -356,5 +358,7 @@ def _read_fields(
         try:
             values[key] = read(fields[key])
         except UserError as error:
-            raise UserError(f"{where}: {key}: {error.message}", error.hint) from None
+            raise UserError(
+                f"{where}: {key}: {error.message}", error.hint or "see configs/machines/h100.yaml"
+            ) from None
     return values

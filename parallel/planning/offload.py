@@ -188,8 +188,7 @@ def _on_cpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
     one = expert_bytes(spec, place.dtype)
     packed = spec.layers * spec.experts * _mapped_bytes(spec)
     for room in _rooms(spec, asked):
-        row = memories(spec, place, Mesh(), room)[0]
-        row = dataclasses.replace(row, weights_bytes=row.weights_bytes - packed)
+        row = in_file(spec, place, room)
         spare = place.host_free_bytes - row.device_bytes - row.host_bytes
         if spare >= 0:
             break
@@ -215,6 +214,13 @@ def _on_cpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         room,
         row,
     )
+
+
+def in_file(spec: Spec, place: Place, room: Room) -> RankMemory:
+    """A rank on the CPU whose experts stay in the mapped file."""
+    row = memories(spec, place, Mesh(), room)[0]
+    packed = spec.layers * spec.experts * _mapped_bytes(spec)
+    return dataclasses.replace(row, weights_bytes=row.weights_bytes - packed)
 
 
 def in_memory(spec: Spec, place: Place, speeds: Speeds, context_tokens: int) -> Way:

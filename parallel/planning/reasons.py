@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..errors import NoPlanError
-from .choice import WHOLE_EXPERTS, Asked, Choice, candidates, dtype_of, on_cpu, sm, spanning, why_no_gpu
+from .choice import TIE, WHOLE_EXPERTS, Asked, Choice, candidates, dtype_of, on_cpu, sm, spanning, why_no_gpu
 from .estimate import BATCH_TOKENS, Step, expert_load
 from .layouts import (
     MOST_SEQUENCES,
@@ -22,7 +22,7 @@ from .layouts import (
 )
 from .machine import Machine, format_size
 from .memory import Room, weights_bytes
-from .offload import expert_bytes, hit_share, known, one_rank, room_for, without_slots_bytes
+from .offload import expert_bytes, hit_share, in_file, known, one_rank, room_for, without_slots_bytes
 from .pages import pool_pages
 from .placement import Order, imbalance
 from .plan import DType, Kernels, Offload, RankMemory, Way
@@ -66,6 +66,8 @@ def why(
     lines += [_ep(spec, asked, choice)]
     if asked.routing is not None:
         lines.append(_placement(asked, mesh, orders))
+    unused = [f"--misses {asked.misses}"] * (asked.misses is not None) + ["--look-ahead"] * bool(asked.look_ahead)
+    lines += [f"{flag}: asked for, and of no use, as no expert is left elsewhere" for flag in unused]
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
     if place.device == "cpu" and place.dtype == "bf16" and asked.dtype is None:
         dtype_why = NARROW_REST_WHY
@@ -77,7 +79,7 @@ def why(
     else:
         lines.append(
             f"context {context} tokens: the longest of the planner's steps that fits, of the model's "
-            f"{spec.max_context_tokens}"
+            f"{spec.max_context_tokens}{_room_of_bf16_cache(spec, place, asked, choice.layout)}"
         )
     lines.append(f"kernels {place.kernels}: {'asked for; ' if asked.kernels else ''}{KERNELS_WHY[place.kernels]}")
     lines.append(_sequences(place, asked, room))
@@ -90,6 +92,17 @@ def why(
     )
     lines.append(f"prompts go in steps of at most {room.step_tokens} tokens, which bounds the workspace")
     return lines
+
+
+def _room_of_bf16_cache(spec: Spec, place: Place, asked: Asked, layout: Layout) -> str:
+    """On a CPU the cache is in fp32 unless asked otherwise, and bf16 takes half."""
+    if place.device == "cuda" or place.kv_dtype != "fp32" or asked.kv_dtype is not None:
+        return ""
+    narrow = dataclasses.replace(place, kv_dtype="bf16")
+    there = longest(spec, narrow, layout, context_choices(spec.max_context_tokens))
+    if there is None or there.context_tokens <= layout.context_tokens:
+        return ""
+    return f"; --kv-dtype bf16 has room for {there.context_tokens}"
 
 
 def _rest(spec: Spec, mesh: Mesh, place: Place, asked: Asked) -> list[str]:
@@ -185,7 +198,9 @@ def _ranks(place: Place, asked: Asked, choice: Choice) -> str:
         others_text = ", ".join(f"{rates[other]:.0f} with {other}" for other in others)
         return head + f"{_step(step)}; a node makes {rates[ranks]:.0f} tokens/s so, against {others_text}"
     others_text = ", ".join(f"{_ms(choice.steps[other].seconds)} with {other}" for other in others)
-    return head + f"{_step(step)}; against {others_text}"
+    slower = step.seconds > min(one.seconds for one in choice.steps.values())
+    tie = f"; what is within {round((TIE - 1) * 100)} % counts as equal, and this makes the most replicas" * slower
+    return head + f"{_step(step)}; against {others_text}{tie}"
 
 
 def _step(step: Step) -> str:
@@ -294,6 +309,12 @@ def why_offloaded(
             f"1 rank: {_parts(row)} are {_of(row.device_bytes, place.gpus[0].free_bytes)}; host memory "
             f"{format_size(row.host_bytes)}{host}"
         )
+        if idle := len(place.gpus) - 1:
+            each = "" if place.nodes == 1 else " a node"
+            lines.append(
+                f"ranks 1: no number of ranks in a node holds all experts, and only one rank can leave some elsewhere; "
+                f"{_count(idle, 'GPU')}{each} stay{'s' * (idle == 1)} idle"
+            )
     else:
         total = row.device_bytes + row.host_bytes
         lines.append(f"1 rank: {_parts(row)}; with {format_size(row.host_bytes)} a process {format_size(total)}")
@@ -375,11 +396,47 @@ def no_plan(spec: Spec, found: Machine, machine: Machine, place: Place, asked: A
     else:
         tried.append(f"1 rank on a GPU: {why_no_gpu(found, asked)}")
     short, layout = min(nearest.values(), key=lambda one: one[0])
+    changes = _changes(spec, machine, place, asked, layout)
+    # experts in the file take less than any layout that holds them
+    if place.device == "cpu" and (least := _file_row(spec, machine, place, asked)) is not None:
+        assert place.host_free_bytes is not None
+        total = least.device_bytes + least.host_bytes
+        short = total - place.host_free_bytes
+        parts = f"{_parts(least)}, process {format_size(least.host_bytes)}"
+        needs = f"needs {_of(total, place.host_free_bytes)} ({parts})"
+        tried.insert(0, f"1 rank on the CPU, experts in the file, {context} tokens: {_short(short)}; {needs}")
+        in_file_fits = f"{_up(total)} of free host memory fit, with experts in the checkpoint's file"
+        changes = [*_shorter_in_file(spec, machine, asked, context), in_file_fits, *changes]
     return NoPlanError(
         f"no plan for {context} tokens of context fits {machine.name}: {_short(short)}",
         tuple(tried),
-        "; ".join(_changes(spec, machine, place, asked, layout)),
+        "; ".join(changes),
     )
+
+
+def _file_row(spec: Spec, machine: Machine, place: Place, asked: Asked) -> RankMemory | None:
+    """The least that a rank on the CPU takes; None where its experts are not left in the file."""
+    context = asked.context_tokens or min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
+    if not one_rank(asked) or _whole_fits(spec, place, asked):
+        return None
+    return in_file(spec, on_cpu(machine, asked), room_for(spec, asked, context))
+
+
+def _shorter_in_file(spec: Spec, machine: Machine, asked: Asked, context: int) -> list[str]:
+    """The longest context that a plan with experts in the file has room for."""
+    assert machine.host_memory_bytes is not None
+    for tokens in context_choices(context):
+        row = in_file(spec, on_cpu(machine, asked), room_for(spec, asked, tokens))
+        if tokens < context and row.device_bytes + row.host_bytes <= machine.host_memory_bytes:
+            return [f"--context {tokens} fits"]
+    return []
+
+
+def _whole_fits(spec: Spec, place: Place, asked: Asked) -> bool:
+    """Whether a short context, or another layout, needs no offload."""
+    free = dataclasses.replace(asked, ranks=None, ep=None, dp=None)
+    shortest = min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
+    return any(not shortfall(spec, place, layout) for layout in candidates(spec, place, free, shortest))
 
 
 def _why_not_offloaded(spec: Spec, place: Place, asked: Asked) -> str:
@@ -388,9 +445,7 @@ def _why_not_offloaded(spec: Spec, place: Place, asked: Asked) -> str:
     if place.host_free_bytes is None:
         return "how much host memory is free is not known; --host-memory SIZE says so"
     room = room_for(spec, asked)
-    free = dataclasses.replace(asked, ranks=None, ep=None, dp=None)
-    shortest = min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
-    if any(not shortfall(spec, place, layout) for layout in candidates(spec, place, free, shortest)):
+    if _whole_fits(spec, place, asked):
         return "only where nothing fits without, and a shorter context or another layout would"
     row = memories(spec, place, Mesh(), room_for(spec, asked, min(room.context_tokens, SMALLEST_CONTEXT_TOKENS)))[0]
     needed, what = without_slots_bytes(spec, place, asked.misses or "computed", row), "all but the experts takes"
@@ -447,14 +502,38 @@ def _changes(spec: Spec, machine: Machine, place: Place, asked: Asked, layout: L
     changes += _other_gpus(spec, machine, place, asked, context)
     need = _up(max(row.device_bytes for row in rows))
     count = layout.per_node * mesh.ranks
-    changes.append(f"a GPU with {need} free fits" if count == 1 else f"{count} GPUs with {need} free each fit")
-    if place.host_free_bytes is not None and host_bytes > place.host_free_bytes:
-        changes.append(f"{_up(host_bytes)} of host memory are needed besides")
-    if machine.host_memory_bytes is not None and asked.rest != "fp8":
-        cpu = on_cpu(machine, asked)
-        if not shortfall(spec, cpu, Layout(Mesh(), 1, context)):
-            changes.append("--gpu-memory 0 runs it on the CPU, slowly")
+    lacks_host = place.host_free_bytes is not None and host_bytes > place.host_free_bytes
+    free = min(gpu.free_bytes for gpu in layout.gpus(place))
+    if max(row.device_bytes for row in rows) <= free:
+        changes += [f"{_up(host_bytes)} of free host memory fit"] if lacks_host else []
+    else:
+        if lacks_host and _all_but_experts_fit(spec, place, asked):
+            changes.append(f"{_up(host_bytes)} of free host memory fit, with experts in the checkpoint's file")
+        changes.append(f"a GPU with {need} free fits" if count == 1 else f"{count} GPUs with {need} free each fit")
+        changes += [f"{_up(host_bytes)} of host memory are needed besides"] if lacks_host else []
+    if _cpu_fits(spec, machine, asked, context):
+        changes.append("--gpu-memory 0 runs it on the CPU, slowly")
     return changes
+
+
+def _all_but_experts_fit(spec: Spec, place: Place, asked: Asked) -> bool:
+    """On the GPU, in a plan that leaves experts elsewhere."""
+    if not one_rank(asked) or _whole_fits(spec, place, asked):
+        return False
+    context = asked.context_tokens or min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
+    row = memories(spec, place, Mesh(), room_for(spec, asked, context))[0]
+    return without_slots_bytes(spec, place, asked.misses or "computed", row) <= place.gpus[0].free_bytes
+
+
+def _cpu_fits(spec: Spec, machine: Machine, asked: Asked, context: int) -> bool:
+    """Whether the same without the GPUs is a plan, with all in memory or with experts in the file."""
+    if machine.host_memory_bytes is None or asked.rest == "fp8" or asked.dtype == "fp16" or asked.kernels is not None:
+        return False
+    if not shortfall(spec, on_cpu(machine, asked), Layout(Mesh(), 1, context)):
+        return True
+    row = in_file(spec, on_cpu(machine, asked), room_for(spec, asked, context))
+    total = row.device_bytes + row.host_bytes
+    return one_rank(asked) and asked.misses != "copied" and total <= machine.host_memory_bytes
 
 
 def _other_layouts(spec: Spec, place: Place, asked: Asked, context: int) -> list[str]:

@@ -1,5 +1,7 @@
 """The command line itself: fast, light, and wrong input answered with one line, a hint and an exit code."""
 
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -117,3 +119,35 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m gptoss_launch.launch plan openai/gpt-oss-20b --machine h100 --json | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("plan", "openai/gpt-oss-20b", "--machine", "h100")])
+def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "gptoss_launch.launch", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "error: output cannot be written: No space left on device\nhint: make room, or write elsewhere\n"
+    )
+
+
+def test_a_closed_stdout_is_nobodys_fault() -> None:
+    program = "exec " + shlex.join([sys.executable, "-m", "gptoss_launch.launch", "plan", "tiny"]) + " >&-"
+    done = subprocess.run(["sh", "-c", program], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_locale_without_the_letter_gets_its_number() -> None:
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "gptoss_launch.launch", "finetune", "--config", "tiny", "--preview", "1"]
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "\\u27e6" in done.stdout
+
+
+def test_completion_says_nothing_but_what_completes() -> None:
+    for words, wanted in (("gptoss-launch pl", "plan"), ("gptoss-launch plan --mach", "--machine"), ("x zzz --p", "")):
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_GPTOSS_LAUNCH_COMPLETE": "bash_complete"}
+        command = [sys.executable, "-m", "gptoss_launch.launch"]
+        done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "") and wanted in done.stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from gptoss_launch.configs import make_conversations
 from gptoss_launch.launch.cli import run
-from gptoss_launch.launch.commands.eval import count, read_task, said
+from gptoss_launch.launch.commands.eval import count, read_task, said, shown
 from gptoss_launch.parallel.errors import UserError
 
 CALL = {"function": {"name": "f", "arguments": {"x": 1}}}
@@ -69,6 +69,16 @@ def test_no_server_and_no_model_are_said(tmp_path: Path, capsys: pytest.CaptureF
     assert "is it the URL of a running server" in capsys.readouterr().err
     assert run(["eval", "tinny", "--task", str(task)]) == 2
     assert "tinny is not served: no model 'tinny'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_answers_are_counted_in_a_terminal_only(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    assert list(shown(iter("abc"), 3)) == ["a", "b", "c"]
+    out, err = capsys.readouterr()
+    assert out == "" and ("3/3" in err) == terminal and (terminal or err == "")
 
 
 @pytest.mark.slow

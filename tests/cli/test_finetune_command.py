@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from gptoss_launch.launch import extras
 from gptoss_launch.launch.cli import run
+from gptoss_launch.launch.finetune_rank import stop_signals
 from gptoss_launch.launch.finetune_settings import PRESETS, FinetuneSettings, load_finetune_settings, read_deepspeed
 from gptoss_launch.launch.records import Source
 from gptoss_launch.launch.settings import preset_names
@@ -127,12 +128,18 @@ def test_presets_are_those_that_are_tested() -> None:
 
 def test_what_does_not_fit_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["finetune", "--config", "20b-80gb", "--dry-run", "machine=h100", "mode=full"]) == 6
-    assert "does not fit cuda of h100: short by " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "does not fit cuda of h100: short by " in err and "\ntried: ranks 1\n" in err
     words = ["ranks=2", "machine=h200x2", "mode=full"]
     assert run(["finetune", "--config", "20b-80gb", "--dry-run", *words, "deepspeed=zero3-offload-all"]) == 6
     assert "does not fit the host memory of h200x2: short by " in capsys.readouterr().err
     assert run(["finetune", "--config", "20b-80gb", "--dry-run", "ranks=9", "machine=h100x8"]) == 2
     assert "ranks=9, and h100x8 has 8 GPUs" in capsys.readouterr().err
+
+
+def test_a_gpu_too_old_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["finetune", "--config", "20b-12gb", "--dry-run", "machine=gtx1080ti", "host_layers=13"]) == 2
+    assert "device=cuda, and NVIDIA GeForce GTX 1080 Ti is sm_61" in capsys.readouterr().err
 
 
 def test_a_small_gpu_is_told_how_many_layers_may_wait_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,6 +237,9 @@ def test_values_are_those_of_the_published_models() -> None:
         (["model=tiny", "data=nowhere.jsonl", "run=RUN", "device=cpu"], "nowhere.jsonl: not readable"),
         (["--config", "tiny", "run=RUN", "machine=h100"], "machine=h100 is for --dry-run"),
         (["--config", "tinny"], "--config tinny: not readable"),
+        (["--config", "tiny", "run=/proc/run", "device=cpu"], "run=/proc/run: No such file or directory"),
+        (["--config", "tiny", "run=/proc/run", "ranks=2", "device=cpu"], "run=/proc/run: No such file or directory"),
+        (["--config", "tiny", f"run={__file__}/run", "device=cpu"], "run: Not a directory"),
     ],
 )
 def test_what_is_missing_is_said(
@@ -237,6 +247,24 @@ def test_what_is_missing_is_said(
 ) -> None:
     assert run(["finetune", *(word.replace("RUN", str(tmp_path / "run")) for word in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data=nowhere.jsonl", "nowhere.jsonl: not readable"),
+        ("deepspeed=zero9", "deepspeed=zero9: no such configuration"),
+        ("model=nowhere", "no model 'nowhere'"),
+    ],
+)
+def test_what_no_rank_could_do_starts_none(
+    word: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: object())
+    assert run(["finetune", "--config", "tiny", f"run={tmp_path / 'run'}", "ranks=2", "device=cpu", word]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: {message}") and len(err.splitlines()) == 2  # once, with its hint
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +285,21 @@ def test_preview_prints_samples_with_their_mask(capsys: pytest.CaptureFixture[st
     assert out.count("tokens,") == 3 and "assistant⟦<|channel|>analysis<|message|>" in out and "<|return|>⟧" in out
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_interrupt_ends_at_once() -> None:
+    with stop_signals() as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     model = checkpoint("three_blocks", tmp_path)
     words = [f"model={model}", f"run={folder}", "steps=8", "packs_per_step=1", "first_loss=ignore"]
@@ -269,7 +311,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pyt
     def interrupt() -> None:
         while not over.wait(0.01):
             if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
-                os.kill(os.getpid(), signal.SIGUSR1)
+                os.kill(os.getpid(), number)
                 return
 
     thread = threading.Thread(target=interrupt)

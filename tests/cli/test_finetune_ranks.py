@@ -213,10 +213,12 @@ def logged(folder: Path) -> dict[str, dict[int, float]]:
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_all(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     """Data that only rank 0 reads."""
-    words = [f"run={tmp_path / 'run'}", "data=nowhere.jsonl"]
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{")
+    words = [f"run={tmp_path / 'run'}", f"data={broken}"]
     command = [sys.executable, "-m", "gptoss_launch.launch", "finetune", "--config", "tiny-2ranks", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 2 and "error: nowhere.jsonl: not readable" in done.stderr
+    assert done.returncode == 2 and f"error: {broken}:1: no JSON" in done.stderr
     assert "rank 0 ended with exit code 2, and with it the run" in done.stderr
     assert "Traceback" not in done.stderr
 

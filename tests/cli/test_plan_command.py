@@ -1,6 +1,7 @@
 """`plan`: JSON and nothing else on stdout, a table for people, exit code 6 when nothing fits."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,21 @@ def test_table_shows_numbers_and_reasons(capsys: pytest.CaptureFixture[str], mon
     assert err == ""
     assert "12.8 GiB" in out and "131072 tokens" in out
     assert sum(line.startswith("why") for line in out.splitlines()) >= 5
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize(("model", "machine"), [("openai/gpt-oss-120b", "h100x8"), (MODEL, "laptop-8gb")])
+def test_no_number_is_cut_in_a_narrow_terminal(
+    model: str, machine: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run(["plan", model, "--machine", machine]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out and all(len(line) <= columns for line in out.splitlines())
+    head = out[out.index("\nrank") : out.index("\nwhy")]  # a number and its unit stay together
+    assert "weights" in head and re.search(r"\d GiB", head) and not re.search(r"^\s*([KMG]iB\s*)+$", head, re.MULTILINE)
+    if machine == "h100x8" and columns < 200:
+        assert re.search(r"^rank +0-1 +2-7 *$", out, re.MULTILINE)
 
 
 def test_no_plan_exits_6_with_the_shortfall_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,22 @@ def test_offline_download_says_what_to_do(hub: Path) -> None:
     with pytest.raises(UserError, match="could not be downloaded") as caught:
         resolve(MODEL, need_weights=True)
     assert "copy the checkpoint's folder here" in caught.value.hint
-    assert "\n" not in caught.value.message
+    assert "\n" not in caught.value.message and "did you mean" not in caught.value.hint  # it was spelt right
+    with pytest.raises(UserError, match="did you mean openai/gpt-oss-20b"):
+        resolve("openai/gpt-oss-21b", need_weights=True)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an adapter, and no model") as caught:
+        resolve(str(tmp_path), need_weights=True)
+    assert "--format mxfp4" in caught.value.hint
+
+
+def test_a_size_alone_gets_the_whole_name() -> None:
+    for size in ("20b", "120B"):
+        with pytest.raises(UserError, match=f"did you mean openai/gpt-oss-{size.lower()}"):
+            resolve(size, need_weights=False)
 
 
 def test_cached_checkpoint_is_found_offline(hub: Path) -> None:

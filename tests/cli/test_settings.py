@@ -52,6 +52,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("host: 1", ["host: 1 is no text"]),
         ("- port", ["a list, not a mapping"]),
         ("port: [", ["no YAML"]),
+        ("port: 1\nhost: a\nport: 2", ["key 'port' twice", "line 3"]),
     ],
 )
 def test_wrong_files_name_file_key_and_near_match(text: str, named: list[str], tmp_path: Path) -> None:

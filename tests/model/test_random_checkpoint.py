@@ -133,6 +133,7 @@ def test_layers_can_be_fewer(tmp_path: Path) -> None:
         (["OUT", "--spec", "SPEC"], "OUT exists and is not an empty folder", "name a new folder"),
         (["new"], "one of --model and --spec is wanted", "--model is 20b or 120b"),
         (["new", "--model", "20b", "--spec", "SPEC"], "one of --model and --spec is wanted", "--spec a config.json"),
+        (["new", "--spec", "nowhere.json"], "--spec nowhere.json: no such file", "the config.json of a checkpoint"),
         (["new", "--model", "21b"], "--model 21b: no such size", "did you mean 20b?"),
         (["new", "--spec", "SPEC", "--sed", "1"], "no option --sed", "did you mean --seed?"),
     ],

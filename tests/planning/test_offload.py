@@ -179,6 +179,17 @@ def test_hardware_that_fits_is_not_offloaded() -> None:
         planned("120b", "rtx3090x3", ranks=1)
 
 
+def test_what_no_plan_without_offload_uses_is_said() -> None:
+    unused = [line for line in planned("20b", "h100", misses="copied", look_ahead=2).why if "of no use" in line]
+    assert [line.split(":")[0] for line in unused] == ["--misses copied", "--look-ahead"]
+    assert not any("of no use" in line for line in planned("20b", "rtx2080ti", misses="computed").why)
+
+
+def test_gpus_that_stay_idle_are_said() -> None:
+    assert any("1 GPU stays idle" in line for line in planned("120b", "rtx3090x2").why)
+    assert not any("idle" in line for line in planned("120b", "rtx3090").why)
+
+
 def test_round_trip_keeps_the_digest() -> None:
     counts = tuple((1,) * 32 for _ in range(24))
     plan = planned("20b", "rtx2080ti", routing=Routing("20b", counts))

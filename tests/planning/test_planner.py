@@ -157,7 +157,63 @@ def test_hint_of_another_gpu() -> None:
 def test_host_memory_counts_beside_a_gpu() -> None:
     error = refused("20b", "h100", host_memory_bytes=GIB)
     assert "short by 2147483648 bytes" in error.message
-    assert "3.0 GiB of host memory are needed besides" in error.hint
+    assert error.hint == "3.0 GiB of free host memory fit"  # the GPU is large enough
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked"),
+    [
+        ("cpu", {"host_memory_bytes": GIB}),
+        ("cpu", {"host_memory_bytes": 4 * GIB, "dtype": "fp32"}),
+        ("cpu", {"host_memory_bytes": 8 * GIB, "context_tokens": 131072}),
+        ("rtx2080ti", {"host_memory_bytes": 2 * GIB}),
+        ("laptop-8gb", {"host_memory_bytes": GIB}),
+    ],
+)
+def test_the_least_host_memory_is_named_first(machine: str, asked: dict[str, object]) -> None:
+    """Experts may stay in the file, which takes much less than all of them in memory."""
+    error = refused("20b", machine, **asked)
+    found = re.search(r"([\d.]+ GiB) of free host memory fit, with experts in the checkpoint's file", error.hint)
+    assert found
+    enough = parse_size(found[1])
+    context = {"context_tokens": asked.get("context_tokens", 1024)}
+    plan = planned("20b", machine, **asked | context | {"host_memory_bytes": enough})
+    assert plan.offload != "none" and plan.offload.taken.kept == "file"
+    refused("20b", machine, **asked | context | {"host_memory_bytes": enough - GIB // 5})
+    if shorter := re.search(r"--context (\d+) fits", error.hint):
+        planned("20b", machine, **asked | {"context_tokens": int(shorter[1])})
+
+
+def test_no_plan_with_experts_in_the_file_adds_up() -> None:
+    error = refused("20b", "cpu", host_memory_bytes=4 * GIB)
+    found = re.search(r"short by (\d+) bytes", error.message)
+    assert found and f"short by {found[1]} bytes" in error.tried[0] and "experts in the file" in error.tried[0]
+    planned("20b", "cpu", host_memory_bytes=4 * GIB + int(found[1]))
+    refused("20b", "cpu", host_memory_bytes=4 * GIB + int(found[1]) - 1)
+
+
+def test_a_gpu_too_small_leaves_the_cpu() -> None:
+    error = refused("20b", "laptop-8gb", gpu_memory_bytes=3 * GIB, host_memory_bytes=15 * GIB)
+    assert "--gpu-memory 0 runs it on the CPU" in error.hint
+    planned("20b", "laptop-8gb", gpu_memory_bytes=0, host_memory_bytes=15 * GIB)
+    assert (
+        "--gpu-memory 0" not in refused("20b", "laptop-8gb", gpu_memory_bytes=3 * GIB, host_memory_bytes=4 * GIB).hint
+    )
+
+
+def test_a_cpu_says_what_a_bf16_cache_has_room_for() -> None:
+    plan = planned("20b", "cpu", host_memory_bytes=16 * GIB)
+    found = re.search(r"--kv-dtype bf16 has room for (\d+)", why(plan, "context"))
+    assert found
+    there = planned("20b", "cpu", host_memory_bytes=16 * GIB, kv_dtype="bf16")
+    assert there.context_tokens == int(found[1]) > plan.context_tokens
+
+
+def test_a_layout_that_is_not_the_fastest_says_why() -> None:
+    plan = planned("20b", "h200x8")
+    assert (plan.dp, plan.ranks) == (2, 4)
+    assert why(plan, "ranks").endswith("what is within 5 % counts as equal, and this makes the most replicas")
+    assert "counts as equal" not in why(planned("20b", "h100x8"), "ranks")
 
 
 def without_host(machine: str) -> Machine:

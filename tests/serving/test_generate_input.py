@@ -8,7 +8,7 @@ CASES = {
     "two prompts": (["-p", "x", "--token-ids", "{ids}"], "generate takes one prompt"),
     "no such file": (["--token-ids", "nowhere"], "--token-ids nowhere: not readable"),
     "no ids": (["--token-ids", "{empty}"], "no ids in it"),
-    "words": (["--token-ids", "{words}"], "invalid literal"),
+    "words": (["--token-ids", "{words}"], "'one' is no token id"),
     "no integers": (["--token-ids", "{floats}"], "1.5 is no token id"),
     "an id too large": (["--token-ids", "{large}"], "token id 99999 at place 1: the vocabulary has 1024"),
     "a negative id": (["--token-ids", "{negative}"], "token id -1 at place 0"),

@@ -328,8 +328,10 @@ def test_a_script_is_usable_by_hand(cli: CommandLine, cluster: Cluster, tmp_path
     ("interface", "words"),
     [("lo", "calls itself 127.0.0.1, where no other node"), ("nope0", "no IPv4 address on nope0")],
 )
-def test_a_head_that_others_cannot_reach(cli: CommandLine, interface: str, words: str) -> None:
-    flags = ["--nodes", "2", "--set", "run.config=tiny", "--set", f"run.interface={interface}"]
+def test_a_head_that_others_cannot_reach(cli: CommandLine, tmp_path: Path, interface: str, words: str) -> None:
+    training = tmp_path / "training.yaml"
+    training.write_text(f"model: tiny\ndata: {tmp_path}/data.jsonl\nrun: {tmp_path}/run\n")
+    flags = ["--nodes", "2", "--set", f"run.config={training}", "--set", f"run.interface={interface}"]
     done = cli("submit", "finetune", *flags, "--wait", code=4)
     assert words in done.stderr
 
@@ -385,9 +387,11 @@ def test_more_nodes_than_there_are(cli: CommandLine) -> None:
 
 
 def test_every_template_is_accepted(cli: CommandLine, tmp_path: Path) -> None:
+    training = tmp_path / "training.yaml"
+    training.write_text(f"model: tiny\ndata: {tmp_path}/data.jsonl\nrun: {tmp_path}/run\n")
     for kind, settings in (
         ("serve", ["run.model=tiny"]),
-        ("finetune", ["run.config=tiny", "slurm.nodes=2"]),
+        ("finetune", [f"run.config={training}", "slurm.nodes=2"]),
         ("bench", ["run.what=decode", "run.target=tiny"]),
         ("preflight", ["slurm.nodes=2"]),
     ):

@@ -87,6 +87,12 @@ def test_what_wins(command_line: CommandLine, config: Path, tmp_path: Path) -> N
         ("run: {}", "run.model is missing", "--set run.model="),
         ("run: [model]", "run: no mapping", ""),
         ("a: b: c", "no YAML", ""),
+        (
+            "{slurm: {nodes: 0}, run: {model: openai/gpt-oss-20b, machine: h100x8}}",
+            "--nodes 0 leaves no node",
+            "--nodes=1",
+        ),
+        ("slurm: {time: 1, nodes: 2, time: 3}", "key 'time' twice", ""),
     ],
 )
 def test_wrong_settings(command_line: CommandLine, tmp_path: Path, text: str, message: str, hint: str) -> None:
@@ -97,6 +103,32 @@ def test_wrong_settings(command_line: CommandLine, tmp_path: Path, text: str, me
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], lines
     assert hint in lines[-1] and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("run", "message", "hint"),
+    [
+        ("{config: nope}", "--config nope: not readable", "known: 120b-80gb"),
+        ("{config: tiny, set: {stesp: 3}}", "unknown key 'stesp'", "did you mean steps?"),
+        ("{config: tiny, set: {steps: -1}}", "steps: -1 is no whole number", "Steps of the optimizer"),
+        ("{config: tiny}", "finetune: no run", "run=..."),
+        ("{config: 20b-80gb, set: {run: /shared/a}}", "finetune: no data", "data=..."),
+        ("{config: tiny, set: steps}", "'steps' is no list of key=value", "set: [steps=100]"),
+    ],
+)
+def test_training_that_no_rank_would_begin(
+    command_line: CommandLine, tmp_path: Path, run: str, message: str, hint: str
+) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(f"run: {run}\n")
+    lines = command_line("submit", "finetune", "--config", config, "--render", code=2).stderr.splitlines()
+    assert message in lines[-2] and hint in lines[-1]
+
+
+def test_training_by_another_interpreter_is_its_own(command_line: CommandLine, tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text("run: {config: theirs, python: /opt/python}\n")
+    assert "--config theirs" in command_line("submit", "finetune", "--config", config, "--render").stdout
 
 
 def test_a_site_file_holds_no_keys_of_a_command(command_line: CommandLine, tmp_path: Path) -> None:
