@@ -105,7 +105,7 @@ def print_plan(
     for row in rows:
         if row[1] != "0 B":
             table.add_row(*row)
-    Console(stderr=to_stderr, highlight=False).print(table)
+    Console(stderr=to_stderr, highlight=False, markup=False, emoji=False).print(table)
     for of_host, what, needed, there in (
         (False, f"{settings.device} of {machine.name}", memory.device_bytes, free),
         (True, f"the host memory of {machine.name}", host, machine.host_memory_bytes),

@@ -68,4 +68,4 @@ def _ways(offload: Offload) -> RenderableType:
 
 def print_plan(plan: Plan, *, to_stderr: bool = False) -> None:
     """To stdout for `plan`, whose result it is; to stderr where it is news on the way to something else."""
-    Console(stderr=to_stderr, highlight=False).print(plan_table(plan), soft_wrap=False)
+    Console(stderr=to_stderr, highlight=False, markup=False, emoji=False).print(plan_table(plan), soft_wrap=False)

@@ -82,7 +82,7 @@ def show(settings: FinetuneSettings, tokenizer: "Tokenizer", count: int) -> None
     from ..records import read_records
     from ..training_data import rules_of
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     shown = 0
     for number, source in enumerate(settings.data):
         for record in read_records(source):

@@ -113,6 +113,14 @@ def test_hours_follow_from_steps_and_ranks(capsys: pytest.CaptureFixture[str]) -
     assert "not known: no peak of" in capsys.readouterr().out
 
 
+def test_brackets_of_a_command_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """A list of files begins like a closing tag of rich's markup, and `:x:` like the name of an emoji."""
+    words = ["data=[/a:x:/one.jsonl,/a/two.jsonl]", "targets=[experts]"]
+    assert run(["finetune", "--config", "tiny", "--dry-run", "machine=laptop-8gb", *words]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert all(word in shown for word in words)
+
+
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["finetune", "--help"]) == 0
     lines = capsys.readouterr().out.split("Settings:")[1].splitlines()
