@@ -170,6 +170,15 @@ def test_the_first_loss_is_compared_with_the_pass_that_serves(job: Job) -> None:
         gate.check_first_loss(2.0, 0.9, 1024)
 
 
+def test_the_first_loss_is_of_something_that_is_learnt() -> None:
+    short = sample(range(600), [0.0] * 511 + [0.5] + [0.0] * 88)
+    long = sample(range(2000), [0.0] * 1500 + [1.0] * 500)
+    for samples, first, learnt, weight in (([long, short], 0, 510, 0.5), ([long], 1244, 255, 256.0)):
+        document = gate.first_document(samples, torch.device("cpu"))
+        assert (document.tokens_T[0], len(document.tokens_T), document.learnt_R[0]) == (first, gate.TOKENS, learnt)
+        assert document.weight == weight
+
+
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, lambda folder: ["a"] if (folder / "a").write_text("x") else [], 10, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(9, 0, 9))
