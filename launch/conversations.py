@@ -27,6 +27,7 @@ from .tokenizer import Tokenizer
 
 CHANNELS = ("analysis", "commentary", "final")
 EFFORTS = ("low", "medium", "high")
+MOST_WEIGHT = 1e6  # of a message: its losses are added up in fp32
 
 _BESIDE_MESSAGES = ("messages", "tools", "reasoning_effort", "date")
 _BESIDE_PROMPT = ("prompt", "completion", "thinking", "tools", "reasoning_effort", "date")
@@ -203,8 +204,8 @@ def api_messages(messages: Any) -> tuple[list[dict[str, Any]], list[float]]:
             raise RecordError(f"messages.{place}: {message!r} is no message")
         message = {key: value for key, value in message.items() if value is not None}
         weight = message.pop("weight", 1.0)
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < float("inf"):
-            raise RecordError(f"messages.{place}.weight: {weight!r} is no number from 0")
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= MOST_WEIGHT:
+            raise RecordError(f"messages.{place}.weight: {weight!r} is no number from 0 to {MOST_WEIGHT:g}")
         if message.get("role") == "assistant":
             message = _assistant(message, place, calls)
         elif message.get("role") == "tool" and "tool_call_id" not in message:

@@ -72,7 +72,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             where = f"{path}:{number}"
             try:
                 fields = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Record(where, None, f"no JSON: {error}")
                 continue
             if isinstance(fields, dict):
