@@ -150,6 +150,11 @@ def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list
         steps_per_epoch(mixture, settings.seed, settings.sequence_tokens, settings.packs_per_step, epoch)
         for epoch in range(settings.epochs)
     )
+    if not steps:
+        raise UserError(
+            f"{settings.epochs} epochs of the data take no sample: {len(lengths)} samples by weights of {max(weights):g}",
+            "higher weights, more epochs, or steps=N",
+        )
     lora = settings.mode == "lora"
     recipe = Recipe(**{one.name: getattr(settings, one.name) for one in dataclasses.fields(Recipe)})
     return Job(

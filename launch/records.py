@@ -11,6 +11,8 @@ from typing import Any
 
 from ..parallel.errors import UserError, did_you_mean
 
+WEIGHTS = (1e-6, 1e3)  # of a source: below, epochs would take nothing for ever; above, one would not end
+
 
 @dataclass(frozen=True)
 class Source:
@@ -35,8 +37,8 @@ def read_source(value: Any) -> Source:
         if key not in known:
             raise UserError(f"unknown key {key!r}", did_you_mean(str(key), known))
     weight, split = value.get("weight", 1.0), value.get("split", "train")
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
-        raise UserError(f"weight: {weight!r} is no positive number")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+        raise UserError(f"weight: {weight!r} is no number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}")
     if not isinstance(split, str):
         raise UserError(f"split: {split!r} is no text")
     return Source(value["source"], split, float(weight))

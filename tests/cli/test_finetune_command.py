@@ -236,6 +236,10 @@ def test_values_are_those_of_the_published_models() -> None:
         (["model=tiny"], "no data"),
         (["model=tiny", "data=nowhere.jsonl"], "no run"),
         (["model=tiny", "data=nowhere.jsonl", "run=RUN", "device=cpu"], "nowhere.jsonl: not readable"),
+        (
+            ["model=tiny", "data={source: DATA, weight: 0.001}", "run=RUN", "device=cpu"],
+            "1 epochs of the data take no sample: 1 samples by weights of 0.001",
+        ),
         (["--config", "tiny", "run=RUN", "machine=h100"], "machine=h100 is for --dry-run"),
         (["--config", "tinny"], "--config tinny: not readable"),
     ],
@@ -243,7 +247,11 @@ def test_values_are_those_of_the_published_models() -> None:
 def test_what_is_missing_is_said(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["finetune", *(word.replace("RUN", str(tmp_path / "run")) for word in arguments)]) == 2
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Hi", "completion": "Yo"}) + "\n")
+    places = {"RUN": tmp_path / "run", "DATA": tmp_path / "data.jsonl"}
+    for name, place in places.items():
+        arguments = [word.replace(name, str(place)) for word in arguments]
+    assert run(["finetune", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -312,6 +312,12 @@ def test_sources_are_names_or_mappings() -> None:
             read_source(wrong)
 
 
+@pytest.mark.parametrize("weight", [0, 1e-9, 1e300, float("inf"), True])
+def test_a_source_has_a_weight_that_an_epoch_can_take(weight: float) -> None:
+    with pytest.raises(UserError, match=r"weight: .* is no number from 1e-06 to 1000"):
+        read_source({"source": "a.jsonl", "weight": weight})
+
+
 def test_preview_shows_the_mask_without_colours(small_tokenizer: Tokenizer) -> None:
     (sample,) = record_samples({"text": "añb"}, Rules(), small_tokenizer)
     assert preview(sample, small_tokenizer).plain == "a⟦ñb<|endoftext|>⟧"
