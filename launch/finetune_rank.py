@@ -152,7 +152,7 @@ def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list
     )
     if not steps:
         raise UserError(
-            f"{settings.epochs} epochs of the data take no sample: {len(lengths)} samples by weights of {max(weights):g}",
+            f"{settings.epochs} epochs of the data take no sample: {len(lengths)} samples, by weights {max(weights):g}",
             "higher weights, more epochs, or steps=N",
         )
     lora = settings.mode == "lora"

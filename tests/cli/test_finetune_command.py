@@ -56,6 +56,11 @@ def test_words_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         (["skip_bad_records=1"], "skip_bad_records: 1 is neither true nor false"),
         (["data={sorce: x}"], "data: {'sorce': 'x'} names no data"),
         (["date=tomorrow"], "date: 'tomorrow' is no date"),
+        (["date=2025-08-05 10:00:00"], "is no date such as"),
+        (["beta1=1"], "beta1: 1 is no number from 0 to 0.999999999"),
+        (["beta2=1.0"], "beta2: 1.0 is no number"),
+        (["expert_alpha=0"], "expert_alpha: 0 is no number from 1e-06"),
+        (["seed=99999999999999999999"], "seed: 99999999999999999999 is no whole number up to 9223372036854775807"),
         (["steps=["], "no YAML"),
     ],
 )
@@ -238,7 +243,7 @@ def test_values_are_those_of_the_published_models() -> None:
         (["model=tiny", "data=nowhere.jsonl", "run=RUN", "device=cpu"], "nowhere.jsonl: not readable"),
         (
             ["model=tiny", "data={source: DATA, weight: 0.001}", "run=RUN", "device=cpu"],
-            "1 epochs of the data take no sample: 1 samples by weights of 0.001",
+            "1 epochs of the data take no sample: 1 samples, by weights 0.001",
         ),
         (["--config", "tiny", "run=RUN", "machine=h100"], "machine=h100 is for --dry-run"),
         (["--config", "tinny"], "--config tinny: not readable"),
