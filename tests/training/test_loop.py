@@ -125,6 +125,29 @@ def test_the_last_checkpoints_are_kept_whole(job: Job, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".half*"))
 
 
+@pytest.mark.parametrize(
+    ("mode", "files"),
+    [
+        ("lora", ("state.json", "adapter_config.json", "adapter_model.safetensors", "optimizer-layers.1.safetensors")),
+        ("full", ("state.json", "parameters-embed.safetensors", "optimizer-head.safetensors")),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before(
+    job: Job, mode: str, files: tuple[str, ...], tmp_path: Path
+) -> None:
+    job = dataclasses.replace(job, mode=mode, steps=2, save_every=1, packs_per_step=1)
+    run(job, tmp_path)
+    (_, before), (_, last) = saves(tmp_path)
+    for file in files:
+        data = (last / file).read_bytes()
+        for spoilt in (None, b"", data[: len(data) // 2]):
+            (last / file).unlink() if spoilt is None else (last / file).write_bytes(spoilt)
+            with pytest.raises(UserError, match="is not whole") as caught:
+                begun(job, tmp_path)
+            assert str(last) in caught.value.message and f"{before} is the one before" in caught.value.hint
+            (last / file).write_bytes(data)
+
+
 def test_packs_of_a_step_count_by_their_tokens(job: Job, tmp_path: Path) -> None:
     """One pack with all samples, or several with few of them: the same loss and gradient."""
     one_step = dataclasses.replace(job, steps=1, save_every=0, packs_per_step=8)
