@@ -85,7 +85,7 @@ def plot(run: Path) -> Path | None:
             points = [(step["step"], step[key]) for step in steps if key in step]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
-        axes.legend()
+                axes.legend()
         axes.grid(alpha=0.3)
     rows[-1].set_xlabel("step")
     figure.savefig(run / PLOT_FILE, dpi=120)

@@ -36,8 +36,9 @@ def device_and_dtype(settings: FinetuneSettings, has_gpu: bool) -> FinetuneSetti
 
 def print_plan(
     settings: FinetuneSettings, spec: Spec, line: str, *, to_stderr: bool = False, under_torchrun: bool = False
-) -> None:
-    """Bytes by part of each rank, and what a step is. Raises NoPlanError where they do not fit."""
+) -> TrainingMemory:
+    """Bytes by part of each rank, and what a step is; the bytes are returned. Raises NoPlanError where they do not
+    fit."""
     machine = read_machine(settings.machine) if settings.machine else probe()
     settings = device_and_dtype(settings, bool(machine.gpus))
     assert settings.device is not None and settings.dtype is not None
@@ -121,6 +122,7 @@ def print_plan(
                 if of_host and not on_cpu
                 else _smaller(settings, spec, free, memory_of),
             )
+    return memory
 
 
 def _less_on_the_host(settings: FinetuneSettings) -> str:

@@ -5,7 +5,6 @@ know who started it.
 """
 
 import dataclasses
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import click
 from ..parallel.errors import UserError
 from ..parallel.planning.spec import Spec
 from ..parallel.training.place import Place
+from .finetune_folder import held, is_new, keep_metrics, room_said
 from .finetune_metrics import open_metrics, plot
 from .finetune_plan import device_and_dtype, print_plan
 from .finetune_progress import Progress
@@ -46,11 +46,12 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place 
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         with stop_signals() as asked, joined(place, settings.device, settings.deepspeed is not None) as world:
-            if world.first:
-                prepare(settings, spec, folder, run, line, world.size > 1)
-            world.wait()
-            finished = _train(settings, run, world, asked)
-            world.wait()  # torchrun ends the others as soon as one has stopped
+            with room_said(run), held(run) if world.first else nullcontext():
+                if world.first:
+                    prepare(settings, spec, folder, run, line, world.size > 1)
+                world.wait()
+                finished = _train(settings, run, world, asked)
+                world.wait()  # torchrun ends the others as soon as one has stopped
     except UserError as error:
         if place is not None and place.rank > 0:
             error.message = f"rank {place.rank}: {error.message}"
@@ -60,20 +61,18 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place 
 
 def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, line: str, under_torchrun: bool) -> None:
     """Leaves in the run's folder what every rank reads: the samples and the job."""
-    from ..parallel.training.job import METRICS_FILE, check_resumable, read_job, write_job
-    from ..parallel.training.saves import saves
+    from ..parallel.training.job import check_resumable, read_job, write_job
+    from ..parallel.training.saves import check_room, saves
     from .tokenizer import load_tokenizer
     from .training_data import read_data, stored_data, write_data
 
     # how many nodes there are torchrun knows, and not we
-    print_plan(settings, spec, line, to_stderr=True, under_torchrun=under_torchrun)
-    if settings.resume == "never" and run.exists() and any(run.iterdir()):
+    memory = print_plan(settings, spec, line, to_stderr=True, under_torchrun=under_torchrun)
+    if settings.resume == "never" and not is_new(run):
         raise UserError(f"{run} is not empty", "run=NEW FOLDER, or resume=auto to go on")
-    run.mkdir(parents=True, exist_ok=True)
+    check_room(run, memory.disk_bytes)
     # samples of a run that has no checkpoint yet may be of other settings
-    data = stored_data(run) if saves(run) else None
-    if data is None:
-        data = read_data(settings, load_tokenizer(folder), spec.vocab)
+    data = stored_data(run) if saves(run) else read_data(settings, load_tokenizer(folder), spec.vocab)
     for skipped in data.skipped[:10]:
         click.echo(f"skipped {skipped}", err=True)
     if data.skipped:
@@ -84,7 +83,7 @@ def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, lin
     else:
         write_data(run, data)
     write_job(run, job)
-    keep_metrics(run / METRICS_FILE, saves(run)[-1][0] if saves(run) else 0)
+    keep_metrics(run, saves(run)[-1][0] if saves(run) else 0)
     click.echo(f"data: {len(data.train)} samples, {sum(map(len, data.train)):,} tokens", err=True)
 
 
@@ -97,7 +96,6 @@ def _train(settings: FinetuneSettings, run: Path, world: "World", asked: Callabl
     from .training_data import stored_data
 
     job, data = read_job(run), stored_data(run)
-    assert data is not None
     step = int(world.largest(saves(run)[-1][0] if world.first and saves(run) else 0))
     saved = next((path for number, path in saves(run) if number == step), None)
     with progress_bar() if world.first else nullcontext() as bar:
@@ -185,13 +183,6 @@ def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list
         adapter_dtype=settings.adapter_dtype,
         host_layers=settings.host_layers,
     )
-
-
-def keep_metrics(path: Path, done: int) -> None:
-    """Drop the lines of steps after `done`: they will be taken again."""
-    if path.exists():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
 
 
 @contextmanager

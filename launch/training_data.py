@@ -76,16 +76,19 @@ def _split(source: Source, number: int, settings: FinetuneSettings) -> tuple[lis
     return parts
 
 
-def stored_data(run: Path) -> Data | None:
-    """What an earlier start of the run has written."""
-    if not (run / EVAL_FILE).exists():
-        return None
-    return Data(stored.read_samples(run / TRAIN_FILE), stored.read_samples(run / EVAL_FILE))
+def stored_data(run: Path) -> Data:
+    """What an earlier start of the run has written. Raises UserError where it is gone or cut."""
+    from safetensors import SafetensorError
+
+    try:
+        return Data(stored.read_samples(run / TRAIN_FILE), stored.read_samples(run / EVAL_FILE))
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{run}: its samples cannot be read: {reason}", "run=NEW FOLDER: without them none goes on"
+        ) from None
 
 
 def write_data(run: Path, data: Data) -> None:
-    """The file that `stored_data` looks for comes last and at once."""
     stored.write_samples(run / TRAIN_FILE, data.train)
-    half = run / f".half-{EVAL_FILE}"
-    stored.write_samples(half, data.evaluation)
-    half.replace(run / EVAL_FILE)
+    stored.write_samples(run / EVAL_FILE, data.evaluation)

@@ -14,6 +14,7 @@ from ...parallel.errors import UserError
 from ...parallel.training.job import STOP_FILE
 from ...parallel.training.place import read_place
 from ..cli import PROGRAM
+from ..finetune_folder import make_folder
 from ..finetune_metrics import need_trackers
 from ..finetune_settings import FinetuneSettings, load_finetune_settings, settings_help
 from ..finetune_torchrun import start_ranks, torchrun_line
@@ -55,7 +56,7 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
         need_module("optimizer=adamw8bit", "torchao")
     if preview is None and place is None and wanted.needs_torchrun:
         run = wanted.checked_run()
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         return start_ranks(wanted.world_size, words, run / STOP_FILE)
     spec, folder = resolve(wanted.model, need_weights=True)
     assert folder is not None

@@ -98,7 +98,10 @@ class Job:
 
 
 def write_job(run: Path, job: Job) -> None:
-    (run / JOB_FILE).write_text(json.dumps(job.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    """There whole or as it was: a run does not go on without it."""
+    half = run / f".half-{JOB_FILE}"
+    half.write_text(json.dumps(job.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    half.replace(run / JOB_FILE)
 
 
 def read_job(run: Path) -> Job:
