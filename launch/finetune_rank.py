@@ -23,7 +23,7 @@ from .finetune_metrics import open_metrics, plot
 from .finetune_plan import device_and_dtype, print_plan
 from .finetune_progress import Progress
 from .finetune_settings import FinetuneSettings, read_deepspeed
-from .finetune_torchrun import STOPPED
+from .finetune_torchrun import SAVING, STOPPED
 from .loading import progress_bar
 
 if TYPE_CHECKING:
@@ -187,13 +187,18 @@ def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGUSR1 has come (Slurm sends either before a time limit). Set back at the end."""
+    """Whether SIGTERM, SIGUSR1 (Slurm sends either before a time limit) or Ctrl-C has come. A second Ctrl-C ends the
+    process at once. Set back at the end."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if number in came:
+                raise KeyboardInterrupt
+            os.write(2, SAVING)  # Python's own stderr may be in use
         came.append(number)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.signal(number, note) for number in numbers]
     try:
         yield lambda: bool(came)

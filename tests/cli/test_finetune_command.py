@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from gptoss_launch.launch import extras
 from gptoss_launch.launch.cli import run
+from gptoss_launch.launch.finetune_rank import stop_signals
 from gptoss_launch.launch.finetune_settings import PRESETS, FinetuneSettings, load_finetune_settings, read_deepspeed
 from gptoss_launch.launch.records import Source
 from gptoss_launch.launch.settings import preset_names
@@ -276,6 +277,20 @@ def test_preview_prints_samples_with_their_mask(capsys: pytest.CaptureFixture[st
     assert run(["finetune", "--config", "tiny", "--preview", "3"]) == 0
     out = capsys.readouterr().out
     assert out.count("tokens,") == 3 and "assistant⟦<|channel|>analysis<|message|>" in out and "<|return|>⟧" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_asks_for_an_end(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+    with stop_signals() as asked:
+        assert not asked()
+        os.kill(os.getpid(), number)
+        assert asked()
+        assert ("Ctrl-C once more ends it at once" in capfd.readouterr().err) == (number == signal.SIGINT)
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
