@@ -38,8 +38,6 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place 
     from ..parallel.training.world import joined
 
     run = settings.checked_run()
-    if settings.machine is not None:
-        raise UserError(f"machine={settings.machine} is for --dry-run", "leave it out")
     settings = device_and_dtype(settings, bool(probe().gpus))
     assert settings.device is not None
     # read with the first allocation: what a pack leaves free then serves the next one, which is of another length

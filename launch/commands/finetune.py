@@ -33,6 +33,7 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
 
     KEY=VALUE sets what the file of --config does not, or sets it differently. `model`, `data` and `run` are needed.
     """
+    from ..finetune_plan import print_plan
     from ..resolve import resolve
 
     place = read_place(os.environ)
@@ -41,8 +42,6 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
     if wanted.model is None:
         raise UserError("no model", "model=tiny, a folder or a hub id; or --config PRESET")
     if dry_run:
-        from ..finetune_plan import print_plan
-
         spec, _ = resolve(wanted.model, need_weights=False)
         print_plan(wanted, spec, command_line(wanted, words))
         return 0
@@ -54,12 +53,18 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
     need_trackers(wanted.trackers)
     if wanted.optimizer == "adamw8bit":
         need_module("optimizer=adamw8bit", "torchao")
+    if preview is None:
+        wanted.checked_run()
+        if wanted.machine is not None:
+            raise UserError(f"machine={wanted.machine} is for --dry-run", "leave it out")
+    spec, folder = resolve(wanted.model, need_weights=True)
+    assert folder is not None
     if preview is None and place is None and wanted.needs_torchrun:
+        # what would not fit is said here once; rank 0 prints it
+        print_plan(wanted, spec, command_line(wanted, words), quiet=True)
         run = wanted.checked_run()
         make_folder(run)
         return start_ranks(wanted.world_size, words, run / STOP_FILE)
-    spec, folder = resolve(wanted.model, need_weights=True)
-    assert folder is not None
     if preview is not None:
         from ..tokenizer import load_tokenizer
 
