@@ -86,7 +86,7 @@ def show(settings: FinetuneSettings, tokenizer: "Tokenizer", count: int) -> None
     from ..conversations import read_samples
     from ..preview import preview, summary
     from ..records import read_records
-    from ..training_data import rules_of
+    from ..training_data import WANTED, rules_of
 
     console = Console(highlight=False, markup=False, emoji=False)
     shown = 0
@@ -101,3 +101,5 @@ def show(settings: FinetuneSettings, tokenizer: "Tokenizer", count: int) -> None
                 shown += 1
                 if shown == count:
                     return
+        if not shown:
+            raise UserError(f"data {source.name}: nothing in it to train on", WANTED)

@@ -273,9 +273,13 @@ def test_what_is_not_installed_is_named(
     assert f"needs {module}" in capsys.readouterr().err and not Path("nowhere").exists()
 
 
-def test_preview_prints_samples_with_their_mask(capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_prints_samples_with_their_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["finetune", "--config", "tiny", "--preview", "3"]) == 0
     out = capsys.readouterr().out
+    data = tmp_path / "empty.jsonl"
+    data.touch()
+    assert run(["finetune", "--config", "tiny", f"data={data}", "--preview", "3"]) == 2
+    assert f"data {data}: nothing in it to train on" in capsys.readouterr().err
     assert out.count("tokens,") == 3 and "assistant⟦<|channel|>analysis<|message|>" in out and "<|return|>⟧" in out
 
 
@@ -328,5 +332,6 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pyt
     assert run([*command, "steps=9"]) == 2
     assert "was begun with steps=8, not 9" in capsys.readouterr().err
     assert run([*command, "loss={final: 2}"]) == 2
-    assert "was begun with data=" in capsys.readouterr().err
+    wanted = {"analysis": 1.0, "commentary": 1.0, "final": 1.0}
+    assert f"was begun with loss={wanted}, not {wanted | {'final': 2.0}}\n" in capsys.readouterr().err
     assert run([*command, "resume=never"]) == 2

@@ -118,6 +118,14 @@ def test_a_disk_that_is_full_is_one_line(
         run(command)
 
 
+def test_data_to_measure_on_that_holds_nothing_is_named(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    assert run([*command, f"eval_data={tmp_path / 'empty.jsonl'}"]) == 2
+    assert f"eval_data {tmp_path / 'empty.jsonl'}: nothing in it to measure on\nhint: " in capsys.readouterr().err
+
+
 def test_a_folder_is_made(tmp_path: Path) -> None:
     make_folder(tmp_path / "a" / "b")
     assert is_new(tmp_path / "a" / "b") and is_new(tmp_path / "c")
