@@ -7,8 +7,9 @@ know who started it.
 import dataclasses
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place | None, line: str) -> int:
     """The exit code of a run from its beginning or its last checkpoint. Raises what `train` raises."""
     from ..parallel.planning.machine import probe
+    from ..parallel.training.saves import saves
     from ..parallel.training.world import joined
 
     run = settings.checked_run()
@@ -43,7 +45,11 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place 
     # read with the first allocation: what a pack leaves free then serves the next one, which is of another length
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
-        with stop_signals() as asked, joined(place, settings.device, settings.deepspeed is not None) as world:
+        with (
+            redirect_stdout(sys.stderr),  # DeepSpeed prints, and stdout is for what a script reads
+            stop_signals() as asked,
+            joined(place, settings.device, settings.deepspeed is not None) as world,
+        ):
             with room_said(run), held(run) if world.first else nullcontext():
                 if world.first:
                     prepare(settings, spec, folder, run, line, world.size > 1)
@@ -54,7 +60,11 @@ def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place 
         if place is not None and place.rank > 0:
             error.message = f"rank {place.rank}: {error.message}"
         raise
-    return 0 if finished else STOPPED
+    if not finished:
+        return STOPPED
+    if world.first:
+        click.echo(saves(run)[-1][1])
+    return 0
 
 
 def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, line: str, under_torchrun: bool) -> None:
@@ -127,9 +137,7 @@ def _train(settings: FinetuneSettings, run: Path, world: "World", asked: Callabl
         (run / STOP_FILE).unlink(missing_ok=True)  # it is obeyed
         picture = plot(run)
         click.echo(f"curves: {picture or 'no picture without matplotlib (pip install matplotlib)'}", err=True)
-        if finished:
-            click.echo(saves(run)[-1][1])
-        else:
+        if not finished:
             click.echo(f"stopped; {saves(run)[-1][1]} is saved, and the same command goes on", err=True)
     return finished
 

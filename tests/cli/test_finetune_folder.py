@@ -126,6 +126,16 @@ def test_data_to_measure_on_that_holds_nothing_is_named(
     assert f"eval_data {tmp_path / 'empty.jsonl'}: nothing in it to measure on\nhint: " in capsys.readouterr().err
 
 
+def test_stdout_is_the_checkpoint_alone(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever libraries print."""
+    monkeypatch.setattr(finetune_rank, "plot", lambda run: print("built successfully"))
+    assert run(command) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'run' / 'checkpoint-00000002'}\n" and "built successfully" in err
+
+
 def test_a_folder_is_made(tmp_path: Path) -> None:
     make_folder(tmp_path / "a" / "b")
     assert is_new(tmp_path / "a" / "b") and is_new(tmp_path / "c")
