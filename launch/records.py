@@ -57,9 +57,19 @@ def read_records(source: Source) -> Iterator[Record]:
     """Every record of a source, in its order. Raises UserError for a source that cannot be opened."""
     path = Path(source.name).expanduser()
     if path.suffix in (".jsonl", ".json") or path.is_file():
+        _no_split(source)
         yield from _read_jsonl(path)
     else:
         yield from _read_dataset(source, path)
+
+
+def _no_split(source: Source) -> None:
+    """A part of it would be taken for the whole, and what is measured on for what is trained on."""
+    if source.split != "train":
+        raise UserError(
+            f"data {source.name}: it has no splits, and split {source.split} is asked for",
+            "leave split out; eval_fraction measures on a part of the records",
+        )
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
@@ -92,9 +102,15 @@ def _read_dataset(source: Source, path: Path) -> Iterator[Record]:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded: Any = datasets.load_from_disk(str(path))
-            rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            if isinstance(loaded, datasets.DatasetDict):
+                rows = loaded[source.split]
+            else:
+                _no_split(source)
+                rows = loaded
         else:
-            rows = datasets.load_dataset(source.name, split=source.split)
+            rows = datasets.load_dataset(str(path) if path.is_dir() else source.name, split=source.split)
+    except UserError:
+        raise
     except Exception as error:  # whatever the library raises: its own errors, OSError, ValueError, KeyError
         reason = " ".join(str(error).split())
         raise UserError(

@@ -304,6 +304,23 @@ def test_datasets_read_as_files_do(tmp_path: Path, small_tokenizer: Tokenizer) -
         list(read_records(Source(str(tmp_path), split="nowhere")))
 
 
+def test_a_folder_of_files_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text(json.dumps({"text": "Hi"}) + "\n")
+    (record,) = read_records(Source("~/files"))
+    assert record.fields == {"text": "Hi"}
+
+
+def test_what_has_no_splits_is_not_taken_for_one(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": "Hi"}]).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Hi"}) + "\n")
+    for name in ("saved", "a.jsonl"):
+        assert len(list(read_records(Source(str(tmp_path / name))))) == 1
+        with pytest.raises(UserError, match="it has no splits, and split test is asked for"):
+            list(read_records(Source(str(tmp_path / name), split="test")))
+
+
 def test_sources_are_names_or_mappings() -> None:
     assert read_source("a.jsonl") == Source("a.jsonl")
     assert read_source({"source": "b", "weight": 2, "split": "test"}) == Source("b", "test", 2.0)
