@@ -180,6 +180,17 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(job: Job, 
     assert saves(tmp_path)[-1][1] == kept and (kept / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_a_held_out_loss_that_is_no_number_stops_before_a_checkpoint_is_written(job: Job, tmp_path: Path) -> None:
+    """The update of a step may be what spoils the weights."""
+    job = dataclasses.replace(job, steps=2, save_every=1, eval_every=2)
+    taken: list[Step] = []
+    spoilt = [sample(SAMPLES[0].tokens, [0, *[math.inf] * (len(SAMPLES[0]) - 1)])]
+    with pytest.raises(CheckError, match="step 2: loss nan on held-out data") as caught:
+        train(job, tmp_path, ALONE, begun(job, tmp_path), SAMPLES, spoilt, lambda: False, taken.append, print)
+    ((step, kept),) = saves(tmp_path)
+    assert step == 1 and str(kept) in caught.value.hint and [one.step for one in taken] == [1]
+
+
 def test_the_first_loss_of_random_weights_stops(job: Job, tmp_path: Path) -> None:
     with pytest.raises(CheckError, match=r"near ln\(vocabulary\) 6.93"):
         run(dataclasses.replace(job, check_first_loss=True), tmp_path)
