@@ -113,7 +113,7 @@ def _train(settings: FinetuneSettings, run: Path, world: "World", asked: Callabl
             click.echo(f"trained: {part} {values:,} values", err=True)
     shown = {name: value for name, value in vars(settings).items() if isinstance(value, bool | int | float | str)}
     with (
-        open_metrics(run, settings.trackers, shown) if world.first else nullcontext() as metrics,
+        open_metrics(run, settings.trackers, shown, step) if world.first else nullcontext() as metrics,
         Progress(job) if world.first else nullcontext() as progress,
     ):
 

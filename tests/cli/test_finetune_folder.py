@@ -9,6 +9,7 @@ import pytest
 from gptoss_launch.launch import finetune_rank
 from gptoss_launch.launch.cli import run
 from gptoss_launch.launch.finetune_folder import held, is_new, keep_metrics, make_folder
+from gptoss_launch.launch.finetune_metrics import open_metrics
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.training import samples
 from gptoss_launch.parallel.training.job import EVAL_FILE, METRICS_FILE, TRAIN_FILE, read_job, write_job
@@ -124,6 +125,17 @@ def test_data_to_measure_on_that_holds_nothing_is_named(
     (tmp_path / "empty.jsonl").touch()
     assert run([*command, f"eval_data={tmp_path / 'empty.jsonl'}"]) == 2
     assert f"eval_data {tmp_path / 'empty.jsonl'}: nothing in it to measure on\nhint: " in capsys.readouterr().err
+
+
+def test_tensorboard_shows_a_step_that_is_taken_again_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # killed after step 3, when 2 was saved
+        with open_metrics(tmp_path, ["tensorboard"], {"device": "cpu"}, done) as metrics:
+            for step in steps:
+                metrics.log({"step": step, "loss": 1.0 / step})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [one.step for one in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
 def test_stdout_is_the_checkpoint_alone(
