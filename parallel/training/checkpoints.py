@@ -150,6 +150,10 @@ def read_save(job: Job, folder: Path) -> Saved:
                 opened[part] = (of_part, load_file(folder / f"optimizer-{part}.safetensors"))
         found, moments = opened[part]
         with _whole(folder):
-            return Kept(found[name], *(moments[f"{moment}.{name}"] for moment in MOMENTS))
+            of_name = [moments[f"{moment}.{name}"] for moment in MOMENTS]
+            for moment in of_name:
+                if moment.shape != found[name].shape:
+                    raise ValueError(f"moments of {name} are {list(moment.shape)}, wanted {list(found[name].shape)}")
+            return Kept(found[name], *of_name)
 
     return Saved(steps, values, kept)

@@ -18,6 +18,7 @@ from gptoss_launch.parallel.training.samples import Sample, sample
 from gptoss_launch.parallel.training.saves import save, saves
 from gptoss_launch.parallel.training.trainee import Trainee, load_trainee
 from gptoss_launch.parallel.training.world import ALONE
+from safetensors.torch import load_file, save_file
 from small_models import SPECS, checkpoint, prompt
 
 NAME = "three_blocks"
@@ -146,6 +147,11 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before(
                 begun(job, tmp_path)
             assert str(last) in caught.value.message and f"{before} is the one before" in caught.value.hint
             (last / file).write_bytes(data)
+    moments = load_file(last / "optimizer-layers.0.safetensors")
+    of_another = {name: tensor.flatten()[:3].clone() for name, tensor in moments.items()}
+    save_file(of_another, last / "optimizer-layers.0.safetensors")
+    with pytest.raises(UserError, match=r"is not whole: moments of layers.0.* are \[3\], wanted"):
+        begun(job, tmp_path)
 
 
 def test_packs_of_a_step_count_by_their_tokens(job: Job, tmp_path: Path) -> None:
