@@ -27,6 +27,7 @@ from .tokenizer import Tokenizer
 
 CHANNELS = ("analysis", "commentary", "final")
 EFFORTS = ("low", "medium", "high")
+MOST_WEIGHT = 1e6  # of a message: its losses are added up in fp32
 
 _BESIDE_MESSAGES = ("messages", "tools", "reasoning_effort", "date")
 _BESIDE_PROMPT = ("prompt", "completion", "thinking", "tools", "reasoning_effort", "date")
@@ -76,16 +77,7 @@ def record_samples(fields: Mapping[str, Any], rules: Rules, tokenizer: Tokenizer
         yield from _conversation(fields["messages"], 0, fields, rules, tokenizer, source)
     elif "prompt" in fields and "completion" in fields:
         _no_others(fields, _BESIDE_PROMPT)
-        prompt, completion = fields["prompt"], fields["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            answer = {"role": "assistant", "content": completion}
-            if fields.get("thinking"):
-                answer["thinking"] = fields["thinking"]
-            messages, context = [{"role": "user", "content": prompt}, answer], 1
-        elif isinstance(prompt, list) and isinstance(completion, list):
-            messages, context = [*prompt, *completion], len(prompt)
-        else:
-            raise RecordError("prompt and completion are neither two texts nor two lists of messages")
+        messages, context = prompt_and_completion(fields)
         yield from _conversation(messages, context, fields, rules, tokenizer, source)
     elif "text" in fields:
         _no_others(fields, ("text",))
@@ -97,6 +89,19 @@ def record_samples(fields: Mapping[str, Any], rules: Rules, tokenizer: Tokenizer
         raise RecordError(
             f"keys {', '.join(map(str, fields)) or 'none'}: neither messages, prompt and completion, nor text"
         )
+
+
+def prompt_and_completion(fields: Mapping[str, Any]) -> tuple[list[Any], int]:
+    """(messages, how many of them are the prompt). Raises RecordError."""
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        answer = {"role": "assistant", "content": completion}
+        if fields.get("thinking"):
+            answer["thinking"] = fields["thinking"]
+        return [{"role": "user", "content": prompt}, answer], 1
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return [*prompt, *completion], len(prompt)
+    raise RecordError("prompt and completion are neither two texts nor two lists of messages")
 
 
 def _no_others(fields: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -203,8 +208,8 @@ def api_messages(messages: Any) -> tuple[list[dict[str, Any]], list[float]]:
             raise RecordError(f"messages.{place}: {message!r} is no message")
         message = {key: value for key, value in message.items() if value is not None}
         weight = message.pop("weight", 1.0)
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < float("inf"):
-            raise RecordError(f"messages.{place}.weight: {weight!r} is no number from 0")
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= MOST_WEIGHT:
+            raise RecordError(f"messages.{place}.weight: {weight!r} is no number from 0 to {MOST_WEIGHT:g}")
         if message.get("role") == "assistant":
             message = _assistant(message, place, calls)
         elif message.get("role") == "tool" and "tool_call_id" not in message:

@@ -40,13 +40,13 @@ class Metrics:
 
 
 @contextmanager
-def open_metrics(run: Path, names: Sequence[str], settings: Mapping[str, Any]) -> Iterator[Metrics]:
-    """settings: of the run, for trackers that show them."""
+def open_metrics(run: Path, names: Sequence[str], settings: Mapping[str, Any], done: int) -> Iterator[Metrics]:
+    """settings: of the run, for trackers that show them. done: steps before these, of which a checkpoint was kept."""
     if names:
         from accelerate import PartialState
 
         PartialState(cpu=settings["device"] == "cpu")  # its trackers want one, and it takes our process group as it is
-    trackers = [_tracker(name, run) for name in names]
+    trackers = [_tracker(name, run, done) for name in names]
     with (run / METRICS_FILE).open("a", encoding="utf-8") as file:
         for tracker in trackers:
             tracker.start()
@@ -58,11 +58,12 @@ def open_metrics(run: Path, names: Sequence[str], settings: Mapping[str, Any]) -
                 tracker.finish()
 
 
-def _tracker(name: str, run: Path) -> Any:
+def _tracker(name: str, run: Path, done: int) -> Any:
     from accelerate import tracking
 
     if name == "tensorboard":
-        return tracking.TensorBoardTracker(name, str(run))  # in RUN/tensorboard
+        # in RUN/tensorboard; steps that are taken again replace those of a process that was killed
+        return tracking.TensorBoardTracker(name, str(run), purge_step=done + 1)
     # a run that goes on is the same run there
     return tracking.WandBTracker("gptoss-launch", dir=str(run), name=run.name, id=run.name, resume="allow")
 
@@ -85,7 +86,7 @@ def plot(run: Path) -> Path | None:
             points = [(step["step"], step[key]) for step in steps if key in step]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
-        axes.legend()
+                axes.legend()
         axes.grid(alpha=0.3)
     rows[-1].set_xlabel("step")
     figure.savefig(run / PLOT_FILE, dpi=120)

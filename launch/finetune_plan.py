@@ -36,9 +36,16 @@ def device_and_dtype(settings: FinetuneSettings, has_gpu: bool) -> FinetuneSetti
 
 
 def print_plan(
-    settings: FinetuneSettings, spec: Spec, line: str, *, to_stderr: bool = False, under_torchrun: bool = False
-) -> None:
-    """Bytes by part of each rank, and what a step is. Raises NoPlanError where they do not fit."""
+    settings: FinetuneSettings,
+    spec: Spec,
+    line: str,
+    *,
+    to_stderr: bool = False,
+    under_torchrun: bool = False,
+    quiet: bool = False,
+) -> TrainingMemory:
+    """Bytes by part of each rank, and what a step is; the bytes are returned. Raises NoPlanError where they do not
+    fit. quiet: nothing is printed, only checked."""
     machine = read_machine(settings.machine) if settings.machine else probe()
     settings = device_and_dtype(settings, bool(machine.gpus))
     assert settings.device is not None and settings.dtype is not None
@@ -108,7 +115,7 @@ def print_plan(
     for row in rows:
         if row[1] != "0 B":
             table.add_row(*row)
-    Console(stderr=to_stderr, highlight=False).print(table)
+    Console(stderr=to_stderr, highlight=False, markup=False, emoji=False, quiet=quiet).print(table)
     for of_host, what, needed, there in (
         (False, f"{settings.device} of {machine.name}", memory.device_bytes, free),
         (True, f"the host memory of {machine.name}", host, machine.host_memory_bytes),
@@ -124,6 +131,7 @@ def print_plan(
                 if of_host and not on_cpu
                 else _smaller(settings, spec, free, memory_of),
             )
+    return memory
 
 
 def _less_on_the_host(settings: FinetuneSettings) -> str:

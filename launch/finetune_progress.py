@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         columns = (
             rich_progress.TextColumn("training"),
             rich_progress.BarColumn(),

@@ -5,11 +5,11 @@ know who started it.
 """
 
 import dataclasses
-import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -19,11 +19,12 @@ import click
 from ..parallel.errors import UserError
 from ..parallel.planning.spec import Spec
 from ..parallel.training.place import Place
+from .finetune_folder import held, is_new, keep_metrics, room_said
 from .finetune_metrics import open_metrics, plot
 from .finetune_plan import device_and_dtype, print_plan
 from .finetune_progress import Progress
 from .finetune_settings import FinetuneSettings, read_deepspeed
-from .finetune_torchrun import STOPPED
+from .finetune_torchrun import SAVING, STOPPED
 from .loading import progress_bar
 
 if TYPE_CHECKING:
@@ -35,45 +36,51 @@ if TYPE_CHECKING:
 def finetune(settings: FinetuneSettings, spec: Spec, folder: Path, place: Place | None, line: str) -> int:
     """The exit code of a run from its beginning or its last checkpoint. Raises what `train` raises."""
     from ..parallel.planning.machine import probe
+    from ..parallel.training.saves import saves
     from ..parallel.training.world import joined
 
     run = settings.checked_run()
-    if settings.machine is not None:
-        raise UserError(f"machine={settings.machine} is for --dry-run", "leave it out")
     settings = device_and_dtype(settings, bool(probe().gpus))
     assert settings.device is not None
     # read with the first allocation: what a pack leaves free then serves the next one, which is of another length
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
-        with stop_signals() as asked, joined(place, settings.device, settings.deepspeed is not None) as world:
-            if world.first:
-                prepare(settings, spec, folder, run, line, world.size > 1)
-            world.wait()
-            finished = _train(settings, run, world, asked)
-            world.wait()  # torchrun ends the others as soon as one has stopped
+        with (
+            redirect_stdout(sys.stderr),  # DeepSpeed prints, and stdout is for what a script reads
+            stop_signals() as asked,
+            joined(place, settings.device, settings.deepspeed is not None) as world,
+        ):
+            with room_said(run), held(run) if world.first else nullcontext():
+                if world.first:
+                    prepare(settings, spec, folder, run, line, world.size > 1)
+                world.wait()
+                finished = _train(settings, run, world, asked)
+                world.wait()  # torchrun ends the others as soon as one has stopped
     except UserError as error:
         if place is not None and place.rank > 0:
             error.message = f"rank {place.rank}: {error.message}"
         raise
-    return 0 if finished else STOPPED
+    if not finished:
+        return STOPPED
+    if world.first:
+        click.echo(saves(run)[-1][1])
+    return 0
 
 
 def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, line: str, under_torchrun: bool) -> None:
     """Leaves in the run's folder what every rank reads: the samples and the job."""
-    from ..parallel.training.job import METRICS_FILE, check_resumable, read_job, write_job
-    from ..parallel.training.saves import saves
+    from ..parallel.training.job import check_resumable, read_job, write_job
+    from ..parallel.training.saves import check_room, saves
     from .tokenizer import load_tokenizer
     from .training_data import read_data, stored_data, write_data
 
     # how many nodes there are torchrun knows, and not we
-    print_plan(settings, spec, line, to_stderr=True, under_torchrun=under_torchrun)
-    if settings.resume == "never" and run.exists() and any(run.iterdir()):
+    memory = print_plan(settings, spec, line, to_stderr=True, under_torchrun=under_torchrun)
+    if settings.resume == "never" and not is_new(run):
         raise UserError(f"{run} is not empty", "run=NEW FOLDER, or resume=auto to go on")
+    check_room(run, memory.disk_bytes)
     # samples of a run that has no checkpoint yet may be of other settings
-    data = stored_data(run) if saves(run) else None
-    if data is None:
-        data = read_data(settings, load_tokenizer(folder), spec.vocab)
-    settings.made_run()
+    data = stored_data(run) if saves(run) else read_data(settings, load_tokenizer(folder), spec.vocab)
     for skipped in data.skipped[:10]:
         click.echo(f"skipped {skipped}", err=True)
     if data.skipped:
@@ -84,7 +91,7 @@ def prepare(settings: FinetuneSettings, spec: Spec, folder: Path, run: Path, lin
     else:
         write_data(run, data)
     write_job(run, job)
-    keep_metrics(run / METRICS_FILE, saves(run)[-1][0] if saves(run) else 0)
+    keep_metrics(run, saves(run)[-1][0] if saves(run) else 0)
     click.echo(f"data: {len(data.train)} samples, {sum(map(len, data.train)):,} tokens", err=True)
 
 
@@ -97,7 +104,6 @@ def _train(settings: FinetuneSettings, run: Path, world: "World", asked: Callabl
     from .training_data import stored_data
 
     job, data = read_job(run), stored_data(run)
-    assert data is not None
     step = int(world.largest(saves(run)[-1][0] if world.first and saves(run) else 0))
     saved = next((path for number, path in saves(run) if number == step), None)
     with progress_bar() if world.first else nullcontext() as bar:
@@ -107,7 +113,7 @@ def _train(settings: FinetuneSettings, run: Path, world: "World", asked: Callabl
             click.echo(f"trained: {part} {values:,} values", err=True)
     shown = {name: value for name, value in vars(settings).items() if isinstance(value, bool | int | float | str)}
     with (
-        open_metrics(run, settings.trackers, shown) if world.first else nullcontext() as metrics,
+        open_metrics(run, settings.trackers, shown, step) if world.first else nullcontext() as metrics,
         Progress(job) if world.first else nullcontext() as progress,
     ):
 
@@ -131,9 +137,7 @@ def _train(settings: FinetuneSettings, run: Path, world: "World", asked: Callabl
         (run / STOP_FILE).unlink(missing_ok=True)  # it is obeyed
         picture = plot(run)
         click.echo(f"curves: {picture or 'no picture without matplotlib (pip install matplotlib)'}", err=True)
-        if finished:
-            click.echo(saves(run)[-1][1])
-        else:
+        if not finished:
             click.echo(f"stopped; {saves(run)[-1][1]} is saved, and the same command goes on", err=True)
     return finished
 
@@ -150,6 +154,11 @@ def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list
         steps_per_epoch(mixture, settings.seed, settings.sequence_tokens, settings.packs_per_step, epoch)
         for epoch in range(settings.epochs)
     )
+    if not steps:
+        raise UserError(
+            f"{settings.epochs} epochs of the data take no sample: {len(lengths)} samples, by weights {max(weights):g}",
+            "higher weights, more epochs, or steps=N",
+        )
     lora = settings.mode == "lora"
     recipe = Recipe(**{one.name: getattr(settings, one.name) for one in dataclasses.fields(Recipe)})
     return Job(
@@ -182,24 +191,17 @@ def make_job(settings: FinetuneSettings, spec: Spec, folder: Path, lengths: list
     )
 
 
-def keep_metrics(path: Path, done: int) -> None:
-    """Drop the lines of steps after `done`: they will be taken again."""
-    if path.exists():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
-
-
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM, SIGUSR1 (Slurm sends either before a time limit) or Ctrl-C has come; a second Ctrl-C ends at
-    once. Set back at the end."""
+    """Whether SIGTERM, SIGUSR1 (Slurm sends either before a time limit) or Ctrl-C has come. A second Ctrl-C ends the
+    process at once. Set back at the end."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in came:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT:  # past Python's buffers, which may be in use where the signal comes
-            os.write(2, b"\nsaving after the next step; a second Ctrl-C ends at once\n")
+        if number == signal.SIGINT:
+            if number in came:
+                raise KeyboardInterrupt
+            os.write(2, SAVING)  # Python's own stderr may be in use
         came.append(number)
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

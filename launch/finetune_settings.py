@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import importlib.resources
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,10 @@ from .settings import DTYPES, one_of, read_keys, read_path, read_text, read_yaml
 
 PRESETS, DEEPSPEED = "finetune", "deepspeed"  # folders in gptoss_launch.configs
 
+MOST = 2**63 - 1  # of what is counted, and of a seed
+LEAST_ALPHA = 1e-6  # at 0 nothing would be learnt
+BELOW_1 = 1 - 1e-9
+
 Target = Literal["attention", "experts"]
 CHANNELS = ("analysis", "commentary", "final")
 
@@ -32,6 +35,8 @@ def _count(low: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise UserError(f"{value!r} is no whole number from {low}")
+        if value > MOST:
+            raise UserError(f"{value!r} is no whole number up to {MOST}")
         return value
 
     return read
@@ -44,7 +49,7 @@ def _number(low: float, high: float) -> Callable[[Any], float]:
         except (TypeError, ValueError):
             number = float("nan")
         if isinstance(value, bool) or not low <= number <= high:
-            raise UserError(f"{value!r} is no number from {low:g} to {high:g}")
+            raise UserError(f"{value!r} is no number from {low:g} to {high:.9g}")
         return number
 
     return read
@@ -96,7 +101,8 @@ def _date(value: Any) -> datetime.date | None:
     if value == "none":
         return None
     try:
-        return value if isinstance(value, datetime.date) else datetime.date.fromisoformat(value)
+        # what YAML reads with an hour is a date, too, to Python
+        return value if type(value) is datetime.date else datetime.date.fromisoformat(value)
     except (TypeError, ValueError):
         raise UserError(f"{value!r} is no date such as 2025-08-05, and not none") from None
 
@@ -128,9 +134,9 @@ class FinetuneSettings:
     mode: Mode = _key("lora", one_of(get_args(Mode)), "lora: adapters to frozen weights; full: all weights.")
     targets: tuple[Target, ...] = _key(("attention", "experts"), _targets, "What lora adapts.")
     attention_rank: int = _key(16, _count(1), "Rank of the adapters of q, k, v and o.")
-    attention_alpha: float = _key(32.0, _number(0, 1e6), "They are scaled by alpha / rank.")
+    attention_alpha: float = _key(32.0, _number(LEAST_ALPHA, 1e6), "They are scaled by alpha / rank.")
     expert_rank: int = _key(4, _count(1), "Rank of the adapters of every expert.")
-    expert_alpha: float = _key(8.0, _number(0, 1e6), "They are scaled by alpha / rank.")
+    expert_alpha: float = _key(8.0, _number(LEAST_ALPHA, 1e6), "They are scaled by alpha / rank.")
     ranks: int | None = _key(None, _count(1), "GPUs that train together, each on its packs; 1, or as torchrun says.")
     deepspeed: str | None = _key(
         None, read_text, "A file of configs/deepspeed or of your own; zero3 for mode=full on several ranks, else none."
@@ -155,8 +161,8 @@ class FinetuneSettings:
     schedule: Schedule = _key("cosine", one_of(get_args(Schedule)), "How it falls after the warmup.")
     warmup_fraction: float = _key(0.03, _number(0, 1), "Share of the steps in which it rises.")
     floor_fraction: float = _key(0.1, _number(0, 1), "What is left of it at the end.")
-    beta1: float = _key(0.9, _number(0, 1), "Of AdamW.")
-    beta2: float = _key(0.95, _number(0, 1), "Of AdamW.")
+    beta1: float = _key(0.9, _number(0, BELOW_1), "Of AdamW.")
+    beta2: float = _key(0.95, _number(0, BELOW_1), "Of AdamW.")
     weight_decay: float = _key(0.0, _number(0, 1), "Of AdamW.")
     clip: float = _key(1.0, _number(0, 1e9), "Largest gradient norm; 0: any.")
     seed: int = _key(0, _count(0), "Of the order of samples and of the adapters' beginning.")
@@ -208,16 +214,6 @@ class FinetuneSettings:
         if self.run is None:
             raise UserError("no run", "run=FOLDER, where checkpoints and metrics go")
         return self.run
-
-    def made_run(self) -> Path:
-        """The run's folder, which is there and can be written to afterwards. Raises UserError."""
-        run = self.checked_run()
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=run).close()
-        except OSError as error:
-            raise UserError(f"run={run}: {error.strerror}", "run=FOLDER that can be written to") from None
-        return run
 
 
 _FIELDS = {one.name: one for one in dataclasses.fields(FinetuneSettings)}

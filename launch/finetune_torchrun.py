@@ -19,6 +19,7 @@ from .cli import PROGRAM
 
 MODULE = "gptoss_launch.launch"
 STOPPED = 75  # resumable (contract of exit codes; EX_TEMPFAIL of sysexits.h)
+SAVING = b"\nending after this step, with a checkpoint; Ctrl-C once more ends it at once\n"
 SAID = (1, 2, 4, 6)  # a rank that ends with one of these has said why
 
 
@@ -94,6 +95,8 @@ def _stop_by_file(stop_file: Path, at_once: Any) -> Iterator[None]:
         came.append(number)
         if len(came) > 1:
             raise at_once(f"signal {number} came twice", signal.SIGKILL)
+        if number == signal.SIGINT:
+            os.write(2, SAVING)
         stop_file.touch()
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

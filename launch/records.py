@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 from ..parallel.errors import UserError, did_you_mean
 
+WEIGHTS = (1e-6, 1e3)  # of a source: below, epochs would take nothing for ever; above, one would not end
+
 
 @dataclass(frozen=True)
 class Source:
@@ -35,8 +37,8 @@ def read_source(value: Any) -> Source:
         if key not in known:
             raise UserError(f"unknown key {key!r}", did_you_mean(str(key), known))
     weight, split = value.get("weight", 1.0), value.get("split", "train")
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
-        raise UserError(f"weight: {weight!r} is no positive number")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+        raise UserError(f"weight: {weight!r} is no number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}")
     if not isinstance(split, str):
         raise UserError(f"split: {split!r} is no text")
     return Source(value["source"], split, float(weight))
@@ -55,6 +57,7 @@ def read_records(source: Source) -> Iterator[Record]:
     """Every record of a source, in its order. Raises UserError for a source that cannot be opened."""
     path = Path(source.name).expanduser()
     if _is_jsonl(path):
+        _no_split(source)
         yield from _read_jsonl(path)
     else:
         yield from _read_dataset(source, path)
@@ -64,11 +67,21 @@ def check_source(source: Source) -> None:
     """Raises UserError for a file that cannot be opened; a dataset is looked for where it is read."""
     path = Path(source.name).expanduser()
     if _is_jsonl(path):
+        _no_split(source)
         _open(path).close()
 
 
 def _is_jsonl(path: Path) -> bool:
     return path.suffix in (".jsonl", ".json") or path.is_file()
+
+
+def _no_split(source: Source) -> None:
+    """A part of it would be taken for the whole, and what is measured on for what is trained on."""
+    if source.split != "train":
+        raise UserError(
+            f"data {source.name}: it has no splits, and split {source.split} is asked for",
+            "leave split out; eval_fraction measures on a part of the records",
+        )
 
 
 def _open(path: Path) -> BinaryIO:
@@ -86,7 +99,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             where = f"{path}:{number}"
             try:
                 fields = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Record(where, None, f"no JSON: {error}")
                 continue
             if isinstance(fields, dict):
@@ -104,9 +117,15 @@ def _read_dataset(source: Source, path: Path) -> Iterator[Record]:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded: Any = datasets.load_from_disk(str(path))
-            rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            if isinstance(loaded, datasets.DatasetDict):
+                rows = loaded[source.split]
+            else:
+                _no_split(source)
+                rows = loaded
         else:
-            rows = datasets.load_dataset(source.name, split=source.split)
+            rows = datasets.load_dataset(str(path) if path.is_dir() else source.name, split=source.split)
+    except UserError:
+        raise
     except Exception as error:  # whatever the library raises: its own errors, OSError, ValueError, KeyError
         reason = " ".join(str(error).split())
         raise UserError(

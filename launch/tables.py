@@ -109,5 +109,5 @@ def _ways(offload: Offload) -> RenderableType:
 
 def print_plan(plan: Plan, *, to_stderr: bool = False) -> None:
     """To stdout for `plan`, whose result it is; to stderr where it is news on the way to something else."""
-    console = Console(stderr=to_stderr, highlight=False)
+    console = Console(stderr=to_stderr, highlight=False, markup=False, emoji=False)
     console.print(plan_table(plan, console), soft_wrap=False)

@@ -15,6 +15,8 @@ from .finetune_settings import FinetuneSettings
 from .records import Record, Source, read_records
 from .tokenizer import Tokenizer
 
+WANTED = "records hold messages, or prompt and completion, or text"
+
 
 @dataclass(frozen=True)
 class Data:
@@ -55,11 +57,14 @@ def read_data(settings: FinetuneSettings, tokenizer: Tokenizer, vocab: int) -> D
         kept, held_out = _split(source, number, settings)
         of_source = read(kept, number)
         if not of_source:
-            raise UserError(f"data {source.name}: nothing in it to train on", skipped[0] if skipped else "")
+            raise UserError(f"data {source.name}: nothing in it to train on", skipped[0] if skipped else WANTED)
         train += of_source
         evaluation += read(held_out, number)
     for source in settings.eval_data:
-        evaluation += read(list(read_records(source)), 0)
+        of_source = read(list(read_records(source)), 0)
+        if not of_source:
+            raise UserError(f"eval_data {source.name}: nothing in it to measure on", skipped[-1] if skipped else WANTED)
+        evaluation += of_source
     largest = max(max(one.tokens) for one in (*train, *evaluation))
     if largest >= vocab:
         raise UserError(f"token id {largest}, and the vocabulary has {vocab}", "is the tokenizer.json of this model?")
@@ -76,16 +81,19 @@ def _split(source: Source, number: int, settings: FinetuneSettings) -> tuple[lis
     return parts
 
 
-def stored_data(run: Path) -> Data | None:
-    """What an earlier start of the run has written."""
-    if not (run / EVAL_FILE).exists():
-        return None
-    return Data(stored.read_samples(run / TRAIN_FILE), stored.read_samples(run / EVAL_FILE))
+def stored_data(run: Path) -> Data:
+    """What an earlier start of the run has written. Raises UserError where it is gone or cut."""
+    from safetensors import SafetensorError
+
+    try:
+        return Data(stored.read_samples(run / TRAIN_FILE), stored.read_samples(run / EVAL_FILE))
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{run}: its samples cannot be read: {reason}", "run=NEW FOLDER: without them none goes on"
+        ) from None
 
 
 def write_data(run: Path, data: Data) -> None:
-    """The file that `stored_data` looks for comes last and at once."""
     stored.write_samples(run / TRAIN_FILE, data.train)
-    half = run / f".half-{EVAL_FILE}"
-    stored.write_samples(half, data.evaluation)
-    half.replace(run / EVAL_FILE)
+    stored.write_samples(run / EVAL_FILE, data.evaluation)

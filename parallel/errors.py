@@ -71,6 +71,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{question}known: {', '.join(names)}"
 
 
+def lacks_disk(error: BaseException) -> bool:
+    """Whether the system has refused room on a disk: safetensors has no exception of its own for it."""
+    return getattr(error, "errno", None) in _NO_ROOM or any(os.strerror(number) in str(error) for number in _NO_ROOM)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
 def lacks_host_memory(error: BaseException) -> bool:
     """Whether the system has refused memory: torch and safetensors have no exception of their own for it."""
     return isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error)

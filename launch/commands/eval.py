@@ -47,6 +47,8 @@ def command(model: str, task: Path, max_tokens: int, json: bool) -> None:
     the function and its arguments are.
     """
     requests = list(read_task(task, max_tokens))
+    if not requests:
+        raise UserError(f"{task}: no record in it", "a line of JSON for each, as finetune reads them")
     with served(model) as url, ThreadPoolExecutor(AT_ONCE) as pool:
         name = ask(f"{url}/models", None)["data"][0]["id"]
         asked = pool.map(lambda one: ask(f"{url}/chat/completions", one[0] | {"model": name}), requests)
@@ -78,16 +80,21 @@ def shown(answers: Iterable[Any], total: int) -> Iterator[Any]:
 
 def read_task(task: Path, max_tokens: int) -> Iterator[tuple[dict[str, Any], Any]]:
     """(body of a request, what is wanted) of every record. Raises UserError that names file and line."""
-    from ..conversations import RecordError, api_messages, api_tools
+    from ..conversations import RecordError, api_messages, api_tools, prompt_and_completion
     from ..records import Source, read_records
 
     for record in read_records(Source(str(task))):
         try:
             if record.fields is None:
                 raise RecordError(record.fault)
-            messages, _ = api_messages(record.fields.get("messages"))
+            plain = record.fields.get("messages")
+            if plain is None and {"prompt", "completion"} <= record.fields.keys():
+                plain, _ = prompt_and_completion(record.fields)
+            messages, _ = api_messages(plain)
             if messages[-1].get("role") != "assistant":
                 raise RecordError("the last message is no assistant's: there is nothing wanted")
+            if not said(messages[-1]):  # it would be what a model says that is cut while it reasons
+                raise RecordError("the last message says nothing: there is nothing wanted")
             body: dict[str, Any] = {"messages": messages[:-1], "max_completion_tokens": max_tokens, "temperature": 0}
             if "reasoning_effort" in record.fields:
                 body["reasoning_effort"] = record.fields["reasoning_effort"]
@@ -102,7 +109,10 @@ def said(message: dict[str, Any]) -> Any:
     """What counts of an assistant's message: its text, or the function that it calls with its arguments."""
     calls = message.get("tool_calls")
     if not calls:
-        return (message.get("content") or "").strip()
+        content = message.get("content") or ""
+        if isinstance(content, list):  # parts, as the API takes them
+            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        return str(content).strip()
     function = calls[0]["function"]
     try:
         return [function["name"], json_text.loads(function["arguments"])]

@@ -7,6 +7,7 @@ import click
 
 from ...parallel.errors import UserError
 from ...parallel.planning.training import all_values
+from ..finetune_folder import room_said
 from .checkpoint import check_folder
 
 
@@ -39,10 +40,14 @@ def command(run: Path, layout: Literal["adapter", "bf16", "mxfp4"], out: Path) -
     from ...parallel.training.export import export_adapter, export_checkpoint
     from ..loading import progress_bar
 
-    out.mkdir(parents=True, exist_ok=True)
-    if layout == "adapter":
-        export_adapter(job, found[-1][1], out)
-    else:
-        with progress_bar("writing") as bar:
-            export_checkpoint(job, found[-1][1], out, layout, bar.show)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}", "name a folder that can be written to") from None
+    with room_said(out):
+        if layout == "adapter":
+            export_adapter(job, found[-1][1], out)
+        else:
+            with progress_bar("writing") as bar:
+                export_checkpoint(job, found[-1][1], out, layout, bar.show)
     click.echo(out)

@@ -6,6 +6,7 @@ Trains in this process, or starts torchrun where several ranks are wanted; under
 
 import os
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +15,7 @@ from ...parallel.errors import UserError
 from ...parallel.training.job import STOP_FILE
 from ...parallel.training.place import read_place
 from ..cli import PROGRAM
+from ..finetune_folder import make_folder
 from ..finetune_metrics import need_trackers
 from ..finetune_settings import FinetuneSettings, load_finetune_settings, settings_help
 from ..finetune_torchrun import start_ranks, torchrun_line
@@ -32,6 +34,7 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
 
     KEY=VALUE sets what the file of --config does not, or sets it differently. `model`, `data` and `run` are needed.
     """
+    from ..finetune_plan import print_plan
     from ..resolve import resolve
 
     place = read_place(os.environ)
@@ -40,8 +43,6 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
     if wanted.model is None:
         raise UserError("no model", "model=tiny, a folder or a hub id; or --config PRESET")
     if dry_run:
-        from ..finetune_plan import print_plan
-
         spec, _ = resolve(wanted.model, need_weights=False)
         print_plan(wanted, spec, command_line(wanted, words))
         return 0
@@ -53,11 +54,19 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
     need_trackers(wanted.trackers)
     if wanted.optimizer == "adamw8bit":
         need_module("optimizer=adamw8bit", "torchao")
+    if preview is None:
+        wanted.checked_run()
+        if wanted.machine is not None:
+            raise UserError(f"machine={wanted.machine} is for --dry-run", "leave it out")
     spec, folder = resolve(wanted.model, need_weights=True)
     assert folder is not None
     if preview is None and place is None and wanted.needs_torchrun:
-        check_before_ranks(wanted)
-        return start_ranks(wanted.world_size, words, wanted.made_run() / STOP_FILE)
+        # what would not fit is said here once; rank 0 prints it
+        print_plan(wanted, spec, command_line(wanted, words), quiet=True)
+        run = wanted.checked_run()
+        check_data(wanted, run)
+        make_folder(run)
+        return start_ranks(wanted.world_size, words, run / STOP_FILE)
     if preview is not None:
         from ..tokenizer import load_tokenizer
 
@@ -68,18 +77,12 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
     return finetune(wanted, spec, folder, place, command_line(wanted, words))
 
 
-def check_before_ranks(settings: FinetuneSettings) -> None:
-    """Raises UserError, once, for what each rank would stumble over when torchrun has started it."""
-    from ...parallel.planning.machine import probe
+def check_data(settings: FinetuneSettings, run: Path) -> None:
+    """Raises UserError, once, for data that each rank would look for in vain when torchrun has started it."""
     from ...parallel.training.saves import saves
-    from ..finetune_plan import device_and_dtype
-    from ..finetune_settings import read_deepspeed
     from ..records import check_source
 
-    dtype = device_and_dtype(settings, bool(probe().gpus)).dtype
-    if settings.deepspeed is not None and dtype is not None:
-        read_deepspeed(settings.deepspeed, dtype)
-    if not saves(settings.checked_run()):  # else the samples are in the run's folder
+    if not saves(run):  # else the samples are in the run's folder
         for source in (*settings.data, *settings.eval_data):
             check_source(source)
 
@@ -95,9 +98,9 @@ def show(settings: FinetuneSettings, tokenizer: "Tokenizer", count: int) -> None
     from ..conversations import read_samples
     from ..preview import preview, summary
     from ..records import read_records
-    from ..training_data import rules_of
+    from ..training_data import WANTED, rules_of
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     shown = 0
     for number, source in enumerate(settings.data):
         for record in read_records(source):
@@ -110,3 +113,5 @@ def show(settings: FinetuneSettings, tokenizer: "Tokenizer", count: int) -> None
                 shown += 1
                 if shown == count:
                     return
+        if not shown:
+            raise UserError(f"data {source.name}: nothing in it to train on", WANTED)

@@ -11,17 +11,20 @@ it; a universal checkpoint in DeepSpeed's sense, without a conversion. Does not 
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..errors import UserError
 from . import adapters
 from .job import Job
 from .model import part_of, parts
-from .saves import save
+from .saves import save, saves
 from .start import parameter_shapes
 from .updates import MOMENTS, Kept, Updates
 from .world import World
@@ -78,17 +81,43 @@ def write_save(
 
 
 def read_values(job: Job, folder: Path) -> dict[str, Tensor]:
-    """All that was trained, by name, on the CPU."""
+    """All that was trained, by name, on the CPU. Raises UserError for a checkpoint that is not whole."""
     return {name: tensor for _, tensors in _values(job, folder) for name, tensor in tensors.items()}
 
 
 def _values(job: Job, folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     if job.mode == "lora":
-        yield from adapters.by_part(adapters.read_adapter(folder, job.spec)[0])
+        with _whole(folder):
+            adapter, _ = adapters.read_adapter(folder, job.spec)
+        yield from adapters.by_part(adapter)
         return
-    for part, names in parts(parameter_shapes(job.spec)).items():  # in the order in which a run begins
-        tensors = load_file(folder / f"parameters-{part}.safetensors")
-        yield part, {name: tensors[name] for name in names}
+    shapes = parameter_shapes(job.spec)
+    for part, names in parts(shapes).items():  # in the order in which a run begins
+        file = f"parameters-{part}.safetensors"
+        with _whole(folder):
+            tensors = load_file(folder / file)
+            of_part = {name: tensors[name] for name in names}
+        for name, tensor in of_part.items():
+            if tuple(tensor.shape) != shapes[name]:
+                raise UserError(
+                    f"{folder / file}: {name} is {list(tensor.shape)}, wanted {list(shapes[name])}",
+                    "is it of another model?",
+                )
+        yield part, of_part
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Names the checkpoint where a file of it is gone, cut or not what it should be, and the one before it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        before = [str(path) for _, path in saves(folder.parent) if path.name < folder.name]
+        hint = f"{before[-1]} is the one before" if before else "there is none before it"
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} is not whole: {reason}", f"remove it and start again: {hint}") from None
 
 
 @dataclass(frozen=True)
@@ -102,7 +131,9 @@ class Saved:
 
 
 def read_save(job: Job, folder: Path) -> Saved:
-    steps = json.loads((folder / STATE_FILE).read_text("utf-8"))["step"]
+    """Raises UserError, at once or from what it returns, for a checkpoint that is not whole."""
+    with _whole(folder):
+        steps = int(json.loads((folder / STATE_FILE).read_text("utf-8"))["step"])
     adapter = read_values(job, folder) if job.mode == "lora" else {}
     opened: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
@@ -114,9 +145,15 @@ def read_save(job: Job, folder: Path) -> Saved:
         part = part_of(name)
         if part not in opened:
             opened.clear()  # one part at a time in memory
-            of_part = adapter or load_file(folder / f"parameters-{part}.safetensors")
-            opened[part] = (of_part, load_file(folder / f"optimizer-{part}.safetensors"))
+            with _whole(folder):
+                of_part = adapter or load_file(folder / f"parameters-{part}.safetensors")
+                opened[part] = (of_part, load_file(folder / f"optimizer-{part}.safetensors"))
         found, moments = opened[part]
-        return Kept(found[name], *(moments[f"{moment}.{name}"] for moment in MOMENTS))
+        with _whole(folder):
+            of_name = [moments[f"{moment}.{name}"] for moment in MOMENTS]
+            for moment in of_name:
+                if moment.shape != found[name].shape:
+                    raise ValueError(f"moments of {name} are {list(moment.shape)}, wanted {list(found[name].shape)}")
+            return Kept(found[name], *of_name)
 
     return Saved(steps, values, kept)

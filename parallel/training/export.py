@@ -32,9 +32,11 @@ _NO_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", CONFIG, "*.bin")
 
 
 def export_adapter(job: Job, saved: Path, out: Path) -> None:
-    """The two files that PEFT reads. Raises UserError for a run that trained all weights."""
+    """The two files that PEFT reads. Raises UserError for a run that trained all weights, and for a checkpoint that is
+    not whole."""
     if job.mode != "lora":
         raise UserError("this run trained all weights: there is no adapter", "--format bf16 or mxfp4")
+    read_values(job, saved)
     for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
         shutil.copyfile(saved / name, out / name)
 

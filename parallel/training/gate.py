@@ -24,7 +24,7 @@ from .forward import embedded
 from .model import whole
 from .samples import Sample, sample
 
-TOKENS = 512  # of the first document are looked at
+TOKENS = 512  # of one document are looked at
 NEAR_CHANCE = 0.9  # of ln(vocabulary), what a model that knows nothing loses
 MOST_TIMES = 2.0
 
@@ -46,9 +46,12 @@ def serving_logits(spec: Spec, weights: Weights, tokens_T: Tensor, residual_dtyp
 
 
 def first_document(samples: Sequence[Sample], device: torch.device) -> Pack:
-    """Up to TOKENS of the first sample in which anything is learnt from them."""
+    """The first TOKENS of the first sample in which anything is learnt from them; where all prompts are longer than
+    that, TOKENS round the first that is learnt."""
     one = next((one for one in samples if any(one.weights[:TOKENS])), samples[0])
-    return make_pack([sample(one.tokens[:TOKENS], one.weights[:TOKENS])], device)
+    learnt = next(place for place, weight in enumerate(one.weights) if weight)
+    low = 0 if learnt < TOKENS else learnt - TOKENS // 2
+    return make_pack([sample(one.tokens[low : low + TOKENS], one.weights[low : low + TOKENS])], device)
 
 
 def serving_loss(spec: Spec, weights: Weights, document: Pack, residual_dtype: torch.dtype) -> float:

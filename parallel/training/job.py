@@ -52,10 +52,11 @@ class Recipe:
 @dataclass(frozen=True)
 class Job:
     """model, checkpoint: its name and its folder. attention_rank, expert_rank: 0 where not adapted. dtype: of products
-    and hidden states. data: where the samples are from and how they were made, in words. weights: how often an epoch
-    takes a sample of each source. ranks: that train it; what is computed does not depend on them, but for the order of
-    sums. deepspeed: a configuration (planning.zero), or None for AdamW on every rank. optimizer: how its moments are
-    kept. adapter_dtype: of adapters and their gradients on one rank. host_layers: whose experts wait in host memory."""
+    and hidden states. data: where the samples are from and how they were made, in words, or settings as a JSON object.
+    weights: how often an epoch takes a sample of each source. ranks: that train it; what is computed does not depend on
+    them, but for the order of sums. deepspeed: a configuration (planning.zero), or None for AdamW on every rank.
+    optimizer: how its moments are kept. adapter_dtype: of adapters and their gradients on one rank. host_layers: whose
+    experts wait in host memory."""
 
     model: str
     checkpoint: str
@@ -98,7 +99,10 @@ class Job:
 
 
 def write_job(run: Path, job: Job) -> None:
-    (run / JOB_FILE).write_text(json.dumps(job.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    """There whole or as it was: a run does not go on without it."""
+    half = run / f".half-{JOB_FILE}"
+    half.write_text(json.dumps(job.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    half.replace(run / JOB_FILE)
 
 
 def read_job(run: Path) -> Job:
@@ -115,9 +119,9 @@ def check_resumable(old: Job, new: Job, run: Path) -> None:
     """Raises UserError where going on with `new` would not be going on with `old`."""
     was, now = _flat(old), _flat(new)
     for name in was:
-        if name not in _MAY_CHANGE and was[name] != now[name]:
+        if name not in _MAY_CHANGE and was[name] != now.get(name):
             raise UserError(
-                f"{run} was begun with {name}={was[name]}, not {now[name]}",
+                f"{run} was begun with {name}={was[name]}, not {now.get(name)}",
                 "name a new folder with run=FOLDER, or set it as it was",
             )
 
@@ -125,4 +129,8 @@ def check_resumable(old: Job, new: Job, run: Path) -> None:
 def _flat(job: Job) -> dict[str, Any]:
     fields = job.to_json()
     recipe = fields.pop("recipe")
-    return fields | recipe
+    try:
+        settings = json.loads(job.data)
+    except ValueError:
+        settings = None
+    return fields | recipe | (settings if isinstance(settings, dict) else {})

@@ -71,8 +71,8 @@ def train(
     """Train from where `trainee` is. False if `stop` ended it, on whichever rank, with a checkpoint.
 
     stop: asked after each step. report: called after each step. say: for single lines. Both by rank 0 alone. Raises
-    CheckError for a first loss that cannot be and for a loss or gradient that is no number; then the last checkpoint
-    stands as it was.
+    CheckError for a first loss that cannot be and for a loss, on held-out data too, or gradient that is no number; then
+    the last checkpoint stands as it was.
     """
     dtype = TORCH_DTYPE[job.dtype]
     choice = choose(job.spec, world.device, dtype, job.sequence_tokens)
@@ -107,17 +107,16 @@ def train(
         loss, load_LE, stopping = pass_.add_up(samples, groups, stop)
         norm = trainee.updates.step(rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = saves(run)
-            hint = f"{kept[-1][1]} is the last good checkpoint" if kept else "there is no checkpoint yet"
-            world.refuse(
-                CheckError(f"step {number}: loss {loss}, gradient norm {norm}", f"{hint}; lower learning_rate")
-            )
+            world.refuse(_no_number(run, f"step {number}: loss {loss}, gradient norm {norm}"))
         last = number == job.steps
         indexes = [index for group in groups for index in group]
         lengths = [len(samples[index]) for index in indexes]
         tokens = sum(lengths)
         step_s = time.perf_counter() - began_s
         evaluate = bool(eval_packs) and (last or (job.eval_every > 0 and number % job.eval_every == 0))
+        eval_loss = pass_.mean_loss(eval_samples, eval_packs) if evaluate else None
+        if eval_loss is not None and not math.isfinite(eval_loss):
+            world.refuse(_no_number(run, f"step {number}: loss {eval_loss} on held-out data"))
         over_mean = load_LE.amax(1) / load_LE.mean(1)
         step = Step(
             step=number,
@@ -133,7 +132,7 @@ def train(
             expert_load_mean=over_mean.mean().item(),
             memory_bytes=int(world.largest(held_bytes(world.device))),
             mfu=training_flops(job.spec, lengths, job.mode) / (peak * world.size * step_s) if peak else None,
-            eval_loss=pass_.mean_loss(eval_samples, eval_packs) if evaluate else None,
+            eval_loss=eval_loss,
         )
         if world.first:
             report(step)
@@ -142,6 +141,12 @@ def train(
         if stopping and not last:
             return False
     return True
+
+
+def _no_number(run: Path, message: str) -> CheckError:
+    kept = saves(run)
+    hint = f"{kept[-1][1]} is the last checkpoint before" if kept else "there is no checkpoint yet"
+    return CheckError(message, f"{hint}; lower learning_rate, in a new folder")
 
 
 @dataclass(frozen=True)

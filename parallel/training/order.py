@@ -26,9 +26,8 @@ def epoch_order(mixture: Mixture, seed: int, epoch: int) -> list[int]:
     taken: list[int] = []
     for source, weight in enumerate(mixture.weights):
         members = [index for index, its_source in enumerate(mixture.sources) if its_source == source]
-        count = round(weight * len(members))
-        # the epochs cut a stream of shuffles of the source into pieces of `count`
-        place, stop = epoch * count, (epoch + 1) * count
+        # the epochs cut a stream of shuffles of the source into pieces that differ by one sample at most
+        place, stop = (round(number * weight * len(members)) for number in (epoch, epoch + 1))
         while place < stop:
             block, offset = divmod(place, len(members))
             shuffled = members.copy()

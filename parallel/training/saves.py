@@ -35,14 +35,9 @@ def save(
     write: returns the names of the files that this rank has written.
     Raises UserError, with nothing changed, where the disk has no room.
     """
-    free_bytes = shutil.disk_usage(run).free
-    if world.largest(free_bytes < needed_bytes):
-        world.refuse(
-            UserError(
-                f"{run}: a checkpoint takes {format_size(needed_bytes)}, {format_size(free_bytes)} are free",
-                "make room and resume; the last checkpoint is kept",
-            )
-        )
+    error = _no_room(run, needed_bytes)
+    if world.largest(error is not None):
+        world.refuse(error or UserError(f"{run}: no room for a checkpoint", "another rank has said how much"))
     final, half = run / f"checkpoint-{step:08d}", run / f".half-{step:08d}"
     if world.first:
         shutil.rmtree(half, ignore_errors=True)
@@ -58,10 +53,32 @@ def save(
         _sync(run)
         for _, old in saves(run)[:-keep_last]:
             shutil.rmtree(old)
-        for left in run.glob(".half-*"):  # of a process that was killed while it wrote
-            shutil.rmtree(left)
+        _clear(run)
     world.wait()
     return final
+
+
+def check_room(run: Path, needed_bytes: int) -> None:
+    """Raises UserError where the disk has no room for a checkpoint: better before the steps than after them. What a
+    process left that ended while it wrote one is removed first."""
+    _clear(run)
+    if (error := _no_room(run, needed_bytes)) is not None:
+        raise error
+
+
+def _clear(run: Path) -> None:
+    for left in run.glob(".half-[0-9]*"):
+        shutil.rmtree(left)
+
+
+def _no_room(run: Path, needed_bytes: int) -> UserError | None:
+    free_bytes = shutil.disk_usage(run).free
+    if free_bytes >= needed_bytes:
+        return None
+    return UserError(
+        f"{run}: a checkpoint takes {format_size(needed_bytes)}, {format_size(free_bytes)} are free",
+        "make room and resume; the last checkpoint is kept",
+    )
 
 
 def _sync(path: Path) -> None:

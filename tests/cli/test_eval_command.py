@@ -42,6 +42,14 @@ def test_the_prompt_is_all_but_the_last_message(tmp_path: Path) -> None:
     assert second["reasoning_effort"] == "low" and second["tools"][0]["function"]["name"] == "f"
 
 
+def test_a_prompt_and_a_completion_are_read_as_for_training(tmp_path: Path) -> None:
+    texts = {"prompt": "2+2?", "completion": "4", "thinking": "Sum."}
+    messages = {"prompt": RECORDS[1]["messages"][:1], "completion": RECORDS[1]["messages"][1:]}
+    (first, wanted), (second, call) = read_task(write(tmp_path / "t.jsonl", [texts, messages]), 64)
+    assert (first["messages"], wanted) == ([{"role": "user", "content": "2+2?"}], "4")
+    assert (second["messages"], call) == (RECORDS[1]["messages"][:1], ["f", {"x": 1}])
+
+
 def test_right_is_exact_but_for_white_space_and_the_spelling_of_json(tmp_path: Path) -> None:
     task = tmp_path / "t.jsonl"
     requests = list(read_task(write(task, RECORDS), 64))
@@ -51,12 +59,21 @@ def test_right_is_exact_but_for_white_space_and_the_spelling_of_json(tmp_path: P
     score = count("m", task, requests, [answer("44", "length"), answer("4", arguments='{"x": 2}')])
     assert (score.right, score.stopped) == (0, 1)
     assert [one["got"] for one in score.wrong] == ["44", ["f", {"x": 2}]]
+    parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2\n"}]
+    assert said({"role": "assistant", "content": parts}) == "42"
     assert said(answer("", arguments="{broken")["message"]) == ["f", "{broken"]
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
-    [({"messages": [{"role": "user", "content": "Hi"}]}, "nothing wanted"), ({"text": "Hi"}, "no list of messages")],
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "nothing wanted"),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "thinking": "Hm"}]}, "nothing wanted"),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " "}]}, "nothing wanted"),
+        ({"prompt": "Hi", "completion": ""}, "nothing wanted"),
+        ({"prompt": "Hi", "completion": [1]}, "neither two texts nor two lists"),
+        ({"text": "Hi"}, "no list of messages"),
+    ],
 )
 def test_a_record_that_wants_nothing_is_named(record: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"t.jsonl:1: .*{message}"):
@@ -65,6 +82,9 @@ def test_a_record_that_wants_nothing_is_named(record: dict, message: str, tmp_pa
 
 def test_no_server_and_no_model_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = write(tmp_path / "t.jsonl", RECORDS)
+    empty = write(tmp_path / "empty.jsonl", [])
+    assert run(["eval", "http://127.0.0.1:9/v1", "--task", str(empty)]) == 2
+    assert f"{empty}: no record in it" in capsys.readouterr().err
     assert run(["eval", "http://127.0.0.1:9/v1", "--task", str(task)]) == 2
     assert "is it the URL of a running server" in capsys.readouterr().err
     assert run(["eval", "tinny", "--task", str(task)]) == 2

@@ -57,6 +57,11 @@ def test_words_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         (["skip_bad_records=1"], "skip_bad_records: 1 is neither true nor false"),
         (["data={sorce: x}"], "data: {'sorce': 'x'} names no data"),
         (["date=tomorrow"], "date: 'tomorrow' is no date"),
+        (["date=2025-08-05 10:00:00"], "is no date such as"),
+        (["beta1=1"], "beta1: 1 is no number from 0 to 0.999999999"),
+        (["beta2=1.0"], "beta2: 1.0 is no number"),
+        (["expert_alpha=0"], "expert_alpha: 0 is no number from 1e-06"),
+        (["seed=99999999999999999999"], "seed: 99999999999999999999 is no whole number up to 9223372036854775807"),
         (["steps=["], "no YAML"),
     ],
 )
@@ -112,6 +117,14 @@ def test_hours_follow_from_steps_and_ranks(capsys: pytest.CaptureFixture[str]) -
     assert "hours a million tokens" in capsys.readouterr().out
     assert run(["finetune", "--config", "tiny", "--dry-run", "machine=laptop-8gb"]) == 0
     assert "not known: no peak of" in capsys.readouterr().out
+
+
+def test_brackets_of_a_command_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """A list of files begins like a closing tag of rich's markup, and `:x:` like the name of an emoji."""
+    words = ["data=[/a:x:/one.jsonl,/a/two.jsonl]", "targets=[experts]"]
+    assert run(["finetune", "--config", "tiny", "--dry-run", "machine=laptop-8gb", *words]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert all(word in shown for word in words)
 
 
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +248,10 @@ def test_values_are_those_of_the_published_models() -> None:
         (["model=tiny"], "no data"),
         (["model=tiny", "data=nowhere.jsonl"], "no run"),
         (["model=tiny", "data=nowhere.jsonl", "run=RUN", "device=cpu"], "nowhere.jsonl: not readable"),
+        (
+            ["model=tiny", "data={source: DATA, weight: 0.001}", "run=RUN", "device=cpu"],
+            "1 epochs of the data take no sample: 1 samples, by weights 0.001",
+        ),
         (["--config", "tiny", "run=RUN", "machine=h100"], "machine=h100 is for --dry-run"),
         (["--config", "tinny"], "--config tinny: not readable"),
         (["--config", "tiny", "run=/proc/run", "device=cpu"], "run=/proc/run: No such file or directory"),
@@ -245,7 +262,11 @@ def test_values_are_those_of_the_published_models() -> None:
 def test_what_is_missing_is_said(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["finetune", *(word.replace("RUN", str(tmp_path / "run")) for word in arguments)]) == 2
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Hi", "completion": "Yo"}) + "\n")
+    places = {"RUN": tmp_path / "run", "DATA": tmp_path / "data.jsonl"}
+    for name, place in places.items():
+        arguments = [word.replace(name, str(place)) for word in arguments]
+    assert run(["finetune", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -279,21 +300,28 @@ def test_what_is_not_installed_is_named(
     assert f"needs {module}" in capsys.readouterr().err and not Path("nowhere").exists()
 
 
-def test_preview_prints_samples_with_their_mask(capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_prints_samples_with_their_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["finetune", "--config", "tiny", "--preview", "3"]) == 0
     out = capsys.readouterr().out
+    data = tmp_path / "empty.jsonl"
+    data.touch()
+    assert run(["finetune", "--config", "tiny", f"data={data}", "--preview", "3"]) == 2
+    assert f"data {data}: nothing in it to train on" in capsys.readouterr().err
     assert out.count("tokens,") == 3 and "assistant⟦<|channel|>analysis<|message|>" in out and "<|return|>⟧" in out
 
 
-def test_a_second_interrupt_ends_at_once() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_asks_for_an_end(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
     with stop_signals() as asked:
         assert not asked()
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), number)
         assert asked()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+        assert ("Ctrl-C once more ends it at once" in capfd.readouterr().err) == (number == signal.SIGINT)
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
@@ -334,5 +362,6 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert run([*command, "steps=9"]) == 2
     assert "was begun with steps=8, not 9" in capsys.readouterr().err
     assert run([*command, "loss={final: 2}"]) == 2
-    assert "was begun with data=" in capsys.readouterr().err
+    wanted = {"analysis": 1.0, "commentary": 1.0, "final": 1.0}
+    assert f"was begun with loss={wanted}, not {wanted | {'final': 2.0}}\n" in capsys.readouterr().err
     assert run([*command, "resume=never"]) == 2

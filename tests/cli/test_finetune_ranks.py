@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from gptoss_launch.launch.cli import run as run_command
+from gptoss_launch.launch.commands import finetune
 from gptoss_launch.launch.finetune_settings import DEEPSPEED, FinetuneSettings, load_finetune_settings, read_deepspeed
 from gptoss_launch.launch.finetune_torchrun import ended, torchrun_line
 from gptoss_launch.parallel.errors import RankDiedError, UserError
@@ -221,6 +224,29 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, started: list[subprocess.
     assert done.returncode == 2 and f"error: {broken}:1: no JSON" in done.stderr
     assert "rank 0 ended with exit code 2, and with it the run" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("ranks=100000", "does not fit"),
+        ("deepspeed=zero9", "did you mean zero3?"),
+        ("dtype=fp16", "deepspeed with dtype=fp16"),
+        ("model=nowhere", "no model 'nowhere'"),
+        ("machine=h100", "machine=h100 is for --dry-run"),
+        ("device=cuda", "has no GPU"),
+    ],
+)
+def test_no_rank_is_started_for_what_cannot_be(
+    word: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if word == "device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(finetune, "start_ranks", lambda *_: pytest.fail("started"))
+    words = ["--config", "tiny-2ranks", f"run={tmp_path / 'run'}", "deepspeed=zero1", word]
+    assert run_command(["finetune", *words]) in (2, 6)
+    out, err = capsys.readouterr()
+    assert said in err and out == "" and not (tmp_path / "run").exists()
 
 
 def test_settings_that_need_torchrun() -> None:

@@ -264,6 +264,8 @@ def test_every_supervised_token_stands_after_what_serving_would_have_sent(small_
         ({"messages": [said("user", 3), said("assistant", "Yo")]}, "messages.0.content"),
         ({"messages": [said("assistant", "a"), said("assistant", "b")]}, "a second assistant message"),
         ({"messages": [said("user", "Hi"), said("assistant", "Yo", weight=-1)]}, "messages.1.weight"),
+        ({"messages": [said("user", "Hi"), said("assistant", "Yo", weight=1e300)]}, "no number from 0 to 1e+06"),
+        ({"messages": [said("user", "Hi"), said("assistant", "Yo", weight=10**400)]}, "no number from 0 to 1e+06"),
         ({"messages": [said("tool", "9", name="x"), said("assistant", "Yo")]}, "no earlier message calls the tool 'x'"),
         ({"messages": [said("user", "?"), {"role": "assistant", "tool_calls": [CALL, CALL]}]}, "2 tool calls"),
         ({"messages": [said("user", "?"), said("assistant", "Yo")], "tool": []}, "did you mean tools?"),
@@ -282,13 +284,13 @@ def test_bad_records_say_what_is_wrong(record: dict, message: str, small_tokeniz
 def test_bad_records_are_named_by_line_or_skipped_and_counted(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     path = tmp_path / "data.jsonl"
     good = json.dumps(CASES["one answer"][0])
-    path.write_text(f"{good}\n\nnot json\n{good}\n[1]\n" + json.dumps({"text": "x" * 5000}) + "\n")
+    path.write_text(f"{good}\n\nnot json\n{good}\n[1]\n" + json.dumps({"text": "x" * 5000}) + "\n" + "[" * 100_000)
     rules = Rules(longest_tokens=1000)
     with pytest.raises(UserError, match=re.escape(f"{path}:3: no JSON")):
         read_samples(read_records(Source(str(path))), 0, rules, small_tokenizer, skip_bad=False)
     samples, skipped = read_samples(read_records(Source(str(path))), 7, rules, small_tokenizer, skip_bad=True)
     assert [sample.source for sample in samples] == [7, 7]
-    assert [line.split(": ")[0] for line in skipped] == [f"{path}:{line}" for line in (3, 5, 6)]
+    assert [line.split(": ")[0] for line in skipped] == [f"{path}:{line}" for line in (3, 5, 6, 7)]
     assert "5001 tokens, and a pack has 1000" in skipped[2]
 
 
@@ -302,12 +304,35 @@ def test_datasets_read_as_files_do(tmp_path: Path, small_tokenizer: Tokenizer) -
         list(read_records(Source(str(tmp_path), split="nowhere")))
 
 
+def test_a_folder_of_files_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text(json.dumps({"text": "Hi"}) + "\n")
+    (record,) = read_records(Source("~/files"))
+    assert record.fields == {"text": "Hi"}
+
+
+def test_what_has_no_splits_is_not_taken_for_one(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": "Hi"}]).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Hi"}) + "\n")
+    for name in ("saved", "a.jsonl"):
+        assert len(list(read_records(Source(str(tmp_path / name))))) == 1
+        with pytest.raises(UserError, match="it has no splits, and split test is asked for"):
+            list(read_records(Source(str(tmp_path / name), split="test")))
+
+
 def test_sources_are_names_or_mappings() -> None:
     assert read_source("a.jsonl") == Source("a.jsonl")
     assert read_source({"source": "b", "weight": 2, "split": "test"}) == Source("b", "test", 2.0)
     for wrong in (3, {"sorce": "b"}, {"source": "b", "weight": 0}, {"source": "b", "splt": "x"}):
         with pytest.raises(UserError):
             read_source(wrong)
+
+
+@pytest.mark.parametrize("weight", [0, 1e-9, 1e300, float("inf"), True])
+def test_a_source_has_a_weight_that_an_epoch_can_take(weight: float) -> None:
+    with pytest.raises(UserError, match=r"weight: .* is no number from 1e-06 to 1000"):
+        read_source({"source": "a.jsonl", "weight": weight})
 
 
 def test_preview_shows_the_mask_without_colours(small_tokenizer: Tokenizer) -> None:

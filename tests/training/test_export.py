@@ -169,5 +169,8 @@ def test_what_cannot_be_exported_is_said(base: Path, tmp_path: Path, capsys: pyt
         export_adapter(job, saves(tmp_path / "run")[-1][1], tmp_path)
     assert run(["export", str(tmp_path), "--format", "bf16", "--out", str(tmp_path / "x")]) == 2
     assert "no readable job.json" in capsys.readouterr().err
+    inside = tmp_path / "run" / "job.json" / "out"
+    assert run(["export", str(tmp_path / "run"), "--format", "bf16", "--out", str(inside)]) == 2
+    assert f"--out {inside}: Not a directory\nhint: " in capsys.readouterr().err
     assert run(["export", str(tmp_path / "run"), "--format", "bf16", "--out", str(tmp_path / "run")]) == 2
     assert "not an empty folder" in capsys.readouterr().err

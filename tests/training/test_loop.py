@@ -18,6 +18,7 @@ from gptoss_launch.parallel.training.samples import Sample, sample
 from gptoss_launch.parallel.training.saves import save, saves
 from gptoss_launch.parallel.training.trainee import Trainee, load_trainee
 from gptoss_launch.parallel.training.world import ALONE
+from safetensors.torch import load_file, save_file
 from small_models import SPECS, checkpoint, prompt
 
 NAME = "three_blocks"
@@ -125,6 +126,34 @@ def test_the_last_checkpoints_are_kept_whole(job: Job, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".half*"))
 
 
+@pytest.mark.parametrize(
+    ("mode", "files"),
+    [
+        ("lora", ("state.json", "adapter_config.json", "adapter_model.safetensors", "optimizer-layers.1.safetensors")),
+        ("full", ("state.json", "parameters-embed.safetensors", "optimizer-head.safetensors")),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before(
+    job: Job, mode: str, files: tuple[str, ...], tmp_path: Path
+) -> None:
+    job = dataclasses.replace(job, mode=mode, steps=2, save_every=1, packs_per_step=1)
+    run(job, tmp_path)
+    (_, before), (_, last) = saves(tmp_path)
+    for file in files:
+        data = (last / file).read_bytes()
+        for spoilt in (None, b"", data[: len(data) // 2]):
+            (last / file).unlink() if spoilt is None else (last / file).write_bytes(spoilt)
+            with pytest.raises(UserError, match="is not whole") as caught:
+                begun(job, tmp_path)
+            assert str(last) in caught.value.message and f"{before} is the one before" in caught.value.hint
+            (last / file).write_bytes(data)
+    moments = load_file(last / "optimizer-layers.0.safetensors")
+    of_another = {name: tensor.flatten()[:3].clone() for name, tensor in moments.items()}
+    save_file(of_another, last / "optimizer-layers.0.safetensors")
+    with pytest.raises(UserError, match=r"is not whole: moments of layers.0.* are \[3\], wanted"):
+        begun(job, tmp_path)
+
+
 def test_packs_of_a_step_count_by_their_tokens(job: Job, tmp_path: Path) -> None:
     """One pack with all samples, or several with few of them: the same loss and gradient."""
     one_step = dataclasses.replace(job, steps=1, save_every=0, packs_per_step=8)
@@ -157,6 +186,17 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(job: Job, 
     assert saves(tmp_path)[-1][1] == kept and (kept / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_a_held_out_loss_that_is_no_number_stops_before_a_checkpoint_is_written(job: Job, tmp_path: Path) -> None:
+    """The update of a step may be what spoils the weights."""
+    job = dataclasses.replace(job, steps=2, save_every=1, eval_every=2)
+    taken: list[Step] = []
+    spoilt = [sample(SAMPLES[0].tokens, [0, *[math.inf] * (len(SAMPLES[0]) - 1)])]
+    with pytest.raises(CheckError, match="step 2: loss nan on held-out data") as caught:
+        train(job, tmp_path, ALONE, begun(job, tmp_path), SAMPLES, spoilt, lambda: False, taken.append, print)
+    ((step, kept),) = saves(tmp_path)
+    assert step == 1 and str(kept) in caught.value.hint and [one.step for one in taken] == [1]
+
+
 def test_the_first_loss_of_random_weights_stops(job: Job, tmp_path: Path) -> None:
     with pytest.raises(CheckError, match=r"near ln\(vocabulary\) 6.93"):
         run(dataclasses.replace(job, check_first_loss=True), tmp_path)
@@ -168,6 +208,15 @@ def test_the_first_loss_is_compared_with_the_pass_that_serves(job: Job) -> None:
     gate.check_first_loss(2.0, None, 1024)
     with pytest.raises(CheckError, match="over 2 x the 0.90 of the pass that serves"):
         gate.check_first_loss(2.0, 0.9, 1024)
+
+
+def test_the_first_loss_is_of_something_that_is_learnt() -> None:
+    short = sample(range(600), [0.0] * 511 + [0.5] + [0.0] * 88)
+    long = sample(range(2000), [0.0] * 1500 + [1.0] * 500)
+    for samples, first, learnt, weight in (([long, short], 0, 510, 0.5), ([long], 1244, 255, 256.0)):
+        document = gate.first_document(samples, torch.device("cpu"))
+        assert (document.tokens_T[0], len(document.tokens_T), document.learnt_R[0]) == (first, gate.TOKENS, learnt)
+        assert document.weight == weight
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

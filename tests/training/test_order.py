@@ -29,6 +29,15 @@ def test_weights_say_how_often_an_epoch_takes_a_sample() -> None:
     assert {twice[index] for index in range(14, 20)} == {1}
 
 
+def test_a_source_that_an_epoch_takes_less_than_a_sample_of_is_taken_all_the_same() -> None:
+    mixed = mixture((1.0, 0.03), (2, 10))
+    times = Counter(index for epoch in range(100) for index in epoch_order(mixed, 1, epoch))
+    assert [times[index] for index in range(2)] == [100] * 2
+    assert [times[index] for index in range(2, 12)] == [3] * 10
+    alone = mixture((0.03,), (10,))
+    assert len(list(itertools.islice(steps(alone, 1, 200, 1), 3))) == 3  # and not for ever
+
+
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     mixed = mixture((1.0,), (50,))
     orders = [epoch_order(mixed, seed, epoch) for seed in (1, 2) for epoch in (0, 1)]
