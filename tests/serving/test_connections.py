@@ -129,6 +129,18 @@ def test_half_closed_reset_and_silent_clients_hold_nobody_up(tokenizer, markup):
         wait_for(lambda: engine.running == 0)  # nothing goes on for those that left
 
 
+def test_a_client_that_leaves_ends_the_first_of_the_requests_it_sent_together(tokenizer, markup):
+    """uvicorn itself tells the last one alone."""
+    engine = Paced(markup(LONG), 0.005)
+    with listening(Application(engine, tokenizer)) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(2 * post(max_tokens=1500))
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            assert engine.running == 1
+        wait_for(lambda: engine.running == 0, 3)  # 7.5 s at least, were it answered to its end
+        assert len(engine.asked) == 1
+
+
 @pytest.mark.slow
 def test_a_client_that_reads_nothing_ends_by_the_kernel():
     """Its zero window would otherwise keep what was sent, and the connection, for ever (tcp(7), TCP_USER_TIMEOUT)."""
