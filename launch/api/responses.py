@@ -114,7 +114,7 @@ def responses_routes(served: Served) -> APIRouter:
         try:
             request, before, items = await read(http)
             served.replicas.choose(())  # what nobody could take is refused before anything is made of it
-            job = await asyncio.to_thread(response_job, request, before, items, served)
+            job = await unless_gone(http.receive, asyncio.to_thread(response_job, request, before, items, served))
             return await _answer(http, served, request, items, job)
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
