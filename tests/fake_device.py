@@ -52,6 +52,9 @@ class EveryThird:
         assert token % 3 == self.last % 3, "a token that the grammar does not allow"
         self.last = token
 
+    def drop(self) -> None:
+        pass
+
 
 def matcher_of(request: Request, vocab: int) -> EveryThird | None:
     """Requests whose id ends in "g" have a grammar."""

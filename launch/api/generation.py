@@ -158,7 +158,7 @@ async def answer(
         fields = await asyncio.to_thread(parse, body)
         served.check_model(fields.model)
         served.replicas.choose(())  # what nobody could take is refused before anything is made of it
-        job = await asyncio.to_thread(make_job, fields, served)
+        job = await unless_gone(http.receive, asyncio.to_thread(make_job, fields, served))
         async with AsyncExitStack() as stack:
             begun: list[Begun] = []
             pieces: list[AsyncGenerator[Piece]] = []

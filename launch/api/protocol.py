@@ -7,7 +7,7 @@ in a request.
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_LIMIT_BYTES = 64 << 10  # request line, headers and trailers
 HEAD_S = 30.0  # a connection, new or idle, has so long from its first byte to the end of the headers
@@ -48,6 +48,7 @@ def connection(head_s: float = HEAD_S, message_s: float = MESSAGE_S) -> type[Htt
         _head_bytes = 0  # of the request that is being read: its line, headers and trailers
         _silent_bytes = 0  # since the parser told of anything
         _limit: asyncio.TimerHandle | None = None
+        _answering: RequestResponseCycle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
@@ -56,6 +57,11 @@ def connection(head_s: float = HEAD_S, message_s: float = MESSAGE_S) -> type[Htt
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_after(None)
             super().connection_lost(exc)
+            # uvicorn tells the request that came last. The one that is answered may be another, if several were sent
+            # without waiting; it would be answered to its end, for nobody.
+            if self._answering is not None and not self._answering.response_complete:
+                self._answering.disconnected = True
+                self._answering.message_event.set()
 
         def data_received(self, data: bytes) -> None:
             self._silent_bytes += len(data)
@@ -90,6 +96,10 @@ def connection(head_s: float = HEAD_S, message_s: float = MESSAGE_S) -> type[Htt
             self._silent_bytes = 0
             self._end_after(None)
             super().on_message_complete()
+
+        def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+            self._answering = cycle
+            super()._start_asgi_task(cycle, app)
 
         def _count(self, size_bytes: int) -> None:
             self._silent_bytes = 0

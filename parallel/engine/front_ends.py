@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .wire import Decoder, Hello, Message, encode
 
+READ_BYTES = 1 << 20  # of one connection in one poll; if it is prompts, that takes about 20 ms
 SEND_LIMIT_S = 10.0  # a front end that reads nothing for so long is taken for dead; the engine waits for nobody
 
 
@@ -41,7 +42,7 @@ class FrontEnds:
             connection = key.fileobj
             assert isinstance(connection, socket.socket)
             try:
-                data = connection.recv(1 << 16)
+                data = _read(connection)
                 messages = list(self._decoders[connection].feed(data))
             except (OSError, ValueError):  # reset, or no message of ours: nothing more can be understood
                 data, messages = b"", []
@@ -65,3 +66,18 @@ class FrontEnds:
         self._selector.unregister(connection)
         del self._decoders[connection]
         connection.close()
+
+
+def _read(connection: socket.socket) -> bytes:
+    """What has come, at least a byte; empty at the end. The kernel holds little of what is on its way (unix(7)), and
+    whoever sends goes on as it is read: with a single read for each step, long prompts would hold up for many steps
+    what comes behind them, a Cancel for instance."""
+    parts = [connection.recv(READ_BYTES)]
+    left = READ_BYTES - len(parts[0])
+    while parts[-1] and left > 0:
+        try:
+            parts.append(os.read(connection.fileno(), left))  # recv would wait, for as long as sending may take
+        except BlockingIOError:
+            break
+        left -= len(parts[-1])
+    return b"".join(parts)

@@ -183,6 +183,10 @@ class Beside:
         structure = self._work.result()[0]
         self._work = self._submit(lambda: _next(structure, token))
 
+    def drop(self) -> None:
+        """Grammars are compiled one after the other: those that wait should not wait for what nobody wants."""
+        self._work.cancel()
+
 
 def _first(make: Callable[[], Structure]) -> tuple[Structure, bytes]:
     structure = make()

@@ -157,8 +157,12 @@ class Leader:
 
     def _cancel(self, key: tuple[Hashable, str]) -> None:
         running = self._requests.pop(key, None)
-        if running is not None and self._compiling.pop(key, None) is None:
+        if running is None:
+            return
+        if self._compiling.pop(key, None) is None:
             self._scheduler.end(running)
+        elif running.matcher is not None:
+            running.matcher.drop()
 
     def _accept(self, step: Step, launched: Launched) -> None:
         """One message a front end for all its streams, then what ended."""

@@ -37,6 +37,10 @@ class Matcher(Protocol):
 
     def accept(self, token: int) -> None: ...
 
+    def drop(self) -> None:
+        """The request has ended. What is not begun for it need not be; nothing else is called any more."""
+        ...
+
 
 @dataclass(eq=False)
 class Running:
@@ -191,6 +195,8 @@ class Scheduler:
             self.running.remove(running)
         else:
             self.waiting.remove(running)
+        if running.matcher is not None:
+            running.matcher.drop()
 
     def abandon(self, step: Step) -> list[Running]:
         """`step` was not computed: its sequences are ended, and returned. The device has not heard of their new pages,

@@ -8,7 +8,6 @@ and Leave one way; Assigned, Failed and Stop back. Where a replica lies on sever
 Knows nothing of sockets or event loops: bytes in, values out.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -181,11 +180,11 @@ _TYPES: dict[str, type] = {kind.__name__: kind for kind in get_args(Message)}
 
 def encode(message: Message) -> bytes:
     name = type(message).__name__
+    body: Any = message
     if isinstance(message, Tokens):  # sent every step: no field names on the wire
-        body: Any = [(one.request_id, one.id, one.finish_reason, one.logprob, one.top) for one in message.tokens]
-    else:
-        body = dataclasses.asdict(message)
-    packed: bytes | None = msgpack.packb([name, body])
+        body = [(one.request_id, one.id, one.finish_reason, one.logprob, one.top) for one in message.tokens]
+    # vars, of one object after the other: dataclasses.asdict copies every token of a prompt, 0.5 ms for a thousand.
+    packed: bytes | None = msgpack.packb([name, body], default=vars)
     assert packed is not None
     return packed
 

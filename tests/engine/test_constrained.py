@@ -6,6 +6,7 @@ import dataclasses
 import time
 from concurrent.futures import Executor, Future
 from functools import partial
+from threading import Event
 
 import pytest
 import torch
@@ -193,6 +194,36 @@ def test_while_a_grammar_compiles_others_go_on() -> None:
     assert not loop.leader.idle
     loop.leader.take("b", None)
     assert loop.leader.idle and loop.sent.keys() == {"f0", late.id}
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled() -> None:
+    """A client that left, a deadline that is over: each would hold up the next one by as much as 2 s."""
+    begun, let_go, compiled = Event(), Event(), []
+
+    class Watched(Vocabulary):
+        def compile(self, grammar: str) -> object:
+            compiled.append(grammar)
+            begun.set()
+            assert let_go.wait(60)
+            return super().compile(grammar)
+
+    asks = [
+        Request(name, tuple(prompt(SPEC, 9)), 2, stop_tokens=STOPS, constraint=demand, deadline_s=deadline_s)
+        for name, deadline_s in (("first", None), ("left", None), ("late", 0.01), ("last", None))
+        if (demand := constraint_for(TOKENIZER, response_format=Format({"const": name}, True, "")))
+    ]
+    loop = Loop(Grammars(lambda: Watched(TINY, SPEC.vocab)))
+    for request in asks:
+        loop.leader.take("test", Generate(request))
+    assert begun.wait(60)
+    loop.leader.take("test", Cancel("left"))
+    while "late" not in loop.sent:
+        loop.leader.turn()
+    let_go.set()
+    loop.run()
+    assert [type(one) for one in loop.sent["last"]] == [Token, Token, Done]
+    wanted = [request.constraint.sections[-1].grammar for request in (asks[0], asks[3]) if request.constraint]
+    assert compiled == wanted
 
 
 def test_a_flaw_is_refused_at_the_door() -> None:

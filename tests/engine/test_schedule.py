@@ -108,6 +108,9 @@ class Slow:
         self.matcher.accept(token)
         self.waits = True
 
+    def drop(self) -> None:
+        self.failure = "it is used after its end"
+
 
 class Simulation:
     def __init__(self, world: World) -> None:

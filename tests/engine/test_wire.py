@@ -1,6 +1,7 @@
 """Messages between processes: every type comes back as it was sent, however the bytes are cut; junk is a ValueError."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import get_args
 
 import msgpack
@@ -215,3 +216,19 @@ def test_more_than_a_message_may_have_is_refused() -> None:
         list(decoder.feed(b"\xdb\xff\xff\xff\xff"))
         for _ in range((MESSAGE_LIMIT_BYTES >> 20) + 1):
             list(decoder.feed(bytes(1 << 20)))
+
+
+def test_a_long_prompt_takes_no_longer_than_its_numbers() -> None:
+    """The event loop that sends it stands still meanwhile, and all streams with it."""
+    numbers = tuple(range(100_000, 150_000))
+
+    def least_s(work: Callable[[], object]) -> float:
+        took_s = []
+        for _ in range(5):
+            begun_s = time.thread_time()
+            work()
+            took_s.append(time.thread_time() - begun_s)
+        return min(took_s)
+
+    request = Generate(Request("a", numbers, 1))
+    assert least_s(lambda: encode(request)) < 8 * least_s(lambda: msgpack.packb(numbers))

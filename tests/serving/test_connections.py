@@ -4,6 +4,7 @@ import json
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -127,6 +128,46 @@ def test_half_closed_reset_and_silent_clients_hold_nobody_up(tokenizer, markup):
         for connection in (*silent[:4], *silent[8:]):
             connection.close()
         wait_for(lambda: engine.running == 0)  # nothing goes on for those that left
+
+
+def test_a_client_that_leaves_ends_the_first_of_the_requests_it_sent_together(tokenizer, markup):
+    """uvicorn itself tells the last one alone."""
+    engine = Paced(markup(LONG), 0.005)
+    with listening(Application(engine, tokenizer)) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(2 * post(max_tokens=1500))
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            assert engine.running == 1
+        wait_for(lambda: engine.running == 0, 3)  # 7.5 s at least, were it answered to its end
+        assert len(engine.asked) == 1
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_a_client_that_leaves_while_its_schema_is_looked_at_asks_nothing(tokenizer, markup, monkeypatch, path):
+    begun, let_go, statuses = threading.Event(), threading.Event(), []
+
+    def slow(grammar):
+        begun.set()
+        let_go.wait(30)
+
+    monkeypatch.setattr("gptoss_launch.launch.api.constraint.flaw_of", slow)
+    schema = {"name": "a", "schema": {"type": "object"}}
+    chat = BODY | {"response_format": {"type": "json_schema", "json_schema": schema}}
+    response = {"model": "tiny", "input": "x", "text": {"format": {"type": "json_schema", **schema}}}
+    body = json.dumps(response if path == "responses" else chat).encode()
+    engine = Scripted(markup(ANSWER))
+    application = Application(engine, tokenizer, count=lambda route, method, status: statuses.append(status))
+    with listening(application) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /v1/%s HTTP/1.1\r\nHost: x\r\n" % path.encode())
+            connection.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+            assert begun.wait(10)
+        try:
+            wait_for(lambda: statuses == [499], 5)
+        finally:
+            let_go.set()
+        still_answers(port)
+        assert len(engine.asked) == 1
 
 
 @pytest.mark.slow

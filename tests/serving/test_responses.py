@@ -1,6 +1,7 @@
 """/v1/responses: the official client over a socket, the real app, a scripted engine; and every bad input."""
 
 import asyncio
+import gc
 import json
 import random
 import socket
@@ -16,6 +17,7 @@ import uvicorn
 from gptoss_launch.launch.api.app import create_app
 from gptoss_launch.launch.api.metrics import Metrics
 from gptoss_launch.launch.api.replicas import Replicas
+from gptoss_launch.launch.api.responses_schema import ResponsesRequest
 from gptoss_launch.launch.api.served import Served
 from gptoss_launch.launch.dispatch import Dispatch
 from gptoss_launch.launch.engine_client import EngineDiedError
@@ -645,6 +647,21 @@ def test_delete(server):
     answer = server.http.delete(f"/v1/responses/{going.id}")
     assert answer.json() == {"id": going.id, "object": "response", "deleted": True}
     assert server.engine.cancelled == [server.engine.asked[0].id]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_is_kept_does_not_hold_the_body_that_came(server, background):
+    """As checked objects it takes up to 13 times what the store counts, which is the JSON of what it keeps."""
+
+    def held():
+        gc.collect()
+        return sum(isinstance(one, ResponsesRequest) for one in gc.get_objects())
+
+    before = held()  # by tracebacks of what other tests raise
+    made = server.create(background=background, top_logprobs=1, include=["message.output_text.logprobs"]).id
+    kept = wait_for(lambda: ended(server, made))
+    assert len(kept["output"][-1]["content"][0]["logprobs"][0]["top_logprobs"]) == 1
+    wait_for(lambda: held() <= before, 5)
 
 
 def test_what_is_not_to_be_stored_is_not(server):
