@@ -71,16 +71,18 @@ inline I8 look(I8 t, I8 index) { return _mm512_shuffle_epi8(t, index); }
 inline I8 low(I8 x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline I8 high(I8 x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 inline I8 read_blocks(const uint8_t* bytes, int blocks) {
-    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1 << 4 * blocks) - 1), bytes);
+    I8 packed = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1 << 4 * blocks) - 1), bytes);
+    __asm__("" : "+v"(packed));  // read once: GCC takes it from memory again for each use, across two cache lines
+    return packed;
 }
 inline V powers(const uint8_t* scales, int blocks) {
-    int32_t four = 0;
-    if (blocks == S) std::memcpy(&four, scales, sizeof four);
-    else for (int b = 0; b < blocks; b++) four |= scales[b] << 8 * b;
+    int32_t word;
+    if (blocks == S) std::memcpy(&word, scales, sizeof word);
+    else word = _mm_cvtsi128_si32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1 << blocks) - 1), scales));
     const I8 places = _mm512_set_epi32(0x03808080, 0x03808080, 0x03808080, 0x03808080, 0x02808080, 0x02808080, 0x02808080,
                                        0x02808080, 0x01808080, 0x01808080, 0x01808080, 0x01808080, 0x00808080, 0x00808080,
                                        0x00808080, 0x00808080);
-    I8 bits = _mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(four), places), 1);
+    I8 bits = _mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(word), places), 1);
     bits = _mm512_max_epu32(bits, _mm512_set1_epi32(LEAST));
     const __mmask16 nan = _mm512_cmpeq_epi32_mask(bits, _mm512_set1_epi32(INFINITE));
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(-1)));
@@ -191,22 +193,30 @@ constexpr int STEP_BYTES = S * BLOCK_BYTES;
 // the last step of a row is cut short, both are filled up with zeros.
 
 inline int64_t steps_of(int64_t columns) { return (columns + STEP - 1) / STEP; }
+// Blocks of a step, of which the last one may have fewer than S.
+inline int blocks_in(int64_t columns, int64_t step) {
+    return static_cast<int>(std::min<int64_t>(S, columns / BLOCK - step * S));
+}
 
 struct Mxfp4 {  // blocks [rows, columns / 32, 16], scales [rows, columns / 32]
     const uint8_t *blocks, *scales;
     int64_t columns;
-    int64_t blocks_a_row() const { return columns / BLOCK; }
+    struct Row {
+        const uint8_t *blocks, *scales;
+    };
+    Row row(int64_t r) const {
+        const int64_t first = r * (columns / BLOCK);
+        return {blocks + first * BLOCK_BYTES, scales + first};
+    }
 };
 
 struct Step {
     I8 packed;
     V factors;
-    void read(const Mxfp4& matrix, int64_t r, int64_t step) {
-        const int64_t first = r * matrix.blocks_a_row() + step * S, left = matrix.blocks_a_row() - step * S;
-        const int here = left < S ? static_cast<int>(left) : S;
-        const uint8_t* bytes = matrix.blocks + first * BLOCK_BYTES;
+    void read(const Mxfp4::Row& row, int64_t step, int here) {
+        const uint8_t* bytes = row.blocks + step * STEP_BYTES;
         ask(bytes + AHEAD_BYTES);
-        packed = read_blocks(bytes, here), factors = powers(matrix.scales + first, here);
+        packed = read_blocks(bytes, here), factors = powers(row.scales + step * S, here);
     }
 };
 
@@ -261,8 +271,8 @@ struct Exact {
     static constexpr int RECORD = STEP, TOGETHER = REGISTERS / 2 / VECTORS;
     Step step;
     V w[VECTORS];
-    void read(const Matrix& matrix, int64_t r, int64_t at) {
-        step.read(matrix, r, at);
+    void read(const Matrix::Row& row, int64_t at, int here) {
+        step.read(row, at, here);
         decode(step.packed, w);
     }
     V plus(const float* record, V total) const { return plus_products(w, step.factors, record, total); }
@@ -288,8 +298,8 @@ struct Int8 {
     static constexpr int RECORD = 8 * S + W + W, TOGETHER = 2;
     Step step;
     I8 even, odd;
-    void read(const Matrix& matrix, int64_t r, int64_t at) {
-        step.read(matrix, r, at);
+    void read(const Matrix::Row& row, int64_t at, int here) {
+        step.read(row, at, here);
         const I8 values = table8(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
         even = look(values, low(step.packed)), odd = look(values, high(step.packed));
     }
@@ -324,18 +334,20 @@ struct Int8 {
 struct Rows16 {  // bf16 [rows, columns]; columns are whole blocks
     const uint16_t* values;
     int64_t columns;
+    using Row = const uint16_t*;
+    Row row(int64_t r) const { return values + r * columns; }
 };
 
 struct Bf16 {
     using Matrix = Rows16;
     static constexpr int RECORD = STEP, TOGETHER = REGISTERS / 2 / VECTORS;
     V w[VECTORS];
-    void read(const Matrix& matrix, int64_t r, int64_t step) {
-        const int64_t left = matrix.columns - step * STEP;
-        const uint16_t* values = matrix.values + r * matrix.columns + step * STEP;
+    void read(Matrix::Row row, int64_t step, int here) {
+        const uint16_t* values = row + step * STEP;
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v += 2) {
             w[v] = w[v + 1] = zero();
-            if (v * W >= left) continue;
+            if (v * W >= here * BLOCK) continue;
             ask(values + v * W + AHEAD_BYTES / 2);
             split(values + v * W, w[v], w[v + 1]);
         }
@@ -350,22 +362,25 @@ struct Bf16 {
 
 // One row times one token. x [steps, RECORD].
 template <class Way> float row_product(const typename Way::Matrix& matrix, int64_t r, const float* x) {
-    const int64_t steps = steps_of(matrix.columns);
+    const int64_t whole = matrix.columns / STEP;
+    const auto row = matrix.row(r);
     V total = zero();
-    for (int64_t step = 0; step < steps; step++) {
+    auto add = [&](int64_t step, int here) {
         Way way;
-        way.read(matrix, r, step);
+        way.read(row, step, here);
         total = way.plus(x + step * Way::RECORD, total);
-    }
+    };
+    for (int64_t step = 0; step < whole; step++) add(step, S);
+    if (whole * STEP < matrix.columns) add(whole, blocks_in(matrix.columns, whole));
     return sum(total);
 }
 
-// R rows from `first` on in one step, which is decoded once for all tokens. x [tokens, RECORD], totals [tokens, R, W].
+// R rows in one step, which is decoded once for all tokens. here: its blocks. x [tokens, RECORD], totals [tokens, R, W].
 template <class Way, int R>
-inline void rows_step(const typename Way::Matrix& matrix, int64_t first, int64_t step, const float* x, int tokens,
+inline void rows_step(const typename Way::Matrix::Row* rows, int64_t step, int here, const float* x, int tokens,
                       float* totals) {
     Way way[R];
-    for (int i = 0; i < R; i++) way[i].read(matrix, first + i, step);
+    for (int i = 0; i < R; i++) way[i].read(rows[i], step, here);
     for (int t = 0; t < tokens; t++, x += Way::RECORD, totals += R * W) {
         V total[R];
         for (int i = 0; i < R; i++) total[i] = way[i].plus(x, load(totals + i * W));
@@ -383,13 +398,16 @@ void group_product(const typename Way::Matrix& matrix, int64_t first, int64_t la
         for (int r = 0; r < rows; r++) y[r] = row_product<Way>(matrix, first + r, x);
         return;
     }
+    typename Way::Matrix::Row row[GROUP];
+    for (int r = 0; r < rows; r++) row[r] = matrix.row(first + r);
     alignas(64) float totals[GROUP * TILE * W];  // [rows / R, tokens, R, W], then single rows
     std::memset(totals, 0, sizeof(float) * rows * tokens * W);
     for (int64_t step = 0; step < steps_of(matrix.columns); step++, x += tokens * Way::RECORD) {
+        const int here = blocks_in(matrix.columns, step);
         for (int r = 0; r < whole; r += R)
-            rows_step<Way, R>(matrix, first + r, step, x, tokens, totals + r * tokens * W);
+            rows_step<Way, R>(row + r, step, here, x, tokens, totals + r * tokens * W);
         for (int r = whole; r < rows; r++)
-            rows_step<Way, 1>(matrix, first + r, step, x, tokens, totals + r * tokens * W);
+            rows_step<Way, 1>(row + r, step, here, x, tokens, totals + r * tokens * W);
     }
     for (int r = 0; r < rows; r++) {
         const int together = r < whole ? R : 1, i = r < whole ? r % R : 0;
