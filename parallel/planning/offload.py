@@ -31,9 +31,9 @@ GAPS_BYTES = 320 << 20
 
 # Where the machine's own are not known. Low on purpose: a desktop of some years ago.
 ASSUMED = Speeds(host=20e9, link=10e9, disk=1e9)
-# Of the host's read bandwidth: our C++ experts reach 0.65 of it on two cores of an EPYC with AVX2; that the products of
-# torch with one row do as well is a guess.
-CPU_SHARE = 0.6
+# Of the host's read bandwidth. On two cores of an EPYC with AVX-512 our C++ reaches 0.9 of it with the experts of one
+# token, and a whole step of four layers of 20b as much as it; with AVX2 alone less (NOTES.md of the benchmarks).
+CPU_SHARE = 0.8
 # What a layer takes besides, where the host waits for the device to know which experts are needed, and then starts its
 # kernels and copies one by one: 0.4 to 0.5 ms beside an H200, before the parts of experts were looked up once.
 WAIT_S = 300e-6
