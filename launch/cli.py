@@ -4,7 +4,6 @@ Commands are a table of names, modules and help lines, imported when they are us
 Knows no command's options.
 """
 
-import errno
 import importlib
 import io
 import os
@@ -15,7 +14,7 @@ from typing import Any
 
 import click
 
-from ..parallel.errors import NoPlanError, UserError, did_you_mean
+from ..parallel.errors import NoPlanError, UserError, did_you_mean, lacks_disk
 
 PROGRAM = "gptoss-launch"
 
@@ -36,7 +35,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoint": ("checkpoint", "Write random checkpoints in the published layout."),
 }
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk that is written to, or that of a redirected stdout
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -109,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
         _drop_output()
         return 1
     except OSError as error:
-        if error.errno not in _FULL:
+        if not lacks_disk(error):  # that of a file of ours, or of a redirected stdout
             raise
         _drop_output()
         _complain(

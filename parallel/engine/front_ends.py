@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .wire import Decoder, Hello, Message, encode
 
-READ_BYTES = 1 << 20  # of one connection in one poll; if it is prompts, that takes about 20 ms
+READ_BYTES = 256 << 10  # of one connection in one poll; if it is prompts, that takes about 5 ms, which streams wait for
 SEND_LIMIT_S = 10.0  # a front end that reads nothing for so long is taken for dead; the engine waits for nobody
 
 

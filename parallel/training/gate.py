@@ -48,8 +48,9 @@ def serving_logits(spec: Spec, weights: Weights, tokens_T: Tensor, residual_dtyp
 def first_document(samples: Sequence[Sample], device: torch.device) -> Pack:
     """The first TOKENS of the first sample in which anything is learnt from them; where all prompts are longer than
     that, TOKENS round the first that is learnt."""
-    one = next((one for one in samples if any(one.weights[:TOKENS])), samples[0])
-    learnt = next(place for place, weight in enumerate(one.weights) if weight)
+    early = (one for one in samples if any(one.weights[:TOKENS]))
+    one = next(early, None) or next((one for one in samples if any(one.weights)), samples[0])
+    learnt = next((place for place, weight in enumerate(one.weights) if weight), 0)
     low = 0 if learnt < TOKENS else learnt - TOKENS // 2
     return make_pack([sample(one.tokens[low : low + TOKENS], one.weights[low : low + TOKENS])], device)
 
