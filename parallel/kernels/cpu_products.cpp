@@ -1,5 +1,5 @@
-// Products on a CPU with weights as the checkpoint has them: the mixture of experts (both MXFP4 products, SwiGLU and the
-// weighted sum), and those of a bf16 matrix.
+// Products on a CPU with weights as they are kept: the mixture of experts (both MXFP4 products, SwiGLU and the weighted
+// sum), and those of a matrix in bf16, or in int8 with a scale for each row.
 //
 // Compiled by cpu_build.py once for each kind of CPU, and called through ctypes. Knows pointers and sizes; no Python, no
 // torch. Sums are fp32 and in an order that depends neither on the number of threads nor on the other tokens of a step.
@@ -41,7 +41,7 @@ constexpr float SWIGLU_ALPHA = 1.702f;
 
 // ---------------------------------------------------------------- vectors
 //
-// S: blocks of a step. REGISTERS: of vectors. ask: prefetch. split: bf16 at even and at odd places. read_blocks: some
+// S: blocks of a step. REGISTERS: of vectors. ask: prefetch. widen: W integers. split: bf16 at even and at odd places. read_blocks: some
 // packed blocks, at most S, and zeros. powers: what their scale bytes stand for, 2 ** (byte - 127), each in its block's
 // quarter of a vector; 255 is NaN.
 
@@ -61,6 +61,9 @@ inline float sum(V x) { return _mm512_reduce_add_ps(x); }
 inline void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline V ones() { return _mm512_set1_ps(1.0f); }
 inline I8 load8(const void* p) { return _mm512_loadu_si512(p); }
+inline V widen(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline void split(const uint16_t* values, V& even, V& odd) {
     const I8 pairs = load8(values);
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -110,6 +113,9 @@ inline float sum(V x) {
 inline void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline V ones() { return _mm256_set1_ps(1.0f); }
 inline I8 load8(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline V widen(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 inline V even_halves(I8 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 inline V odd_halves(I8 x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xFFFF0000))); }
 inline void split(const uint16_t* values, V& even, V& odd) {
@@ -150,6 +156,7 @@ inline V fma(V a, V b, V c) { return each([&](int i) { return a.at[i] * b.at[i] 
 inline float sum(V x) { return (x.at[0] + x.at[2]) + (x.at[1] + x.at[3]); }
 inline V ones() { return {{1, 1, 1, 1}}; }
 inline void ask(const void*) {}
+inline V widen(const int8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
 inline float widened(uint16_t half) {
     const uint32_t bits = static_cast<uint32_t>(half) << 16;
     float value;
@@ -331,15 +338,15 @@ struct Int8 {
 };
 #endif
 
-struct Rows16 {  // bf16 [rows, columns]; columns are whole blocks
-    const uint16_t* values;
+template <class T> struct Dense {  // [rows, columns]; columns are whole blocks
+    const T* values;
     int64_t columns;
-    using Row = const uint16_t*;
+    using Row = const T*;
     Row row(int64_t r) const { return values + r * columns; }
 };
 
 struct Bf16 {
-    using Matrix = Rows16;
+    using Matrix = Dense<uint16_t>;
     static constexpr int RECORD = STEP, TOGETHER = REGISTERS / 2 / VECTORS;
     V w[VECTORS];
     void read(Matrix::Row row, int64_t step, int here) {
@@ -355,6 +362,22 @@ struct Bf16 {
     V plus(const float* record, V total) const { return plus_products(w, ones(), record, total); }
     static void arrange(const float* x, int64_t columns, float* records, int64_t stride) {
         put(x, columns, records, stride, [](int c) { return (c / (2 * W) * 2 + c % 2) * W + c % (2 * W) / 2; });
+    }
+};
+
+struct Codes {  // int8, whose row has a scale that the sum is multiplied with
+    using Matrix = Dense<int8_t>;
+    static constexpr int RECORD = STEP, TOGETHER = REGISTERS / 2 / VECTORS;
+    V w[VECTORS];
+    void read(Matrix::Row row, int64_t step, int here) {
+        const int8_t* codes = row + step * STEP;
+        ask(codes + AHEAD_BYTES);
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) w[v] = v * W < here * BLOCK ? widen(codes + v * W) : zero();
+    }
+    V plus(const float* record, V total) const { return plus_products(w, ones(), record, total); }
+    static void arrange(const float* x, int64_t columns, float* records, int64_t stride) {
+        put(x, columns, records, stride, [](int c) { return c; });
     }
 };
 
@@ -628,6 +651,28 @@ template <class Way> void mix(Pool& pool, const Mixture& m) {
     });
 }
 
+// out[T, rows] = x [T, columns] times the rows of a matrix, times a scale for each row where there are some, plus bias.
+template <class Way>
+void multiply(Pool& pool, const float* x, int64_t T, const typename Way::Matrix& matrix, int64_t rows,
+              const float* scales, const float* bias, float* out) {
+    const int64_t columns = matrix.columns, width = steps_of(columns) * Way::RECORD, tiles = (T + TILE - 1) / TILE;
+    const bool alone = rows * columns * 2 < ALONE_BYTES && T * rows * columns < (1 << 20);
+    Vector<float> records(T * width);
+    auto tokens_of = [&](int64_t tile) { return static_cast<int>(std::min<int64_t>(TILE, T - tile * TILE)); };
+    pool.run(T, alone, [&](int64_t t) {
+        const int64_t tile = t / TILE, stride = tokens_of(tile) * Way::RECORD;
+        Way::arrange(x + t * columns, columns, records.data() + tile * TILE * width + t % TILE * Way::RECORD, stride);
+    });
+    pool.run(tiles * chunks_of(rows), alone, [&](int64_t index) {
+        const int64_t tile = index % tiles;
+        auto take = [&](int64_t r, int t, float value) {
+            if (scales) value *= scales[r];
+            out[(tile * TILE + t) * rows + r] = bias ? value + bias[r] : value;
+        };
+        chunk_product<Way>(matrix, index / tiles, rows, records.data() + tile * TILE * width, tokens_of(tile), take);
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -661,28 +706,15 @@ void experts(void* handle, const float* x, const float* weights, const int64_t* 
     mix<Exact>(pool, mixture);
 }
 
-// out[T, rows] = x [T, columns] times the rows of a bf16 matrix, plus bias [rows], if there is one. Columns are whole
-// blocks.
-void linear(void* handle, const float* x, int64_t T, const uint16_t* matrix, int64_t rows, int64_t columns,
-            const float* bias, float* out) {
+// A matrix of bf16, or with scales [rows] of int8; bias [rows] or none. Columns are whole blocks.
+void linear(void* handle, const float* x, int64_t T, const void* matrix, int64_t rows, int64_t columns,
+            const float* scales, const float* bias, float* out) {
     Pool& pool = *static_cast<Pool*>(handle);
     std::lock_guard<std::mutex> turn(pool.one_call);
-    const Rows16 weights{matrix, columns};
-    const int64_t width = steps_of(columns) * Bf16::RECORD, tiles = (T + TILE - 1) / TILE;
-    const bool alone = rows * columns * 2 < ALONE_BYTES && T * rows * columns < (1 << 20);
-    Vector<float> records(T * width);
-    auto tokens_of = [&](int64_t tile) { return static_cast<int>(std::min<int64_t>(TILE, T - tile * TILE)); };
-    pool.run(T, alone, [&](int64_t t) {
-        const int64_t tile = t / TILE, stride = tokens_of(tile) * Bf16::RECORD;
-        Bf16::arrange(x + t * columns, columns, records.data() + tile * TILE * width + t % TILE * Bf16::RECORD, stride);
-    });
-    pool.run(tiles * chunks_of(rows), alone, [&](int64_t index) {
-        const int64_t tile = index % tiles;
-        auto take = [&](int64_t r, int t, float value) {
-            out[(tile * TILE + t) * rows + r] = bias ? value + bias[r] : value;
-        };
-        chunk_product<Bf16>(weights, index / tiles, rows, records.data() + tile * TILE * width, tokens_of(tile), take);
-    });
+    if (scales)
+        multiply<Codes>(pool, x, T, {static_cast<const int8_t*>(matrix), columns}, rows, scales, bias, out);
+    else
+        multiply<Bf16>(pool, x, T, {static_cast<const uint16_t*>(matrix), columns}, rows, nullptr, bias, out);
 }
 
 // Reads `bytes` bytes and does next to nothing with them: what the memory gives at most.

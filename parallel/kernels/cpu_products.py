@@ -1,5 +1,5 @@
 """Products on a CPU by our C++, called by ctypes: the mixture of experts, with the signature and meaning of
-`experts.experts`, and `linear.linear` for matrices that are kept in bf16 while fp32 is computed in.
+`experts.experts`, and `linear.linear` for matrices that are kept in bf16 while fp32 is computed in, or in int8.
 
 Weights stay as the checkpoint has them, so experts may as well be a view into its mapped file. All arithmetic is fp32
 on the decoded values, whatever the dtype of the activations, and rounded once at the end; nothing depends on the number
@@ -34,7 +34,11 @@ _EXPERTS = (
     *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),  # blocks, scales, bias, twice
     *(ctypes.c_int, ctypes.c_int, _POINTER),  # bias_is_bf16, int8, out
 )
-_LINEAR = (_POINTER, _POINTER, _INT64, _POINTER, _INT64, _INT64, _POINTER, _POINTER)  # pool, x, T, matrix, its shape, …
+_LINEAR = (
+    *(_POINTER, _POINTER, _INT64, _POINTER, _INT64, _INT64),  # pool, x, T, matrix, its shape
+    *(_POINTER, _POINTER, _POINTER),  # scales, bias, out
+)
+_READ = (torch.bfloat16, torch.int8)
 BLOCK_COLUMNS = 32  # which a matrix has a whole number of
 
 
@@ -113,15 +117,17 @@ class CpuLinear:
 
     def __call__(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
         codes_OI = weight_OI.codes_OI if isinstance(weight_OI, Narrow) else weight_OI
-        if codes_OI is weight_OI or codes_OI.dtype != torch.bfloat16 or codes_OI.shape[1] % BLOCK_COLUMNS:
+        is_read = codes_OI.dtype in _READ and codes_OI.shape[1] % BLOCK_COLUMNS == 0
+        if not isinstance(weight_OI, Narrow) or not is_read:
             return linear.linear(x_TI, weight_OI, bias_O)
         x = x_TI.float().contiguous()
         bias = None if bias_O is None else bias_O.float().contiguous()
+        scale = weight_OI.scale_O.contiguous() if codes_OI.dtype == torch.int8 else None
         assert codes_OI.is_contiguous() and x.shape[1] == codes_OI.shape[1]
         out_TO = torch.empty((len(x), len(codes_OI)))
         self.threads.library.linear(
             *(self.threads.pool, x.data_ptr(), len(x), codes_OI.data_ptr(), *codes_OI.shape),
-            *(None if bias is None else bias.data_ptr(), out_TO.data_ptr()),
+            *(None if one is None else one.data_ptr() for one in (scale, bias, out_TO)),
         )
         return out_TO.to(x_TI.dtype)
 
@@ -175,12 +181,15 @@ def cpu_operations(int8: bool = False, **build: Any) -> Operations:
 
 
 def linear_disagreement(product: CpuLinear) -> float:
-    """As `disagreement`, of products with a bf16 matrix."""
+    """As `disagreement`, of products with a matrix in bf16, and of one in int8."""
     generator = torch.Generator().manual_seed(0)
     x_TI, weight_OI = torch.randn((5, 96), generator=generator), torch.randn((43, 96), generator=generator).bfloat16()
-    wanted = x_TI.double() @ weight_OI.double().T
-    found = product(x_TI, narrowed(weight_OI, torch.bfloat16, torch.float32))
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    errors = []
+    for codes in _READ:
+        narrow_OI = narrowed(weight_OI, codes, torch.float32)
+        wanted = x_TI.double() @ (narrow_OI.codes_OI.double() * narrow_OI.scale_O.double()[:, None]).T
+        errors.append(float((product(x_TI, narrow_OI) - wanted).abs().max() / wanted.abs().max()))
+    return max(errors)
 
 
 def disagreement(run: CpuExperts) -> float:

@@ -18,7 +18,6 @@ CODES: dict[str, torch.dtype] = {  # by the plan's name
     "bf16": torch.bfloat16,
 }
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # int8 is symmetric: -128 is not used
-FEW_TOKENS = 16  # of a product on a CPU that reads int8 as it is: with more, dequantizing pays
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,6 @@ def narrowed(weight_OI: Tensor, codes: torch.dtype, dtype: torch.dtype) -> Narro
 def linear(x_TI: Tensor, weight_OI: Narrow, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b, [T, O], in the dtype of x: rows are dequantized a tile at a time."""
     rows, columns = weight_OI.shape
-    if x_TI.device.type == "cpu" and _is_packed(weight_OI) and len(x_TI) <= FEW_TOKENS:
-        out_TO = torch.ops.aten._weight_int8pack_mm(
-            x_TI.contiguous(), weight_OI.codes_OI, weight_OI.scale_O.to(x_TI.dtype)
-        )
-        return out_TO if bias_O is None else out_TO + bias_O
     out_TO = torch.empty((len(x_TI), rows), dtype=x_TI.dtype, device=x_TI.device)
     step = max(1, DENSE_TILE_BYTES // (columns * x_TI.element_size()))
     for start in range(0, rows, step):
@@ -84,9 +78,3 @@ def linear(x_TI: Tensor, weight_OI: Narrow, bias_O: Tensor | None = None) -> Ten
         bias = None if bias_O is None else bias_O[tile]
         out_TO[:, tile] = torch.nn.functional.linear(x_TI, weight_OI.dense(tile), bias)
     return out_TO
-
-
-def _is_packed(weight_OI: Narrow) -> bool:
-    """Whether torch has a product on the CPU that reads it as it is, and fast: 0.5 against 1.1 ms of the same product
-    in bf16 for one token of [5120, 2880], on two cores of an EPYC; in fp32 it is slower than dequantizing."""
-    return weight_OI.codes_OI.dtype == torch.int8 and weight_OI.dtype == torch.bfloat16

@@ -138,7 +138,7 @@ def find_place(machine: Machine, asked: Asked) -> Place:
 def on_cpu(machine: Machine, asked: Asked) -> Place:
     if machine.host_memory_bytes is None:
         raise UserError(f"how much memory {machine.name} has free is not known", "say so: --host-memory 16GiB")
-    dtype = asked.dtype or ("fp32" if asked.rest == "bf16" else "bf16")
+    dtype = asked.dtype or "fp32"
     kernels = _kernels(asked, "cpu", dtype)
     kv_dtype, memory_bytes = asked.kv_dtype or dtype, machine.host_memory_bytes
     return Place("cpu", (), machine.nodes, "none", memory_bytes, dtype, kv_dtype, kernels, asked.rest)

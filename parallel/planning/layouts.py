@@ -60,8 +60,7 @@ class Place:
     @property
     def unpacks(self) -> bool:
         """Whether weights of 8 bits are dequantized for each product, instead of read as they are."""
-        packed = self.kernels == "triton" or (self.device == "cpu" and self.dtype == "bf16")
-        return self.rest != "bf16" and not packed
+        return self.rest != "bf16" and self.kernels == "plain"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .memory import Room, weights_bytes
 from .offload import expert_bytes, hit_share, in_file, known, one_rank, room_for, without_slots_bytes
 from .pages import pool_pages
 from .placement import Order, imbalance
-from .plan import DType, Kernels, Offload, RankMemory, Way
+from .plan import DType, Kernels, Offload, RankMemory, Way, kept
 from .shards import Mesh
 from .spec import Spec
 
@@ -34,7 +34,6 @@ DTYPE_WHY: dict[DType, str] = {
     "fp16": "{} has no bf16 units; hidden states between layers are kept in fp32, as they may outgrow fp16",
     "fp32": "on a CPU the exact one is the default",
 }
-NARROW_REST_WHY = "the products of a CPU that read 8 bits as they are want it"
 KERNELS_WHY: dict[Kernels, str] = {
     "triton": "Triton's",
     "plain": "plain torch, which is slow: Triton's are for bf16",
@@ -69,8 +68,6 @@ def why(
     unused = [f"--misses {asked.misses}"] * (asked.misses is not None) + ["--look-ahead"] * bool(asked.look_ahead)
     lines += [f"{flag}: asked for, and of no use, as no expert is left elsewhere" for flag in unused]
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
-    if place.device == "cpu" and place.dtype == "bf16" and asked.dtype is None:
-        dtype_why = NARROW_REST_WHY
     lines += [f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4", *_rest(spec, mesh, place, asked)]
     if asked.context_tokens is not None:
         lines.append(f"context {context} tokens: asked for, of the model's {spec.max_context_tokens}")
@@ -111,7 +108,9 @@ def _rest(spec: Spec, mesh: Mesh, place: Place, asked: Asked) -> list[str]:
         return ["attention, embedding and head stay bf16 as in the checkpoint, and are read as they are"]
     if place.kept is None:
         return []
-    saved = weights_bytes(spec, mesh, 0, place.dtype) - weights_bytes(spec, mesh, 0, place.dtype, place.kept)
+    otherwise = kept("bf16", place.dtype, place.kernels)
+    saved = weights_bytes(spec, mesh, 0, place.dtype, otherwise)
+    saved -= weights_bytes(spec, mesh, 0, place.dtype, place.kept)
     how = "dequantized for each product, which saves memory and no time" if place.unpacks else "read as it is"
     return [
         f"rest {place.rest}: asked for; attention, embedding and head in 8 bits with a scale a row take "
@@ -337,8 +336,6 @@ def why_offloaded(
             known = f"by the routing recorded with {asked.routing.model}"
         lines.append(f"experts: {share:.0%} of those that a token needs are on the GPU, {known}")
     dtype_why = "asked for" if asked.dtype else DTYPE_WHY[place.dtype].format(sm(place.gpus[0]) if place.gpus else "")
-    if place.device == "cpu" and place.dtype == "bf16" and asked.dtype is None:
-        dtype_why = NARROW_REST_WHY
     lines += [f"dtype {place.dtype}: {dtype_why}; experts stay packed MXFP4", *_rest(spec, Mesh(), place, asked)]
     if asked.context_tokens is not None:
         context_why = "asked for"

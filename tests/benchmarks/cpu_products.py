@@ -1,5 +1,5 @@
 """How fast the C++ products of a CPU are, at the true width of 20b: both of its experts, and a quarter of its head in
-bf16 beside torch's in fp32; all beside what the memory gives.
+bf16 and int8 beside torch's in fp32; all beside what the memory gives.
 
     python tests/benchmarks/cpu_products.py [--tokens 1,2,8,64] [--threads N] [--seconds 20]
 
@@ -62,10 +62,11 @@ def main() -> None:
     expert_bytes = sum(part[0].nbytes for one in (gate_up, down) for part in (one.blocks, one.scales))
     other = torch.zeros(READ_BYTES, dtype=torch.uint8).fill_(1)
     wide_OI = torch.randn((HEAD_ROWS, HIDDEN))
-    head_OI = narrowed(wide_OI, torch.bfloat16, torch.float32)
+    bf16_OI, int8_OI = (narrowed(wide_OI, codes, torch.float32) for codes in (torch.bfloat16, torch.int8))
     linear = CpuLinear(threads)
     heads = {
-        "head": (lambda x_TH: linear(x_TH, head_OI), head_OI.codes_OI.nbytes),
+        "head": (lambda x_TH: linear(x_TH, bf16_OI), bf16_OI.codes_OI.nbytes),
+        "head, int8": (lambda x_TH: linear(x_TH, int8_OI), int8_OI.codes_OI.nbytes),
         "head, torch": (lambda x_TH: torch.nn.functional.linear(x_TH, wide_OI), wide_OI.nbytes),
     }
     torch.set_num_threads(arguments.threads)

@@ -125,19 +125,25 @@ def test_int8_activations_are_near(level: str, name: str, threads: dict[str, Thr
 
 # more tokens than a tile, rows that are no whole groups, columns that end inside a step
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 201, 2880), (2, 7, 32), (3, 130, 96), (67, 65, 160)])
+@pytest.mark.parametrize("codes", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("level", LEVELS)
 def test_linear_is_exact(
-    level: str, tokens: int, rows: int, columns: int, threads: dict[str, Threads], monkeypatch: pytest.MonkeyPatch
+    level: str,
+    codes: torch.dtype,
+    tokens: int,
+    rows: int,
+    columns: int,
+    threads: dict[str, Threads],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gptoss_launch.parallel.kernels.linear.linear", None)  # it is ours that runs
     generator = torch.Generator().manual_seed(tokens)
     x_TI, bias_O = torch.randn((tokens, columns), generator=generator), torch.randn(rows, generator=generator)
-    weight_OI = torch.randn((rows, columns), generator=generator).bfloat16()
+    whole = narrowed(torch.randn((rows, columns), generator=generator).bfloat16(), codes, torch.float32)
     product = CpuLinear(threads[level])
-    found = product(x_TI, narrowed(weight_OI, torch.bfloat16, torch.float32), bias_O)
+    found, wide_OI = product(x_TI, whole, bias_O), whole.codes_OI.double() * whole.scale_O.double()[:, None]
     assert found.dtype == torch.float32
-    assert error(found, x_TI.double() @ weight_OI.double().T + bias_O) < 2e-6
-    whole = narrowed(weight_OI, torch.bfloat16, torch.float32)
+    assert error(found, x_TI.double() @ wide_OI.T + bias_O) < 2e-6
     assert torch.equal(torch.cat([product(x_TI[row : row + 1], whole) for row in range(tokens)]), product(x_TI, whole))
 
 

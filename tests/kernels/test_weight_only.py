@@ -1,5 +1,5 @@
 """Weights of fewer bits than the compute dtype: how near their codes come, and every operation that reads them against
-the same operation in fp32 on dequantized weights; plain torch, torch's own product on a CPU, and Triton."""
+the same operation in fp32 on dequantized weights; plain torch, and Triton."""
 
 import pytest
 import torch

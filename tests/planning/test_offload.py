@@ -91,7 +91,7 @@ def test_8_bits_leave_room_for_experts(rest: str, device: str) -> None:
 def test_8_bits_on_a_cpu() -> None:
     """int8 with bf16, which it is read with; fp8 not at all, but the GPU's plan is not lost for it."""
     plan = planned("20b", "cpu", rest="int8")
-    assert (plan.dtype, plan.rest) == ("bf16", "int8") and plan.memory[0].weights_bytes < 13_000_000_000
+    assert (plan.dtype, plan.kept) == ("fp32", "int8") and plan.memory[0].weights_bytes < 13_000_000_000
     with pytest.raises(UserError, match="--rest fp8 is for GPUs"):
         planned("20b", "cpu", rest="fp8")
     assert planned("20b", "rtx2080ti", rest="fp8").device == "cuda"
