@@ -105,9 +105,10 @@ def test_a_base_install_plans_without_torch(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_install_renders_batch_scripts(base: Path, tmp_path: Path) -> None:
-    submit = (base / "gptoss-launch", "submit", "finetune", "--set", "run.config=tiny", "--render")
-    script = run(*submit, cwd=tmp_path)
-    assert script.startswith("#!/bin/bash\n") and "\npayload=(finetune --config tiny)\n" in script
+    job = tmp_path / "job.yaml"
+    job.write_text("run: {config: tiny, set: {run: /shared/first}}\n")
+    script = run(base / "gptoss-launch", "submit", "finetune", "--config", job, "--render", cwd=tmp_path)
+    assert script.startswith("#!/bin/bash\n") and "\npayload=(finetune --config tiny run=/shared/first)\n" in script
     (tmp_path / "job.sbatch").write_text(script)
     run(base / "gptoss-launch", "lint", tmp_path / "job.sbatch", cwd=tmp_path)
 
