@@ -47,6 +47,13 @@ constexpr float SWIGLU_ALPHA = 1.702f;
 
 constexpr uint32_t LEAST = 0x00400000, INFINITE = 0x7F800000;  // bits of 2 ** -127, and of what 255 looks like
 
+inline float widened(uint16_t half) {  // bf16
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 #if defined(__AVX512BW__)
 constexpr int S = 4, REGISTERS = 32;
 using V = __m512;
@@ -157,12 +164,6 @@ inline float sum(V x) { return (x.at[0] + x.at[2]) + (x.at[1] + x.at[3]); }
 inline V ones() { return {{1, 1, 1, 1}}; }
 inline void ask(const void*) {}
 inline V widen(const int8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
-inline float widened(uint16_t half) {
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
 inline void split(const uint16_t* values, V& even, V& odd) {
     even = each([&](int i) { return widened(values[2 * i]); }), odd = each([&](int i) { return widened(values[2 * i + 1]); });
 }
@@ -564,11 +565,7 @@ struct Experts {  // one product of all experts: [E, rows, blocks, 16], [E, rows
     }
     float bias_at(int64_t expert, int64_t r) const {
         int64_t at = expert * rows + r;
-        if (!bias_is_bf16) return static_cast<const float*>(bias)[at];
-        uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(bias)[at]) << 16;
-        float value;
-        std::memcpy(&value, &bits, sizeof value);
-        return value;
+        return bias_is_bf16 ? widened(static_cast<const uint16_t*>(bias)[at]) : static_cast<const float*>(bias)[at];
     }
 };
 

@@ -116,11 +116,10 @@ class CpuLinear:
     threads: Threads = field(repr=False)
 
     def __call__(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
-        codes_OI = weight_OI.codes_OI if isinstance(weight_OI, Narrow) else weight_OI
-        is_read = codes_OI.dtype in _READ and codes_OI.shape[1] % BLOCK_COLUMNS == 0
-        if not isinstance(weight_OI, Narrow) or not is_read:
+        narrow = isinstance(weight_OI, Narrow)
+        if not narrow or weight_OI.codes_OI.dtype not in _READ or weight_OI.shape[1] % BLOCK_COLUMNS:
             return linear.linear(x_TI, weight_OI, bias_O)
-        x = x_TI.float().contiguous()
+        codes_OI, x = weight_OI.codes_OI, x_TI.float().contiguous()
         bias = None if bias_O is None else bias_O.float().contiguous()
         scale = weight_OI.scale_O.contiguous() if codes_OI.dtype == torch.int8 else None
         assert codes_OI.is_contiguous() and x.shape[1] == codes_OI.shape[1]
@@ -152,7 +151,7 @@ LAYOUT = plain.Layout(_pack, _room, plain.put)  # the checkpoint's own; a bias o
 
 
 def cpu_operations(int8: bool = False, **build: Any) -> Operations:
-    """Plain torch but for the experts and products with bf16 matrices. build: arguments of `cpu_build.library`.
+    """Plain torch but for experts and products with matrices in bf16 or int8. build: arguments of `cpu_build.library`.
 
     Raises NoLibraryError where nothing can be compiled, and UserError where what was compiled computes something else.
     """
@@ -187,7 +186,7 @@ def linear_disagreement(product: CpuLinear) -> float:
     errors = []
     for codes in _READ:
         narrow_OI = narrowed(weight_OI, codes, torch.float32)
-        wanted = x_TI.double() @ (narrow_OI.codes_OI.double() * narrow_OI.scale_O.double()[:, None]).T
+        wanted = x_TI.double() @ narrow_OI.dense(slice(None)).double().T
         errors.append(float((product(x_TI, narrow_OI) - wanted).abs().max() / wanted.abs().max()))
     return max(errors)
 

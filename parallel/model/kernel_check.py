@@ -116,10 +116,8 @@ def _embed(ops: Operations, random: _Random) -> Iterator[float]:
 
 def _linear(ops: Operations, random: _Random) -> Iterator[float]:
     for rows, has_bias in ((HIDDEN, True), (1001, False)):
-        x_TI, (weight_OI, wide_OI) = (
-            random.normal(random.tokens, HEADS * HEAD_DIM),
-            random.matrix(rows, HEADS * HEAD_DIM),
-        )
+        x_TI = random.normal(random.tokens, HEADS * HEAD_DIM)
+        weight_OI, wide_OI = random.matrix(rows, HEADS * HEAD_DIM)
         bias_O = random.normal(rows) if has_bias else None
         wanted = PLAIN.linear(x_TI.double(), wide_OI, None if bias_O is None else bias_O.double())
         yield _error(ops.linear(x_TI, weight_OI, bias_O), wanted)

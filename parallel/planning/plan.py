@@ -20,8 +20,8 @@ KvDType = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: e4m3, as the nu
 DTYPE_BYTES: dict[KvDType, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1}
 
 Workload = Literal["latency", "throughput"]
-# plain: torch's own operations, on any device. cpu: the same but for experts, and products of fp32 with bf16 weights,
-# which are C++ of ours; cpu-int8: and experts round activations to 8 bits.
+# plain: torch's own operations, on any device. cpu: the same but for experts, and products with weights in bf16 or int8
+# that are in fp32, which are C++ of ours; cpu-int8: and experts round activations to 8 bits.
 Kernels = Literal["triton", "plain", "cpu", "cpu-int8"]
 
 

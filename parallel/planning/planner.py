@@ -42,9 +42,7 @@ def plan(spec: Spec, machine: Machine, asked: Asked = FREE, *, model: str, check
     check_layout(spec, machine, place, asked)
     choice = choose(spec, place, asked)
     if choice is None and nothing_fits(spec, place, asked):
-        offloaded = None
-        if one_rank(asked):
-            offloaded = _offloaded(spec, found, machine, place, asked, model, checkpoint)
+        offloaded = _offloaded(spec, found, machine, place, asked, model, checkpoint) if one_rank(asked) else None
         if offloaded is not None:
             return offloaded
     if choice is None:
