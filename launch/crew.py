@@ -32,6 +32,7 @@ class _Member:
     hello: Hello
     writer: asyncio.StreamWriter
     doing: str = "starting"
+    failed: bool = False  # it has said why it ends
 
     @property
     def name(self) -> str:
@@ -205,9 +206,10 @@ class Crew:
             writer.close()
             if member is not None:
                 self._members.remove(member)
-                message = f"{member.name} died {self._doing(member)}"
-                tail = self._tail(member.hello.rank)
-                self._fail(RankDiedError(message, tail, follows=member.hello.role != "rank"))
+                if not member.failed:
+                    message = f"{member.name} died {self._doing(member)}"
+                    tail = self._tail(member.hello.rank)
+                    self._fail(RankDiedError(message, tail, follows=member.hello.role != "rank"))
 
     def _take(self, member: _Member, message: Message) -> None:
         if isinstance(message, Progress):
@@ -219,6 +221,7 @@ class Crew:
             if len(self._answers) == len(self._ranks) and not self.ready.done():
                 self.ready.set_result(tuple(self._answers[rank] for rank in sorted(self._answers)))
         elif isinstance(message, Failed):
+            member.failed = True
             # What a person can put right speaks for itself; anything else needs the log.
             speaks = message.exit_code in (UserError.exit_code, NoPlanError.exit_code)
             hint = "\n".join(part for part in (message.hint, "" if speaks else self._tail(message.rank)) if part)
