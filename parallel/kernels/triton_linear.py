@@ -48,6 +48,8 @@ ONE = Rows(warps=4, ahead=16, registers=96)
 
 def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b, [T, O], in the dtype of x."""
+    if not len(x_TI):  # a step in the middle of a prompt wants no logits: nothing to read a head for
+        return x_TI.new_empty((0, len(weight_OI)))
     if len(x_TI) == 1:
         return one(x_TI, weight_OI, bias_O, ONE)
     if isinstance(weight_OI, Narrow):
@@ -98,7 +100,7 @@ def few_cut(x_TI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:
 
 
 def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, ways: int, unroll: int) -> Tensor:
-    """linear for at most FEW_TOKENS tokens."""
+    """linear for 1 to FEW_TOKENS tokens."""
     tokens, rows = len(x_TI), len(weight_OI)
     out_TO = torch.empty((tokens, rows), dtype=x_TI.dtype, device=x_TI.device)
     _few[(-(-rows // TILE_ROWS),)](

@@ -69,7 +69,7 @@ def test_embed(dtype: torch.dtype, first: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("tokens", (1, 2, 5, 16, 17))
+@pytest.mark.parametrize("tokens", (0, 1, 2, 5, 16, 17))
 def test_linear(tokens: int, dtype: torch.dtype) -> None:
     for rows, columns, has_bias in ((7, 96, True), (65, 264, False), (35, 2880, True), (48, 512, False)):
         if tokens > triton_linear.FEW_TOKENS and columns > 512:

@@ -60,7 +60,7 @@ def test_bf16_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
-@pytest.mark.parametrize("tokens", (1, 16, 17))
+@pytest.mark.parametrize("tokens", (0, 1, 16, 17))
 @BITS
 def test_plain_linear(bits: str, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in tiles that do not come out even."""
@@ -74,7 +74,7 @@ def test_plain_linear(bits: str, tokens: int, dtype: torch.dtype, monkeypatch: p
 
 
 @pytest.mark.parametrize("dtype", TRITON)
-@pytest.mark.parametrize("tokens", (1, 2, 16, 17))
+@pytest.mark.parametrize("tokens", (0, 1, 2, 16, 17))
 @BITS
 def test_triton_linear(bits: str, tokens: int, dtype: torch.dtype) -> None:
     for rows, columns, has_bias in ((7, 96, True), (65, 264, False)):
