@@ -92,8 +92,9 @@ def _product(
     lane = tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
     blocks += tile * steps * _HALVES + lane
     scales += tile * steps * 8 + tl.arange(0, 8)
-    row_L = tl.multiple_of(row_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4), 32)
+    row_L = row_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4)
     x += (row_L + tl.arange(0, COLUMNS * 4) % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
+    x = tl.multiple_of(x, (2, 16))  # what is said of rows Triton forgets where layouts change
     acc = tl.zeros((2, 8, COLUMNS), tl.float32)
     for step in range(begin, end, UNROLL):
         block, scale, row = blocks + step * _HALVES, scales + step * 8, x + step * _CODES
@@ -143,18 +144,30 @@ def _members(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     SINGLE: tl.constexpr,
+    PLACES: tl.constexpr,
+    EXPERTS_PER_TOKEN: tl.constexpr,
 ):
-    """(the slot's expert, COLUMNS of its pairs from the begin-th on, how many it has in all).
+    """(the slot's expert, COLUMNS of its pairs from the begin-th on, which of them there are, where they end).
 
     A slot is an expert, or (not by_expert) a pair, of which the first of an expert stands for all. SINGLE: one token,
-    whose experts differ. None for an expert that is not held here.
+    whose experts differ. PLACES: not 0 where slots are experts and each token has a column of its own, so that no pair
+    is looked for. None for an expert that is not held here.
     """
     column = begin + tl.arange(0, COLUMNS)
     expert = slot
     if SINGLE:
         expert = tl.load(experts + slot).to(tl.int32) - first
         pair_N = column * 0 + slot
+        live_N = column < 1
         count = 1
+    elif PLACES > 0:
+        place = tl.arange(0, PLACES)[None, :]
+        pair = column[:, None] * EXPERTS_PER_TOKEN + place
+        there = (place < EXPERTS_PER_TOKEN) & (pair < pairs)
+        mine = (tl.load(experts + pair, mask=there, other=-1).to(tl.int32) - first == expert) & there
+        pair_N = tl.sum(tl.where(mine, pair, 0), 1)
+        live_N = tl.sum(mine.to(tl.int32), 1) > 0
+        count = tl.max(live_N.to(tl.int32), 0) * COLUMNS
     else:
         if by_expert == 0:
             expert = tl.load(experts + slot).to(tl.int32) - first
@@ -171,7 +184,8 @@ def _members(
             count += tl.sum(mine.to(tl.int32), 0)
             earlier += tl.sum((mine & (pair < slot)).to(tl.int32), 0)
         count = tl.where((by_expert != 0) | (earlier == 0), count, 0)
-    return expert, pair_N, tl.where((expert >= 0) & (expert < held), count, 0)
+        live_N = column < count
+    return expert, pair_N, live_N, tl.where((expert >= 0) & (expert < held), count, 0)
 
 
 @triton.jit
@@ -214,6 +228,7 @@ def _gate_up(
     UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
     SINGLE: tl.constexpr,
+    PLACES: tl.constexpr,
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -226,12 +241,15 @@ def _gate_up(
         gdc_wait()  # the routes are of the kernel before, and where experts are fetched so are the weights
         gdc_launch_dependents()  # not earlier, as elsewhere: `_down` reads the routes and weights before it waits
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
+    expert, pair_N, live_N, count = _members(
+        experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+    )
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         if begin > 0:
-            _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
-        live_N = begin + tl.arange(0, COLUMNS) < count
+            _, pair_N, live_N, _ = _members(
+                experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+            )
         y = _product(
             x,
             (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
@@ -319,6 +337,7 @@ def _down(
     UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
     SINGLE: tl.constexpr,
+    PLACES: tl.constexpr,
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -328,12 +347,15 @@ def _down(
     if EARLY:
         gdc_launch_dependents()
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    expert, pair_N, count = _members(experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE)
+    expert, pair_N, live_N, count = _members(
+        experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+    )
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         if begin > 0:
-            _, pair_N, _ = _members(experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE)
-        live_N = begin + tl.arange(0, COLUMNS) < count
+            _, pair_N, live_N, _ = _members(
+                experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+            )
         y = _product(
             inner,
             pair_N.to(tl.int64) * width,
@@ -470,7 +492,7 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
         rows,
         limit,
         ALPHA=SWIGLU_ALPHA,
-        **_constants(experts_TX, steps, width, cut, split),
+        **_constants(experts_TX, slots == held, steps, width, cut, split),
     )
     return inner_PI
 
@@ -501,7 +523,7 @@ def down_sum(
         steps,
         rows,
         width,
-        **_constants(experts_TX, steps, width, cut, cut.split),
+        **_constants(experts_TX, slots == held, steps, width, cut, cut.split),
     )
     if tokens > 1:
         _finish[tokens, triton.cdiv(rows, FINISH_ROWS)](
@@ -528,9 +550,10 @@ def _slots(experts_TX: Tensor, held: int) -> int:
     return per_token if tokens == 1 else min(held, tokens * per_token)
 
 
-def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int) -> dict[str, Any]:
+def _constants(experts_TX: Tensor, by_expert: bool, steps: int, width: int, cut: Cut, split: int) -> dict[str, Any]:
     """Few values of each, as each combination is compiled."""
     tokens, per_token = experts_TX.shape
+    by_token = by_expert and 1 < tokens <= COLUMNS
     return constants(
         EXPERTS_PER_TOKEN=per_token,
         CHUNK=CHUNK_PAIRS,
@@ -538,6 +561,7 @@ def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int)
         UNROLL=cut.unroll,
         SPLIT=split,
         SINGLE=tokens == 1,
+        PLACES=triton.next_power_of_2(per_token) if by_token else 0,
         EVEN=steps % (split * cut.unroll) == 0 and width == steps * TILE_COLUMNS,
         EARLY=cut.early and early(experts_TX),
         PLAIN=not experts_TX.is_cuda,
