@@ -22,6 +22,7 @@ GROUP_TOKENS = 16  # tokens of a program: the least that a tensor core's product
 STEP_COLUMNS = 64
 MAX_PARTS = 16
 _LOWEST = tl.constexpr(-3.4e38)
+MOST_TOKENS = ARRIVALS * GROUP_TOKENS  # of a launch: a counter for each group
 FULL_GROUPS = 64  # from so many groups on the parts are few: there are programs enough
 
 
@@ -209,9 +210,13 @@ def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: in
     tokens, width = x_TH.shape
     count = len(weight_EH)
     device = x_TH.device
+    if experts_per_token > min(8, count):
+        raise ValueError(f"{experts_per_token} of {count} experts a token")
+    if tokens > MOST_TOKENS:  # of a pack to train on: a step of the engine has fewer
+        several = [route(part_TH, weight_EH, bias_E, experts_per_token) for part_TH in x_TH.split(MOST_TOKENS)]
+        weights, experts = zip(*several, strict=True)
+        return torch.cat(weights), torch.cat(experts)
     groups = triton.cdiv(tokens, GROUP_TOKENS)
-    if experts_per_token > min(8, count) or groups > ARRIVALS:
-        raise ValueError(f"{experts_per_token} of {count} experts a token, {tokens} tokens")
     parts = min(MAX_PARTS, triton.cdiv(width, STEP_COLUMNS)) if groups < FULL_GROUPS else 1
     block = 16 if groups < FULL_GROUPS else 32
     padded = max(triton.next_power_of_2(count), block)
