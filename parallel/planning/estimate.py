@@ -13,7 +13,7 @@ from math import comb, prod
 from typing import Literal
 
 from .machine import Link
-from .memory import is_rest, stored_bytes
+from .memory import flagged_limit_bytes, is_rest, stored_bytes
 from .pages import local_kv_heads
 from .plan import DTYPE_BYTES, DType, Kept, Kernels, Workload
 from .shards import Mesh, part, table
@@ -68,24 +68,29 @@ LAYER_S = {"triton": 20e-6, "plain": 2.7e-3}
 @dataclass(frozen=True)
 class LinkCost:
     """One all-reduce inside a CUDA graph: latency_s with two ranks, rank_s more for each further rank, and the bytes
-    that each rank sends, 2 (R - 1) / R of the message, at bytes_per_s."""
+    that each rank sends at bytes_per_s, of which `all_reduce_s` knows how many they are."""
 
     latency_s: float
     rank_s: float
     bytes_per_s: float
 
 
-# nvlink: one-shot and two-shot over symmetric memory, measured on two H200 (6.6 us at 5,760 B, 15.7 us at 2.9 MB); by
-# number of ranks, one-shot on H100s: 3.9 us with 2 and 5.7 us with 8 ranks (sgl-project/sglang pull request 2904).
+# nvlink: the fastest of NCCL, one-shot and two-shot over symmetric memory on two H200, 9.1 us at 369 KB and 12.5 us at
+# 1.0 MB in a step (tests/benchmarks/all_reduce.py at 9832f1e, 2026-11-29) and 15.7 us at 2.9 MB alone; by number of
+# ranks, one-shot on H100s: 3.9 us with 2 and 5.7 us with 8 ranks (sgl-project/sglang pull request 2904).
 # pcie: NCCL on four GPUs under one switch, 20.3 us at 8 KB and 83.5 us at 384 KB, in haohervchb/sglang-V100 pull
 # request 2; a ring has two hops more for each rank, 1 us each by NCCL's own tuning table (src/graph/tuning.cc).
 # network, between nodes: NCCL on four nodes over RoCE, 54 to 64 us at 48 KB, in local-inference-lab/b12x pull request
 # 295; a ring's two hops more for each rank are 3 us each by the same tuning table. Plain TCP takes longer.
 LINK: dict[Link | Literal["network"], LinkCost] = {
-    "nvlink": LinkCost(latency_s=6.6e-6, rank_s=0.4e-6, bytes_per_s=320e9),
+    "nvlink": LinkCost(latency_s=8e-6, rank_s=0.4e-6, bytes_per_s=300e9),
     "pcie": LinkCost(latency_s=16e-6, rank_s=2e-6, bytes_per_s=9e9),
     "network": LinkCost(latency_s=41e-6, rank_s=6e-6, bytes_per_s=12.5e9),
 }
+# Small messages over nvlink, by words that carry flags (`kernels.triton_all_reduce`): 1.8 us at 5,760 B and 3.5 us at
+# 259,200 B in the same run. Not measured with more ranks, for which rank_s is taken over; counted alike before sm_80,
+# where there is no such kernel.
+FLAGGED = LinkCost(latency_s=1.7e-6, rank_s=0.4e-6, bytes_per_s=150e9)
 
 
 @dataclass(frozen=True)
@@ -134,11 +139,16 @@ def decode_step(
 
 
 def all_reduce_s(link: Link | Literal["network"], ranks: int, message_bytes: int) -> float:
-    """Seconds of one all-reduce of message_bytes; 0 for one rank."""
+    """Seconds of one all-reduce of message_bytes; 0 for one rank.
+
+    Each rank sends a small message over nvlink to every other one, and otherwise 2 (R - 1) / R of it.
+    """
     if ranks == 1:
         return 0.0
-    cost = LINK[link]
-    sent_bytes = 2 * (ranks - 1) / ranks * message_bytes
+    if link == "nvlink" and message_bytes <= flagged_limit_bytes(ranks):
+        cost, sent_bytes = FLAGGED, (ranks - 1) * message_bytes
+    else:
+        cost, sent_bytes = LINK[link], 2 * (ranks - 1) / ranks * message_bytes
     return cost.latency_s + (ranks - 2) * cost.rank_s + sent_bytes / cost.bytes_per_s
 
 

@@ -39,7 +39,7 @@ PROCESS: dict[Device, ProcessCost] = {
 
 GRAPHS_BYTES = 192 << 20  # those that are captured at the start: 182 MiB on an H200 for 20b
 SYMMETRIC_BUFFERS = 1  # of a whole step's hidden states
-FLAGGED_BYTES = 2 << 20  # besides, for messages with flags: room for 256 KiB among two ranks, for 64 KiB among eight
+FLAGGED_BYTES = 2 << 20  # besides, for messages with flags
 
 # How many copies of a thing live at the same time at the worst moment, counted over the plain operations in kernels/ by
 # following every tensor of a step at the published width: 2048 tokens of 2048, 512 of 32768 and 64 of 131072.
@@ -182,6 +182,12 @@ def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, st
         return 0
     steps_bytes = SYMMETRIC_BUFFERS * step_tokens * spec.hidden * DTYPE_BYTES[dtype]
     return PROCESS[device].nccl_bytes + steps_bytes + FLAGGED_BYTES
+
+
+def flagged_limit_bytes(ranks: int) -> int:
+    """The largest message that FLAGGED_BYTES have room for: 256 KiB among two ranks, 64 KiB among eight. A message of
+    each rank lies there in two places, and its flags take as much once more."""
+    return FLAGGED_BYTES // (4 * ranks)
 
 
 def rank_memory(

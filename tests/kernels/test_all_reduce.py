@@ -18,6 +18,7 @@ import pytest
 import torch
 from gptoss_launch.parallel.kernels import triton_all_reduce
 from gptoss_launch.parallel.kernels.triton_all_reduce import BLOCK, WORD_BYTES, FlaggedSum
+from gptoss_launch.parallel.planning.memory import FLAGGED_BYTES, flagged_limit_bytes
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -195,6 +196,8 @@ def test_the_largest_message(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     largest = triton_all_reduce.largest_bytes
     assert [largest(device, ranks, 2 << 20) >> 10 for ranks in (2, 4, 8)] == [256, 128, 64]
+    counted = [flagged_limit_bytes(ranks) for ranks in (2, 4, 8)]  # by the estimate of a step
+    assert counted == [largest(device, ranks, FLAGGED_BYTES) for ranks in (2, 4, 8)]
     processors = 8
     assert largest(device, 2, 2 << 20) == 16 * 8 * BLOCK * 4
     capability = (7, 5)

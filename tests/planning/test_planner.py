@@ -263,7 +263,7 @@ def test_reasons_are_estimates_with_numbers() -> None:
     line = why(plan, "ranks 2: ")
     found = re.search(r"estimated decode step of 1: ([\d.]+) ms .*against ([\d.]+) ms with 1", line)
     assert found and float(found[1]) < float(found[2])
-    assert "48 all-reduces of 6.6 us" in line
+    assert "48 all-reduces of 1.7 us" in line
     assert "expected to read 2.00 experts a layer at 1 token a step, against 2.70 with ep 2" in why(plan, "ep 1, etp 2")
     line = why(planned("20b", "h100x8", workload="throughput"), "ranks 1: ")
     assert re.search(r"a node makes \d+ tokens/s so, against \d+ with 2, ", line)
