@@ -246,10 +246,11 @@ def _gate_up(
     )
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
-        if begin > 0:
-            _, pair_N, live_N, _ = _members(
-                experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
-            )
+        if PLACES == 0:
+            if begin > 0:
+                _, pair_N, live_N, _ = _members(
+                    experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, 0, EXPERTS_PER_TOKEN
+                )
         y = _product(
             x,
             (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
@@ -352,10 +353,11 @@ def _down(
     )
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
-        if begin > 0:
-            _, pair_N, live_N, _ = _members(
-                experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
-            )
+        if PLACES == 0:
+            if begin > 0:
+                _, pair_N, live_N, _ = _members(
+                    experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, 0, EXPERTS_PER_TOKEN
+                )
         y = _product(
             inner,
             pair_N.to(tl.int64) * width,
