@@ -32,6 +32,7 @@ _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as we
 _BACK = tl.constexpr(2.0**26)
 _UP_ASM = tl.constexpr("{ .reg .b32 f, z; mov.b32 f, 0x71807180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }")
 _CODES, _HALVES = tl.constexpr(TILE_COLUMNS), tl.constexpr(HALVES)
+_NO_PAIR = tl.constexpr(1 << 20)
 
 
 @triton.jit
@@ -150,8 +151,8 @@ def _members(
     """(the slot's expert, COLUMNS of its pairs from the begin-th on, which of them there are, where they end).
 
     A slot is an expert, or (not by_expert) a pair, of which the first of an expert stands for all. SINGLE: one token,
-    whose experts differ. PLACES: not 0 where slots are experts and each token has a column of its own, so that no pair
-    is looked for. None for an expert that is not held here.
+    whose experts differ. PLACES: a power of two from EXPERTS_PER_TOKEN on where each token has a column of its own, so
+    that no pair has to be counted; else 0. None for an expert that is not held here.
     """
     column = begin + tl.arange(0, COLUMNS)
     expert = slot
@@ -161,13 +162,16 @@ def _members(
         live_N = column < 1
         count = 1
     elif PLACES > 0:
-        place = tl.arange(0, PLACES)[None, :]
-        pair = column[:, None] * EXPERTS_PER_TOKEN + place
-        there = (place < EXPERTS_PER_TOKEN) & (pair < pairs)
+        if by_expert == 0:
+            expert = tl.load(experts + slot).to(tl.int32) - first
+        place = tl.arange(0, PLACES)
+        pair = tl.arange(0, COLUMNS)[:, None] * EXPERTS_PER_TOKEN + place[None, :]
+        there = (pair < pairs) & (place < EXPERTS_PER_TOKEN)[None, :]
         mine = (tl.load(experts + pair, mask=there, other=-1).to(tl.int32) - first == expert) & there
         pair_N = tl.sum(tl.where(mine, pair, 0), 1)
         live_N = tl.sum(mine.to(tl.int32), 1) > 0
-        count = tl.max(live_N.to(tl.int32), 0) * COLUMNS
+        earliest = tl.min(tl.where(live_N, pair_N, _NO_PAIR), 0)
+        count = tl.where((earliest < _NO_PAIR) & ((by_expert != 0) | (earliest == slot)), COLUMNS, 0)
     else:
         if by_expert == 0:
             expert = tl.load(experts + slot).to(tl.int32) - first
@@ -246,11 +250,10 @@ def _gate_up(
     )
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
-        if PLACES == 0:
-            if begin > 0:
-                _, pair_N, live_N, _ = _members(
-                    experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, 0, EXPERTS_PER_TOKEN
-                )
+        if begin > 0:
+            _, pair_N, live_N, _ = _members(
+                experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+            )
         y = _product(
             x,
             (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
@@ -353,11 +356,10 @@ def _down(
     )
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
-        if PLACES == 0:
-            if begin > 0:
-                _, pair_N, live_N, _ = _members(
-                    experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, 0, EXPERTS_PER_TOKEN
-                )
+        if begin > 0:
+            _, pair_N, live_N, _ = _members(
+                experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+            )
         y = _product(
             inner,
             pair_N.to(tl.int64) * width,
@@ -433,16 +435,22 @@ def _finish(
 @dataclass(frozen=True)
 class Cut:
     """How a product is cut: K into `split` parts; `unroll` steps whose loads are in flight together. early: the kernel
-    is launched while the one before it still runs (programmatic dependent launch, from sm_90 on), and waits inside."""
+    is launched while the one before it still runs (programmatic dependent launch, from sm_90 on), and waits inside.
+    by_token: each of at most COLUMNS tokens has a column of its own. registers: the most of a lane; with 64 there are
+    as many programs of one warp at a time as can be, 32."""
 
     split: int
     unroll: int
     early: bool = True
+    by_token: bool = False
+    registers: int | None = None
 
 
 _CUTS = (  # up to so many tokens, gate_up, down; the fastest on an H200 of those in tests/benchmarks/kernels_experts.py
     (1, Cut(split=5, unroll=3), Cut(split=5, unroll=3)),
     (2, Cut(split=1, unroll=3), Cut(split=3, unroll=3)),
+    (4, Cut(split=1, unroll=9, by_token=True), Cut(split=1, unroll=3)),
+    (COLUMNS, Cut(split=1, unroll=9, by_token=True), Cut(split=1, unroll=3, by_token=True, registers=64)),
     (MAX_PAIRS, Cut(split=1, unroll=9), Cut(split=1, unroll=3)),
 )
 
@@ -494,7 +502,7 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
         rows,
         limit,
         ALPHA=SWIGLU_ALPHA,
-        **_constants(experts_TX, slots == held, steps, width, cut, split),
+        **_constants(experts_TX, steps, width, cut, split),
     )
     return inner_PI
 
@@ -525,7 +533,7 @@ def down_sum(
         steps,
         rows,
         width,
-        **_constants(experts_TX, slots == held, steps, width, cut, cut.split),
+        **_constants(experts_TX, steps, width, cut, cut.split),
     )
     if tokens > 1:
         _finish[tokens, triton.cdiv(rows, FINISH_ROWS)](
@@ -552,10 +560,10 @@ def _slots(experts_TX: Tensor, held: int) -> int:
     return per_token if tokens == 1 else min(held, tokens * per_token)
 
 
-def _constants(experts_TX: Tensor, by_expert: bool, steps: int, width: int, cut: Cut, split: int) -> dict[str, Any]:
+def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int) -> dict[str, Any]:
     """Few values of each, as each combination is compiled."""
     tokens, per_token = experts_TX.shape
-    by_token = by_expert and 1 < tokens <= COLUMNS
+    by_token = cut.by_token and 1 < tokens <= COLUMNS
     return constants(
         EXPERTS_PER_TOKEN=per_token,
         CHUNK=CHUNK_PAIRS,
@@ -568,4 +576,5 @@ def _constants(experts_TX: Tensor, by_expert: bool, steps: int, width: int, cut:
         EARLY=cut.early and early(experts_TX),
         PLAIN=not experts_TX.is_cuda,
         num_warps=1,
+        **({} if cut.registers is None or not experts_TX.is_cuda else {"maxnreg": cut.registers}),
     )
