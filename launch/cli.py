@@ -17,6 +17,7 @@ import click
 from ..parallel.errors import NoPlanError, UserError, did_you_mean, lacks_disk
 
 PROGRAM = "gptoss-launch"
+SETTINGS = "[KEY=VALUE]..."  # metavar of the argument of commands that take settings
 
 # name: (module in launch.commands whose `command` is the Click command, help line)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -129,6 +130,9 @@ def _usage(error: click.UsageError) -> tuple[str, tuple[str, ...], str]:
         params = error.ctx.command.params if error.ctx else []
         options = [param for param in params if isinstance(param, click.Option)]
         near = get_close_matches(error.option_name, [name for option in options for name in option.opts], n=1)
+        if not near and any(param.metavar == SETTINGS for param in params if isinstance(param, click.Argument)):
+            key = error.option_name.lstrip("-").replace("-", "_")
+            return f"no option {error.option_name}", (), f"a setting has no dashes: {key}=VALUE; {help_line}"
         shown = {name for option in options if not option.hidden for name in option.opts}
         return f"no option {error.option_name}", (), did_you_mean(error.option_name, shown.union(near))
     return error.format_message().rstrip("."), (), help_line

@@ -14,7 +14,7 @@ import click
 from ...parallel.errors import UserError
 from ...parallel.training.job import STOP_FILE
 from ...parallel.training.place import read_place
-from ..cli import PROGRAM
+from ..cli import PROGRAM, SETTINGS
 from ..finetune_folder import make_folder
 from ..finetune_metrics import need_trackers
 from ..finetune_settings import FinetuneSettings, load_finetune_settings, settings_help
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--config", metavar="FILE", help="YAML file, or a preset of configs/finetune.")
 @click.option("--dry-run", is_flag=True, help="Print what a run would take, and start nothing.")
 @click.option("--preview", type=click.IntRange(1), metavar="N", help="Print the first N samples with their loss mask.")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("settings", nargs=-1, metavar=SETTINGS)
 def command(config: str | None, dry_run: bool, preview: int | None, settings: tuple[str, ...]) -> int:
     """Fine-tune a model on conversations.
 

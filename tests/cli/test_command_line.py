@@ -80,6 +80,8 @@ def test_version() -> None:
         (["plna"], "no command 'plna'", "did you mean plan? known: "),
         (["--verzion"], "no option --verzion", "did you mean --version?"),
         (["plan", "tiny", "--contxt", "8"], "no option --contxt", "did you mean --context?"),
+        (["finetune", "--dry-rum"], "no option --dry-rum", "did you mean --dry-run?"),
+        (["finetune", "--expert-rank", "8"], "no option --expert-rank", "a setting has no dashes: expert_rank=VALUE"),
         (["plan"], "Missing argument 'MODEL'", "gptoss-launch plan --help"),
         (["plan", "tiny", "--context"], "Option '--context' requires an argument", "gptoss-launch COMMAND --help"),
         (["plan", "tiny", "--context", "many"], "'--context': 'many' is no whole number", "gptoss-launch plan --help"),
