@@ -1,5 +1,7 @@
 """How long the Triton experts and router take on one GPU, and which cuts are the best: `python kernels_experts.py`.
 
+With --inner 1440 the experts are those of one rank of two, with as many columns. Few tokens alone: --few.
+
 Every time is the median of replays of a CUDA graph over several layers, whose weights together do not fit the L2
 cache. Prints one JSON object a line; `best` is the fastest of its group. `floor_pct` is the time to read the needed
 experts once at the datasheet's bandwidth, in per cent of the measured time. First checks results against plain torch.
@@ -7,6 +9,7 @@ experts once at the datasheet's bandwidth, in per cent of the measured time. Fir
 
 # ruff: noqa: B023 (what a lambda holds is used at once)
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -24,12 +27,13 @@ from gptoss_launch.parallel.kernels.triton_mxfp4 import MAX_SLOTS, Tiles, pack
 from gptoss_launch.parallel.kernels.triton_route import route
 from torch import Tensor
 
-HIDDEN, INNER, PER_TOKEN, LIMIT = 2880, 2880, 4, 7.0
+HIDDEN, PER_TOKEN, LIMIT = 2880, 4, 7.0
 LAYERS = {32: 8, 128: 4}  # by experts a layer
-FEW = {32: (1, 2, 4, 8, 16, 32, 64), 128: (1, 2, 8, 32, 64)}
+FEW = {32: (1, 2, 4, 6, 8, 16, 32, 64), 128: (1, 2, 8, 32, 64)}
 MANY = {32: (32, 64, 128, 256, 1024, 2048, 8192), 128: (128, 256, 2048)}
 CUTS_1 = [Cut(s, u) for s, u in ((3, 3), (3, 5), (5, 3), (5, 9), (9, 5))]
 CUTS_FEW = [Cut(s, u) for s, u in ((1, 3), (1, 5), (1, 9), (1, 15), (3, 3), (3, 5))]
+CUTS_FEW += [Cut(1, 3, by_token=True, registers=64), Cut(1, 9, by_token=True)]
 CUTS_MORE = [Cut(1, u) for u in (3, 5, 9, 15)]
 SHAPES = {
     "thin": [
@@ -40,18 +44,18 @@ SHAPES = {
 }
 
 
-def layer(held: int) -> tuple[Tiles, Tiles]:
+def layer(held: int, inner: int) -> tuple[Tiles, Tiles]:
     """Random weights, as pack would lay them out."""
 
     def product(outputs: int, columns: int) -> Tiles:
-        tiles, steps = outputs // 16, columns // 64
+        tiles, steps = outputs // 16, -(-columns // 64)
         blocks = torch.randint(-(2**31), 2**31 - 1, (held, tiles, steps, 32, 4), dtype=torch.int32, device="cuda")
         scales = torch.randint(116, 122, (held, tiles, steps, 8, 4), dtype=torch.uint8, device="cuda")
         bias = torch.randn((held, outputs), device="cuda").bfloat16()
         arrivals = torch.zeros(tiles * MAX_SLOTS, dtype=torch.int32, device="cuda")
         return Tiles(blocks.view(torch.int16), scales, bias, arrivals)
 
-    return product(2 * INNER, HIDDEN), product(HIDDEN, INNER)
+    return product(2 * inner, HIDDEN), product(HIDDEN, inner)
 
 
 def routes(tokens: int, held: int) -> tuple[Tensor, Tensor]:
@@ -84,9 +88,9 @@ def jobs() -> list[tuple[int, Any]]:
     return list(found.values())
 
 
-def compile_some(todo: list[tuple[int, Any]]) -> None:
+def compile_some(todo: list[tuple[int, Any]], inner: int) -> None:
     """Fills Triton's cache on disk, in a process of its own."""
-    packs = layer(32)
+    packs = layer(32, inner)
     for tokens, how in todo:
         given = (hidden(tokens), *routes(tokens, 32), *packs, 0, LIMIT)
         try:
@@ -128,7 +132,7 @@ def check(inner: int) -> None:
     gate_up, down = product(2 * inner, HIDDEN), product(HIDDEN, inner)
     packs = [pack(p.blocks, p.scales, p.bias.bfloat16()) for p in (gate_up, down)]
     gate_up, down = (plain.Packed(p.blocks, p.scales, p.bias.bfloat16().float()) for p in (gate_up, down))
-    for tokens in (1, 2, 8, 16, 64, 65, 300, 2048):
+    for tokens in (1, 2, 4, 6, 8, 16, 64, 65, 300, 2048):
         x_TH, (weights_TX, experts_TX) = hidden(tokens), routes(tokens, 12)
         wanted = plain.experts(x_TH.float(), weights_TX, experts_TX, gate_up, down, 2, LIMIT)
         found = experts(x_TH, weights_TX, experts_TX, *packs, 2, LIMIT)
@@ -166,13 +170,13 @@ def text(how: Cut | Shape) -> str:
     return ",".join(str(value) for value in vars(how).values())
 
 
-def few(held: int, pool: list[tuple[Tiles, Tiles]], bandwidth: float) -> None:
+def few(held: int, inner: int, pool: list[tuple[Tiles, Tiles]], bandwidth: float) -> None:
     for tokens in FEW[held]:
         x_TH, count = hidden(tokens), len(pool)
         given = [routes(tokens, held) for _ in pool]
         used = sum(len(experts_TX.unique()) for _, experts_TX in given) / count
         # one for all, as what gate_up has just written would be in the L2 cache too
-        inner_PI = torch.randn((tokens * PER_TOKEN, INNER), device="cuda").mul(2.0**100).bfloat16()
+        inner_PI = torch.randn((tokens * PER_TOKEN, inner), device="cuda").mul(2.0**100).bfloat16()
         first, second = [], []
         for cut in cuts(tokens):
             first += attempt(
@@ -185,8 +189,8 @@ def few(held: int, pool: list[tuple[Tiles, Tiles]], bandwidth: float) -> None:
                 count,
                 text(cut),
             )
-        for name, times, outputs in (("gate_up", first, 2 * INNER), ("down", second, HIDDEN)):
-            read_bytes = used * outputs * HIDDEN * 17 / 32
+        for name, times, weights in (("gate_up", first, 2 * inner * HIDDEN), ("down", second, HIDDEN * inner)):
+            read_bytes = used * weights * 17 / 32
             best_us = min(times)[0] if times else float("nan")
             floor = round(read_bytes / bandwidth * 1e8 / best_us, 1)
             tried(times, name, experts=held, tokens=tokens, tb_s=round(read_bytes / best_us / 1e6, 2), floor_pct=floor)
@@ -202,7 +206,7 @@ def few(held: int, pool: list[tuple[Tiles, Tiles]], bandwidth: float) -> None:
                 )
         tried(both, "both", experts=held, tokens=tokens)
         us = graph_us(lambda: [experts(x_TH, *r, *p, 0, LIMIT) for r, p in zip(given, pool, strict=True)], count)
-        read_bytes = used * 3 * INNER * HIDDEN * 17 / 32
+        read_bytes = used * 3 * inner * HIDDEN * 17 / 32
         floor = round(read_bytes / bandwidth * 1e8 / us, 1)
         report(
             name="experts",
@@ -214,7 +218,7 @@ def few(held: int, pool: list[tuple[Tiles, Tiles]], bandwidth: float) -> None:
         )
 
 
-def many(held: int, pool: list[tuple[Tiles, Tiles]], bandwidth: float) -> None:
+def many(held: int, inner: int, pool: list[tuple[Tiles, Tiles]], bandwidth: float) -> None:
     for tokens in MANY[held]:
         layers = pool[:2] if tokens > 256 else pool
         x_TH, given = hidden(tokens), [routes(tokens, held) for _ in layers]
@@ -226,8 +230,8 @@ def many(held: int, pool: list[tuple[Tiles, Tiles]], bandwidth: float) -> None:
                 text(shape),
             )
         best_us = min(times)[0] if times else float("nan")
-        flops = 2 * tokens * PER_TOKEN * 3 * HIDDEN * INNER
-        read_bytes = sum(len(e.unique()) for _, e in given) / len(layers) * 3 * INNER * HIDDEN * 17 / 32
+        flops = 2 * tokens * PER_TOKEN * 3 * HIDDEN * inner
+        read_bytes = sum(len(e.unique()) for _, e in given) / len(layers) * 3 * inner * HIDDEN * 17 / 32
         tried(
             times,
             "grouped",
@@ -269,12 +273,16 @@ def routers() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--inner", type=int, default=2880, help="columns of the second product")
+    parser.add_argument("--few", action="store_true", help="no batches for the tensor cores")
+    asked = parser.parse_args()
     begin = time.monotonic()
-    todo = jobs()
+    todo = [job for job in jobs() if not (asked.few and isinstance(job[1], Shape))]
     count = min(12, os.cpu_count() or 1, len(todo))
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=compile_some, args=(todo[i::count],)) for i in range(count)]
-    processes += [context.Process(target=check, args=(inner,)) for inner in (INNER, 736)]
+    processes = [context.Process(target=compile_some, args=(todo[i::count], asked.inner)) for i in range(count)]
+    processes += [context.Process(target=check, args=(inner,)) for inner in (asked.inner, 736)]
     for process in processes:
         process.start()
     for process in processes:
@@ -285,9 +293,10 @@ def main() -> None:
     torch.manual_seed(0)
     routers()
     for held, layers in LAYERS.items():
-        pool = [layer(held) for _ in range(layers)]
-        few(held, pool, bandwidth)
-        many(held, pool, bandwidth)
+        pool = [layer(held, asked.inner) for _ in range(layers)]
+        few(held, asked.inner, pool, bandwidth)
+        if not asked.few:
+            many(held, asked.inner, pool, bandwidth)
         del pool
         torch.cuda.empty_cache()
         report(seconds=round(time.monotonic() - begin))
