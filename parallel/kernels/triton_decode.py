@@ -95,7 +95,7 @@ def _product(
     scales += tile * steps * 8 + tl.arange(0, 8)
     row_L = row_N[:, None].broadcast_to(COLUMNS, 4).reshape(COLUMNS * 4)
     x += (row_L + tl.arange(0, COLUMNS * 4) % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
-    x = tl.multiple_of(x, (2, 16))  # what is said of rows Triton forgets where layouts change
+    x = tl.multiple_of(x, (2, 16))  # in bytes; what is said of row_L Triton forgets where it changes layouts
     acc = tl.zeros((2, 8, COLUMNS), tl.float32)
     for step in range(begin, end, UNROLL):
         block, scale, row = blocks + step * _HALVES, scales + step * 8, x + step * _CODES

@@ -126,6 +126,9 @@ FEW = {
     "no expert is here": (Case(2, 64, 32, 2, 8, 10), (Cut(1, 1), Cut(1, 1))),
     "no expert is here, of one token": (Case(1, 64, 32, 2), (Cut(2, 1), Cut(2, 1))),
     "two rounds of columns, odd K": (Case(12, 96, 96, 2), (Cut(1, 2), Cut(2, 1))),
+    "a column a token, a slot an expert": (Case(8, 96, 96, 6, 1, 9, 3), (Cut(1, 2, by_token=True),) * 2),
+    "a column a token, a slot a pair": (Case(3, 64, 96, 30, 2, 34, 4), (Cut(2, 1, by_token=True),) * 2),
+    "too many tokens for a column each": (Case(9, 64, 32, 3), (Cut(1, 1, by_token=True),) * 2),
 }
 
 
