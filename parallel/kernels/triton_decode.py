@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .experts import SWIGLU_ALPHA
-from .triton_launch import arrive, constants, early
+from .triton_launch import arrive, capped, constants, early
 from .triton_mxfp4 import HALVES, MAX_SLOTS, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
 MAX_PAIRS = 256
@@ -32,7 +32,7 @@ _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as we
 _BACK = tl.constexpr(2.0**26)
 _UP_ASM = tl.constexpr("{ .reg .b32 f, z; mov.b32 f, 0x71807180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }")
 _CODES, _HALVES = tl.constexpr(TILE_COLUMNS), tl.constexpr(HALVES)
-_NO_PAIR = tl.constexpr(1 << 20)
+_NO_PAIR = tl.constexpr(MAX_PAIRS)
 
 
 @triton.jit
@@ -156,14 +156,13 @@ def _members(
     """
     column = begin + tl.arange(0, COLUMNS)
     expert = slot
-    if SINGLE:
+    if SINGLE or by_expert == 0:
         expert = tl.load(experts + slot).to(tl.int32) - first
+    if SINGLE:
         pair_N = column * 0 + slot
         live_N = column < 1
         count = 1
     elif PLACES > 0:
-        if by_expert == 0:
-            expert = tl.load(experts + slot).to(tl.int32) - first
         place = tl.arange(0, PLACES)
         pair = tl.arange(0, COLUMNS)[:, None] * EXPERTS_PER_TOKEN + place[None, :]
         there = (pair < pairs) & (place < EXPERTS_PER_TOKEN)[None, :]
@@ -173,8 +172,6 @@ def _members(
         earliest = tl.min(tl.where(live_N, pair_N, _NO_PAIR), 0)
         count = tl.where((earliest < _NO_PAIR) & ((by_expert != 0) | (earliest == slot)), COLUMNS, 0)
     else:
-        if by_expert == 0:
-            expert = tl.load(experts + slot).to(tl.int32) - first
         pair_N = tl.zeros((COLUMNS,), tl.int32)
         count = 0
         earlier = 0
@@ -576,5 +573,5 @@ def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int)
         EARLY=cut.early and early(experts_TX),
         PLAIN=not experts_TX.is_cuda,
         num_warps=1,
-        **({} if cut.registers is None or not experts_TX.is_cuda else {"maxnreg": cut.registers}),
+        **capped(experts_TX, cut.registers),
     )

@@ -40,6 +40,12 @@ def constants(**values: Any) -> dict[str, Any]:
     return values | {"launch_pdl": True} if values.get("EARLY") else values
 
 
+def capped(x: Tensor, registers: int | None) -> dict[str, int]:
+    """For `constants`: the most registers of a lane, None for as many as the compiler likes. Triton's interpreter, for
+    x on a CPU, takes no such option."""
+    return {} if registers is None or not x.is_cuda else {"maxnreg": registers}
+
+
 @contextmanager
 def compiled_together(threads: int) -> Iterator[None]:
     """Within it no kernel runs: all that are launched are compiled instead, in so many threads, or found in Triton's

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants, early
+from .triton_launch import capped, constants, early
 from .triton_pages import operand
 from .triton_weight_only import several, stored
 from .weight_only import Narrow, Weight
@@ -84,7 +84,7 @@ def rows_shape(x: Tensor, weight: Tensor, how: Rows) -> dict[str, Any]:
         "AHEAD": how.ahead,
         "EARLY": early(x),
         "num_warps": how.warps,
-        **({} if how.registers is None or not x.is_cuda else {"maxnreg": how.registers}),
+        **capped(x, how.registers),
     }
 
 
