@@ -22,6 +22,8 @@ GROUP_TOKENS = 16  # tokens of a program: the least that a tensor core's product
 STEP_COLUMNS = 64
 MAX_PARTS = 16
 _LOWEST = tl.constexpr(-3.4e38)
+_TAKEN = tl.constexpr(-(2**31))  # below the integer of any number, see `_in_order`
+_PLACES = tl.constexpr(32)  # of chosen experts: one a lane, so that none is moved to be stored
 MOST_TOKENS = ARRIVALS * GROUP_TOKENS  # of a launch: a counter for each group
 FULL_GROUPS = 64  # from so many groups on the parts are few: there are programs enough
 
@@ -77,7 +79,17 @@ def _route(
             part_TE = partial + (i * tokens + token)[:, None] * EXPERTS_2 + every[None, :]
             logit += tl.load(part_TE, mask=(token < tokens)[:, None], other=0.0, cache_modifier=".cg")
         logit += tl.load(bias + every, mask=every < EXPERTS, other=0.0).to(tl.float32)[None, :]
-        _choose(logit, token, tokens, chosen_weights, chosen_experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN, TOKENS)
+        _choose(
+            logit,
+            token,
+            token < tokens,
+            chosen_weights,
+            chosen_experts,
+            EXPERTS,
+            EXPERTS_2,
+            EXPERTS_PER_TOKEN,
+            TOKENS,
+        )
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -122,14 +134,14 @@ def _norm_route(
     if arrive(arrivals, EXPERTS):
         token, every = tl.arange(0, 1), tl.arange(0, EXPERTS_2)
         all_1E = tl.load(logits + every, mask=every < EXPERTS, other=0.0, cache_modifier=".cg")[None, :]
-        _choose(all_1E, token, 1, chosen_weights, chosen_experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN, 1)
+        _choose(all_1E, token, token < 1, chosen_weights, chosen_experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN, 1)
 
 
 @triton.jit
 def _choose(
     logit,
     token,
-    tokens,
+    there,
     chosen_weights,
     chosen_experts,
     EXPERTS: tl.constexpr,
@@ -137,26 +149,40 @@ def _choose(
     EXPERTS_PER_TOKEN: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """The choice and its softmax from logits [TOKENS, EXPERTS_2], to the rows of these tokens."""
-    every = tl.arange(0, EXPERTS_2)
-    real = every < EXPERTS
-    logit = tl.where(logit == logit, logit, _LOWEST)
-    place = tl.arange(0, 8)
-    values = tl.full((TOKENS, 8), float("-inf"), tl.float32)
-    ids = tl.zeros((TOKENS, 8), tl.int32)
-    left = (token >= 0)[:, None] & real[None, :]
+    """The choice and its softmax from logits [TOKENS, EXPERTS_2], to the rows of those tokens that are there.
+
+    By integers in the order of the logits: the largest, and then the lowest expert with it, are each one instruction of
+    a warp that has a token's logits to itself.
+    """
+    every = tl.arange(0, EXPERTS_2)[None, :]
+    logit = tl.where(logit == logit, logit + 0.0, _LOWEST)  # -0.0 becomes 0.0
+    key = tl.where(every < EXPERTS, _in_order(logit.to(tl.int32, bitcast=True)), _TAKEN)
+    place = tl.arange(0, _PLACES)[None, :]
+    shares = tl.zeros((TOKENS, _PLACES), tl.float32)
+    experts = tl.zeros((TOKENS, _PLACES), tl.int32)
+    largest = tl.zeros((TOKENS,), tl.float32)
+    total = tl.zeros((TOKENS,), tl.float32)
     for i in tl.static_range(EXPERTS_PER_TOKEN):
-        best = tl.max(tl.where(left, logit, float("-inf")), 1)
-        found = tl.min(tl.where(left & (logit == best[:, None]), every[None, :], EXPERTS - 1), 1)
-        values = tl.where(place[None, :] == i, best[:, None], values)
-        ids = tl.where(place[None, :] == i, found[:, None], ids)
-        left = left & (every[None, :] != found[:, None])
-    share_of = tl.exp(values - tl.max(values, 1)[:, None])
-    share_of = share_of / tl.sum(share_of, 1)[:, None]
-    choice = token[:, None] * EXPERTS_PER_TOKEN + place[None, :]
-    there = (token < tokens)[:, None] & (place < EXPERTS_PER_TOKEN)[None, :]
-    tl.store(chosen_weights + choice, share_of, mask=there)
-    tl.store(chosen_experts + choice, ids.to(tl.int64), mask=there)
+        best = tl.max(key, 1)
+        found = tl.min(tl.where(key == best[:, None], every, EXPERTS_2), 1)
+        key = tl.where(every == found[:, None], _TAKEN, key)
+        value = _in_order(best).to(tl.float32, bitcast=True)
+        if i == 0:
+            largest = value
+        share = tl.exp(value - largest)
+        total += share
+        shares = tl.where(place == i, share[:, None], shares)
+        experts = tl.where(place == i, found[:, None], experts)
+    choice = token[:, None] * EXPERTS_PER_TOKEN + place
+    wanted = there[:, None] & (place < EXPERTS_PER_TOKEN)
+    tl.store(chosen_weights + choice, shares / total[:, None], mask=wanted)
+    tl.store(chosen_experts + choice, experts.to(tl.int64), mask=wanted)
+
+
+@triton.jit
+def _in_order(bits):
+    """The bits of an fp32 number as an integer, so that integers are in the order of numbers; and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def norm_route(
