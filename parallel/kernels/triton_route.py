@@ -1,13 +1,16 @@
-"""The router in one kernel: logits, the choice of X experts, and their softmax, as `experts.route`; for one token with
+"""The router in one kernel: logits, the choice of X experts, and their softmax, as `experts.route`; for few tokens with
 the norm before it.
 
 A program multiplies some tokens by some experts over a part of the hidden dim; the last of a group of tokens adds up
 the parts in order and chooses. Few tokens are cut into many parts, as one program alone would wait for the router's
-weights for longer than all the experts take. T tokens, H hidden, E experts, X experts a token.
+weights for longer than all the experts take. With the norm, a program has one token and all of the hidden dim.
+T tokens, H hidden, E experts, X experts a token.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -26,6 +29,20 @@ _TAKEN = tl.constexpr(-(2**31))  # below the integer of any number, see `_in_ord
 _PLACES = tl.constexpr(32)  # of chosen experts: one a lane, so that none is moved to be stored
 MOST_TOKENS = ARRIVALS * GROUP_TOKENS  # of a launch: a counter for each group
 FULL_GROUPS = 64  # from so many groups on the parts are few: there are programs enough
+
+
+@dataclass(frozen=True)
+class Fused:
+    """When norm and router are one kernel: up to so many tokens and programs. By registers an H200 runs 528 programs of
+    8 warps at once, or 264 that have four experts each."""
+
+    tokens: int = 16
+    programs: int = 512
+    of_token: int = 32  # programs at most; with more experts each has several
+    warps: int = 8  # of a program
+
+
+FUSED = Fused()
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -111,30 +128,50 @@ def _norm_route(
     EXPERTS: tl.constexpr,
     EXPERTS_2: tl.constexpr,
     EXPERTS_PER_TOKEN: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    WARPS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One token, a program for each expert: all of them work out the norm, which is less than to wait for it."""
+    """A program for each token and TOGETHER experts: all of them work out the token's norm, which is less than to wait
+    for it. logits: fp32 [T, EXPERTS]."""
     if EARLY:
         gdc_launch_dependents()
-    expert = tl.program_id(0)
+    block, token = tl.program_id(0), tl.program_id(1)
+    expert = block * TOGETHER + tl.arange(0, TOGETHER)
+    real = expert < EXPERTS
     column = tl.arange(0, BLOCK)
     here = column < HIDDEN
     factor = tl.load(norm + column, mask=here, other=0.0)
-    row = tl.load(weight + expert * HIDDEN + column, mask=here, other=0.0)
+    at_EK = expert[:, None] * HIDDEN + column[None, :]
+    row = tl.load(weight + at_EK, mask=real[:, None] & here[None, :], other=0.0)
+    more = tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
-    x = added(tl.load(residual + column, mask=here, other=0.0), tl.load(delta + column, mask=here, other=0.0))
+    at = token.to(tl.int64) * HIDDEN + column
+    x = added(tl.load(residual + at, mask=here, other=0.0), tl.load(delta + at, mask=here, other=0.0))
     value = normalised(x, factor, eps, HIDDEN).to(normed.dtype.element_ty)
-    if expert == 0:
-        tl.store(summed + column, x, mask=here)
-        tl.store(normed + column, value, mask=here)
-    logit = tl.sum(value.to(tl.float32) * row.to(tl.float32), 0) + tl.load(bias + expert).to(tl.float32)
-    tl.store(logits + expert, logit)
-    if arrive(arrivals, EXPERTS):
-        token, every = tl.arange(0, 1), tl.arange(0, EXPERTS_2)
-        all_1E = tl.load(logits + every, mask=every < EXPERTS, other=0.0, cache_modifier=".cg")[None, :]
-        _choose(all_1E, token, token < 1, chosen_weights, chosen_experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN, 1)
+    logit = tl.sum(value.to(tl.float32)[None, :] * row.to(tl.float32), 1) + more
+    tl.store(logits + token * EXPERTS + expert, logit, mask=real)
+    last = arrive(arrivals + token, tl.cdiv(EXPERTS, TOGETHER))
+    if block == 0:  # not earlier, as the last one would wait for these to be stored
+        tl.store(summed + at, x, mask=here)
+        tl.store(normed + at, value, mask=here)
+    if last:
+        row_W = tl.arange(0, WARPS)  # each warp has all logits and chooses; one of them stores
+        every_WE = row_W[:, None] * 0 + tl.arange(0, EXPERTS_2)[None, :]
+        all_WE = tl.load(logits + token * EXPERTS + every_WE, mask=every_WE < EXPERTS, other=0.0, cache_modifier=".cg")
+        _choose(
+            all_WE,
+            row_W * 0 + token,
+            row_W == 0,
+            chosen_weights,
+            chosen_experts,
+            EXPERTS,
+            EXPERTS_2,
+            EXPERTS_PER_TOKEN,
+            WARPS,
+        )
 
 
 @triton.jit
@@ -194,18 +231,21 @@ def norm_route(
     weight_EH: Tensor,
     bias_E: Tensor,
     experts_per_token: int,
+    fused: Fused = FUSED,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `experts.norm_route`: one kernel for one token, two for more."""
-    tokens, hidden = residual_TH.shape
-    if tokens > 1:
+    """As `experts.norm_route`: one kernel for few tokens, two for more."""
+    (tokens, hidden), count = residual_TH.shape, len(weight_EH)
+    together = triton.next_power_of_2(triton.cdiv(count, fused.of_token))
+    blocks = triton.cdiv(count, together)
+    if tokens > fused.tokens or blocks * tokens > fused.programs:
         residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
         return residual_TH, x_TH, *route(x_TH, weight_EH, bias_E, experts_per_token)
-    device, count = residual_TH.device, len(weight_EH)
+    device = residual_TH.device
     sum_TH = torch.empty_like(residual_TH)
-    x_TH = torch.empty((1, hidden), dtype=dtype, device=device)
-    weights_TX = torch.empty((1, experts_per_token), dtype=torch.float32, device=device)
-    experts_TX = torch.empty((1, experts_per_token), dtype=torch.int64, device=device)
-    _norm_route[(count,)](
+    x_TH = torch.empty((tokens, hidden), dtype=dtype, device=device)
+    weights_TX = torch.empty((tokens, experts_per_token), dtype=torch.float32, device=device)
+    experts_TX = torch.empty((tokens, experts_per_token), dtype=torch.int64, device=device)
+    _norm_route[blocks, tokens](
         residual_TH,
         delta_TH,
         norm_H,
@@ -213,7 +253,7 @@ def norm_route(
         bias_E,
         sum_TH,
         x_TH,
-        torch.empty(count, dtype=torch.float32, device=device),
+        torch.empty((tokens, count), dtype=torch.float32, device=device),
         weights_TX,
         experts_TX,
         arrivals(device),
@@ -224,8 +264,10 @@ def norm_route(
             EXPERTS=count,
             EXPERTS_2=triton.next_power_of_2(count),
             EXPERTS_PER_TOKEN=experts_per_token,
+            TOGETHER=together,
+            WARPS=fused.warps,
             EARLY=early(residual_TH),
-            num_warps=8,
+            num_warps=fused.warps,
         ),
     )
     return sum_TH, x_TH, weights_TX, experts_TX

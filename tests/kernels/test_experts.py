@@ -6,18 +6,19 @@ Under the interpreter all arithmetic is fp32, so results agree to fp32; the bf16
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compiled import lines_of
 from gptoss_launch.parallel.kernels import experts as plain
-from gptoss_launch.parallel.kernels import triton_route
+from gptoss_launch.parallel.kernels import norm, triton_route
 from gptoss_launch.parallel.kernels.mxfp4 import dequantize
 from gptoss_launch.parallel.kernels.triton_decode import MAX_PAIRS, Cut, decode
 from gptoss_launch.parallel.kernels.triton_experts import experts
 from gptoss_launch.parallel.kernels.triton_grouped import _SHAPES, Shape, grouped
 from gptoss_launch.parallel.kernels.triton_mxfp4 import pack
-from gptoss_launch.parallel.kernels.triton_route import norm_route, route
+from gptoss_launch.parallel.kernels.triton_route import Fused, norm_route, route
 from small_models import GPU
 from torch import Tensor
 
@@ -296,25 +297,112 @@ def test_route_true_sizes(tokens: int, count: int) -> None:
     assert torch.equal(route(*given, 4)[0], weights_TX)
 
 
-@pytest.mark.parametrize("count", [5, 32, 128])
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_norm_route_is_norm_and_then_route(tokens: int, count: int) -> None:
-    generator = torch.Generator().manual_seed(count)
+NARROW = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # which the interpreter rounds as torch does
+
+
+def before_route(
+    tokens: int, hidden: int, residual_dtype: torch.dtype = NARROW
+) -> tuple[Tensor, Tensor, Tensor, float, torch.dtype]:
+    generator = torch.Generator().manual_seed(tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+    residual_TH, delta_TH = (torch.randn((tokens, hidden), generator=generator).to(device) for _ in range(2))
+    norm_H = torch.randn(hidden, generator=generator).to(device)
+    return residual_TH.to(residual_dtype), delta_TH.to(NARROW), norm_H, 1e-5, NARROW
 
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
 
-    residual_TH, delta_TH = normal(tokens, 96), normal(tokens, 96)
-    given = residual_TH, delta_TH, normal(96, dtype=torch.float32), 1e-5, dtype, normal(count, 96), normal(count), 4
-    found, wanted = norm_route(*given), plain.norm_route(*given)
-    assert torch.equal(found[0], wanted[0])
+@pytest.mark.parametrize(
+    ("tokens", "count", "residual_dtype"),
+    [
+        (1, 5, NARROW),
+        (3, 5, NARROW),
+        (1, 32, torch.float32),
+        (2, 32, NARROW),
+        (16, 32, torch.float32),
+        (17, 32, NARROW),  # two kernels
+        (1, 128, NARROW),
+        (3, 100, torch.float32),
+        (8, 128, NARROW),
+        (17, 128, torch.float32),
+    ],
+)
+def test_norm_route_is_norm_and_then_route(tokens: int, count: int, residual_dtype: torch.dtype) -> None:
+    before = before_route(tokens, 96, residual_dtype)
+    router = routed(tokens, 96, count, NARROW, str(before[0].device))[1:]
+    found, wanted = norm_route(*before, *router, 4), plain.norm_route(*before, *router, 4)
+    assert torch.equal(found[0], wanted[0]) and found[0].dtype == residual_dtype
     torch.testing.assert_close(found[1], wanted[1], rtol=2.0**-7, atol=1e-6)
-    again_TX, experts_TX = route(found[1], *given[5:])
+    weights_TX, experts_TX = plain.route(found[1], *router, 4)
     assert torch.equal(found[3], experts_TX)
-    torch.testing.assert_close(found[2], again_TX, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(one, other) for one, other in zip(found, norm_route(*given), strict=True))
+    torch.testing.assert_close(found[2], weights_TX, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(one, other) for one, other in zip(found, norm_route(*before, *router, 4), strict=True))
+
+
+def test_norm_route_is_one_kernel_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[int] = []
+
+    def add_norm(residual_TH: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        alone.append(len(residual_TH))
+        return norm.add_norm(residual_TH, *others)
+
+    monkeypatch.setattr(triton_route, "add_norm", add_norm)
+    limits = Fused(tokens=3, programs=4, of_token=2)
+    for tokens in (1, 2, 3, 4):
+        before = before_route(tokens, 64)
+        for count in (1, 5):
+            router = routed(tokens, 64, count, NARROW, str(before[0].device))[1:]
+            norm_route(*before, *router, 1, limits)
+    assert alone == [3, 4, 4]  # too many programs; too many tokens, twice
+
+
+NAN, INFINITY = float("nan"), float("inf")
+ODD_LOGITS = {  # of the first experts, all others have -1
+    "equal": ([0.0, 1.0, 0.0, 1.0, 1.0, 0.0], [1, 3, 4, 0]),
+    "all equal": ([-1.0], [0, 1, 2, 3]),
+    "equal, far from each other": ([0.0] + 29 * [-2.0] + [5.0, 5.0], [30, 31, 0, 32]),
+    "some not numbers": ([NAN, 2.0, NAN, 3.0, NAN, -5.0], [3, 1, 6, 7]),
+    "infinite": ([-INFINITY, 2.0, INFINITY, 3.0, INFINITY], [2, 4, 3, 1]),
+    "nothing but numbers below": (128 * [-INFINITY], [0, 1, 2, 3]),
+    "no number": (128 * [NAN], [0, 1, 2, 3]),  # valid whatever the logits
+    "two numbers": ([NAN, NAN, -7.0, NAN, 7.0] + 123 * [NAN], [4, 2, 0, 1]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("name", ODD_LOGITS)
+@pytest.mark.parametrize("fused", (Fused(), Fused(tokens=0)))
+def test_choice_among_odd_logits(name: str, fused: Fused) -> None:
+    """And weights as the plain softmax of them, where these are numbers."""
+    first, chosen = ODD_LOGITS[name]
+    before = before_route(2, 64)
+    logits_E = torch.tensor((first + 128 * [-1.0])[:128], dtype=NARROW, device=before[0].device)
+    weight_EH = torch.zeros((128, 64), dtype=NARROW, device=before[0].device)
+    *_, weights_TX, experts_TX = norm_route(*before, weight_EH, logits_E, 4, fused)
+    assert experts_TX.tolist() == [chosen] * 2
+    wanted_X = logits_E.float().nan_to_num(-3.4e38, INFINITY, -INFINITY)[chosen].softmax(-1)
+    torch.testing.assert_close(weights_TX, wanted_X.expand(2, 4), equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_token_that_is_not_a_number_leaves_others_alone() -> None:
+    before = before_route(3, 96)
+    router = routed(3, 96, 32, NARROW, str(before[0].device))[1:]
+    wanted = norm_route(*before, *router, 4)
+    before[0][1, 17] = NAN
+    found = norm_route(*before, *router, 4)
+    assert all(torch.equal(one[::2], other[::2]) for one, other in zip(found, wanted, strict=True))
+    assert found[3][1].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("hidden", [pytest.param(64, marks=GPU)])
+def test_zeros_of_either_sign_are_equal(hidden: int) -> None:
+    """A power of two, so that a program adds no other zero. By the interpreter no sum is -0.0."""
+    residual_TH, delta_TH, norm_H, eps, dtype = before_route(2, hidden)
+    zeros_TH = torch.zeros_like(delta_TH)
+    weight_EH = torch.zeros((8, hidden), dtype=dtype, device=zeros_TH.device)
+    weight_EH[1::2] = -0.0
+    before = -residual_TH.abs(), zeros_TH, norm_H.abs(), eps, dtype
+    *_, experts_TX = norm_route(*before, weight_EH, -zeros_TH[0, :8], 4)
+    assert experts_TX.tolist() == [[0, 1, 2, 3]] * 2
 
 
 COMPILE = """
