@@ -27,7 +27,7 @@ from .triton_mxfp4 import HALVES, MAX_SLOTS, TILE_COLUMNS, TILE_ROWS, Tiles, pla
 MAX_PAIRS = 256
 COLUMNS = 8  # rows of x in one product
 CHUNK_PAIRS = 64  # pairs that a program looks at together
-FINISH_ROWS = 512  # of a program that sums up
+FINISH_ROWS = 256  # of a program that sums up: two a lane, so that all loads of a sum are in flight together
 _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as weights come times 2**-126
 _BACK = tl.constexpr(2.0**26)
 _UP_ASM = tl.constexpr("{ .reg .b32 f, z; mov.b32 f, 0x71807180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }")
@@ -240,7 +240,7 @@ def _gate_up(
     """
     if EARLY:
         gdc_wait()  # the routes are of the kernel before, and where experts are fetched so are the weights
-        gdc_launch_dependents()  # not earlier, as elsewhere: `_down` reads the routes and weights before it waits
+        gdc_launch_dependents()  # not earlier, as elsewhere: `_down` and `_finish` read both before they wait
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, live_N, count = _members(
         experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
@@ -283,14 +283,23 @@ def _gate_up(
 
 
 @triton.jit
+def _terms(bias, experts, weights, first, held, rows, token, row, EXPERTS_PER_TOKEN: tl.constexpr):
+    """For each expert of a token: whether it and these rows are here, their bias, and the expert's weight."""
+    terms = ()
+    for place in tl.static_range(EXPERTS_PER_TOKEN):
+        pair = token * EXPERTS_PER_TOKEN + place
+        chosen = tl.load(experts + pair).to(tl.int32) - first
+        there = (chosen >= 0) & (chosen < held) & (row < rows)
+        y = tl.load(bias + chosen.to(tl.int64) * rows + row, mask=there, other=0.0).to(tl.float32)
+        terms += ((there, y, tl.load(weights + pair)),)
+    return terms
+
+
+@triton.jit
 def _sum_up(
-    bias,
-    experts,
-    weights,
+    terms,
     out,
     partial,
-    first,
-    held,
     pairs,
     rows,
     token,
@@ -302,14 +311,11 @@ def _sum_up(
     """These rows of out [T, rows]: the weighted sum of what the token's experts here gave, in a fixed order."""
     total = tl.zeros(row.shape, tl.float32)
     for place in tl.static_range(EXPERTS_PER_TOKEN):
-        pair = token * EXPERTS_PER_TOKEN + place
-        chosen = tl.load(experts + pair).to(tl.int32) - first
-        there = (chosen >= 0) & (chosen < held) & (row < rows)
-        y = tl.load(bias + chosen.to(tl.int64) * rows + row, mask=there, other=0.0).to(tl.float32)
+        there, y, weight = terms[place]
         for i in tl.static_range(SPLIT):
-            at = partial + (i * pairs + pair).to(tl.int64) * tile_rows + row
+            at = partial + (i * pairs + token * EXPERTS_PER_TOKEN + place).to(tl.int64) * tile_rows + row
             y += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
-        total += tl.load(weights + pair) * y
+        total += weight * y
     tl.store(out + tl.cast(token, tl.int64) * rows + row, total.to(out.dtype.element_ty), mask=row < rows)
 
 
@@ -384,14 +390,11 @@ def _down(
     if SINGLE:
         if arrive(arrivals + tile, EXPERTS_PER_TOKEN * SPLIT):
             row = tile * 16 + tl.arange(0, 16)
+            terms = _terms(bias, experts, weights, first, held, rows, 0, row, EXPERTS_PER_TOKEN)
             _sum_up(
-                bias,
-                experts,
-                weights,
+                terms,
                 out,
                 partial,
-                first,
-                held,
                 pairs,
                 rows,
                 0,
@@ -422,11 +425,12 @@ def _finish(
     """out [T, rows] from partial, as `_down` left it."""
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
     token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    _sum_up(
-        bias, experts, weights, out, partial, first, held, pairs, rows, token, row, tile_rows, EXPERTS_PER_TOKEN, SPLIT
-    )
+    terms = _terms(bias, experts, weights, first, held, rows, token, row, EXPERTS_PER_TOKEN)
+    if EARLY:
+        tl.debug_barrier()  # ptxas would read the terms after the wait
+        gdc_wait()
+    _sum_up(terms, out, partial, pairs, rows, token, row, tile_rows, EXPERTS_PER_TOKEN, SPLIT)
 
 
 @dataclass(frozen=True)
