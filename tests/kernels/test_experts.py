@@ -301,9 +301,9 @@ NARROW = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # which
 
 
 def before_route(
-    tokens: int, hidden: int, residual_dtype: torch.dtype = NARROW
+    tokens: int, hidden: int, residual_dtype: torch.dtype = NARROW, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, float, torch.dtype]:
-    generator = torch.Generator().manual_seed(tokens)
+    generator = torch.Generator().manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     residual_TH, delta_TH = (torch.randn((tokens, hidden), generator=generator).to(device) for _ in range(2))
     norm_H = torch.randn(hidden, generator=generator).to(device)
@@ -352,6 +352,35 @@ def test_norm_route_is_one_kernel_for_few_tokens(monkeypatch: pytest.MonkeyPatch
             router = routed(tokens, 64, count, NARROW, str(before[0].device))[1:]
             norm_route(*before, *router, 1, limits)
     assert alone == [3, 4, 4]  # too many programs; too many tokens, twice
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=GPU) for tokens in (1, 2, 4, 8, 16, 17)])
+def test_half_layers_again_and_again(tokens: int) -> None:
+    """Without a pause and with the memory of the one before: each gives what it gives alone, so that no kernel has read
+    routes, or a counter, that were those of another."""
+    case = Case(tokens, 2880, 2880, 32, 0, 32, 4, torch.bfloat16)
+    packed, router = arguments(inputs(case, 0, "cuda"))[3:], routed(1, 2880, 32, torch.bfloat16, "cuda")[1:]
+    befores = [before_route(tokens, 2880, seed=seed) for seed in range(8)]
+
+    def half_layer(before: tuple[Tensor, Tensor, Tensor, float, torch.dtype]) -> tuple[Tensor, ...]:
+        sum_TH, x_TH, weights_TX, experts_TX = norm_route(*before, *router, 4)
+        return sum_TH, weights_TX, experts_TX, experts(x_TH, weights_TX, experts_TX, *packed)
+
+    alone = []
+    for before in befores:
+        torch.cuda.synchronize()
+        alone.append(half_layer(before))
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [half_layer(before) for before in befores * 5]
+    for _ in range(5):
+        graph.replay()
+        eager = [half_layer(before) for before in befores * 5]
+        for found in (captured, eager):
+            for place, tensors in enumerate(found):
+                wanted = alone[place % len(befores)]
+                assert all(torch.equal(*pair) for pair in zip(tensors, wanted, strict=True)), place
 
 
 NAN, INFINITY = float("nan"), float("inf")
