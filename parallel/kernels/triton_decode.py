@@ -388,9 +388,9 @@ def _down(
     if EARLY:
         gdc_wait()  # programs without work too: that this kernel is over has to mean that those before it are
     if SINGLE:
+        row = tile * 16 + tl.arange(0, 16)
+        terms = _terms(bias, experts, weights, first, held, rows, 0, row, EXPERTS_PER_TOKEN)  # on its way meanwhile
         if arrive(arrivals + tile, EXPERTS_PER_TOKEN * SPLIT):
-            row = tile * 16 + tl.arange(0, 16)
-            terms = _terms(bias, experts, weights, first, held, rows, 0, row, EXPERTS_PER_TOKEN)
             _sum_up(
                 terms,
                 out,
