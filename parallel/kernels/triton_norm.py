@@ -76,3 +76,15 @@ def normalised(x, factor, eps, HIDDEN: tl.constexpr):
     wide = x.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
     return wide * factor.to(tl.float32)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr, EARLY: tl.constexpr):
+    """fp32 to DTYPE, to bf16 by pairs where kernels start early: what is made fp32 again ptxas would convert number by
+    number (F2F, not F2FP), and a lane has many."""
+    if EARLY and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return x.to(DTYPE)

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_launch import ARRIVALS, arrivals, arrive, constants, early
-from .triton_norm import add_norm, added, normalised
+from .triton_norm import add_norm, added, normalised, rounded
 
 GROUP_TOKENS = 16  # tokens of a program: the least that a tensor core's product has
 STEP_COLUMNS = 64
@@ -150,7 +150,7 @@ def _norm_route(
         gdc_wait()
     at = token.to(tl.int64) * HIDDEN + column
     x = added(tl.load(residual + at, mask=here, other=0.0), tl.load(delta + at, mask=here, other=0.0))
-    value = normalised(x, factor, eps, HIDDEN).to(normed.dtype.element_ty)
+    value = rounded(normalised(x, factor, eps, HIDDEN), normed.dtype.element_ty, EARLY)
     logit = tl.sum(value.to(tl.float32)[None, :] * row.to(tl.float32), 1) + more
     tl.store(logits + token * EXPERTS + expert, logit, mask=real)
     last = arrive(arrivals + token, tl.cdiv(EXPERTS, TOGETHER))
