@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_launch import constants, early, processors
 from .triton_linear import few_cut, few_product, few_shape, group_rows, linear
-from .triton_norm import add_norm, added
+from .triton_norm import add_norm, added, rounded
 from .triton_pages import as_stored, entry, operand, to_stored
 from .triton_weight_only import stored
 from .weight_only import Narrow, Weight
@@ -239,7 +239,7 @@ def _norm_qkv_one(
     value = ()
     for i in tl.static_range(len(x)):
         normed = x[i].to(tl.float32) * scale * factor[i].to(tl.float32)
-        value += (normed.to(q.dtype.element_ty).to(tl.float32),)
+        value += (rounded(normed, q.dtype.element_ty, EARLY).to(tl.float32),)
     for pair in range(program, pairs, programs):
         w = ahead[0]
         ahead = ahead[1:] + (_pair(weight, pair + AHEAD * programs, pairs, HALF, COLUMNS, BLOCK),)
