@@ -40,12 +40,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .sums import Exchange, Message, Product
-from .triton_launch import constants, early, processors
+from .triton_launch import PROGRAMS_AT_ONCE, constants, early, processors
 
 WORD_BYTES, DATA_BYTES = 8, 4
 WARPS = 1  # whether all words are there is then known without shared memory
 BLOCK = WARPS * 32 * 2  # words of a program: each lane has two side by side, which go in one access of 16 bytes
-PROGRAMS_AT_ONCE = 16  # of one warp, on any processor from sm_80 on
 
 
 def largest_bytes(device: torch.device, ranks: int, buffer_bytes: int) -> int:
@@ -73,6 +72,7 @@ class Exchanges:
         products, self._processors = get_args(Product), processors
         each_bytes = buffer_bytes // len(products)
         self._values = each_bytes // (2 * len(addresses) * WORD_BYTES)
+        self._cuts: dict[Product, int] = {}
         self._of: dict[Product, Exchange] = {
             product: Exchange(
                 tuple(address + at * each_bytes for address in addresses),
@@ -83,7 +83,8 @@ class Exchanges:
         }
 
     def __call__(self, message: Message) -> Exchange | None:
-        """None where the message is too large, or the device too small."""
+        """None where the message is too large, or the device too small. Of a product all are cut alike."""
+        assert self._cuts.setdefault(message.product, message.values) == message.values
         fits = message.programs * message.values <= self._values and message.processors <= self._processors
         return self._of[message.product] if fits else None
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 ARRIVALS = 4096  # counters of a device
 MOST_REGISTERS = 255  # of a lane
+PROGRAMS_AT_ONCE, WARPS_AT_ONCE = 16, 48  # that any multiprocessor from sm_80 on runs, as far as registers allow
 FOUND_S = 0.2  # by when a kernel that is not compiled is found; most take some ms, the first some ten
 
 
@@ -96,9 +97,10 @@ def processors(device: torch.device) -> int:
 
 
 def at_once(warps: int, registers: int) -> int:
-    """Programs of so many warps, with at most so many registers a lane, that a multiprocessor runs at the same time, at
-    least, from sm_80 on: each of its quarters shares out 16,384 registers, 256 at a time."""
-    return 4 * (16384 // (-(-registers // 8) * 8 * 32)) // warps
+    """Programs of so many warps, with at most so many registers a lane, that any multiprocessor from sm_80 on runs at
+    the same time: each of its quarters shares out 16,384 registers, 256 at a time."""
+    by_registers = 4 * (16384 // (-(-registers // 8) * 8 * 32)) // warps
+    return min(by_registers, WARPS_AT_ONCE // warps, PROGRAMS_AT_ONCE)
 
 
 @cache

@@ -258,7 +258,8 @@ def test_the_plain_products_are_summed_after() -> None:
 
 def test_all_that_wait_are_there_at_the_same_time() -> None:
     """By published sizes among two ranks, as they are in `ONE_SUMMED`; and what is refused."""
-    assert [at_once(4, 64), at_once(4, 80), at_once(4, 96), at_once(1, MOST_REGISTERS)] == [8, 6, 5, 8]
+    found = [at_once(4, 64), at_once(4, 80), at_once(4, 96), at_once(1, MOST_REGISTERS), at_once(1, 64), at_once(4, 32)]
+    assert found == [8, 6, 5, 8, 16, 12]
     x_1I, weight_OI = torch.empty(1, 2048, dtype=torch.bfloat16), torch.empty(2880, 2048, device="meta")
     out = triton_linear.one_message(x_1I, weight_OI, ONE_SUMMED)
     empty = torch.empty(0)
