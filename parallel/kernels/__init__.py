@@ -1,7 +1,8 @@
 """The operations that the model is made of: a frozen group, chosen once from the plan and passed on.
 
 Each has the size at which a GPU wants it fused. One file an idea: the mathematics first as complete plain torch, a fast
-version after it with the same signature. Knows shapes and dtypes; knows nothing of ranks, checkpoints or requests.
+version after it with the same signature. Knows shapes and dtypes, and that ranks may hold parts of a product; knows
+nothing of how they are linked, of checkpoints or requests.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from . import attention, begin, experts, linear, norm, sample
 
 @dataclass(frozen=True)
 class Operations:
-    """Signatures and meaning are those of the plain versions in this folder. layout: of the packed weights that
+    """Signatures and meaning are those of the plain versions in this folder. `linear` and `experts` take the ranks that
+    hold the other parts of a product, if they are to sum it up (`sums`). layout: of the packed weights that
     `experts` reads, which are brought into it while they are loaded."""
 
     layout: experts.Layout

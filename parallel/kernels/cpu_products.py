@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import PLAIN, Operations, attention, cpu_build, linear
+from . import PLAIN, Operations, attention, cpu_build, linear, sums
 from . import experts as plain
 from .weight_only import Narrow, Weight, narrowed
 
@@ -91,6 +91,7 @@ class CpuExperts:
         down: plain.Packed,
         first_expert: int,
         limit: float,
+        ranks: sums.Ranks | None = None,
     ) -> Tensor:
         x, weights, chosen = x_TH.float().contiguous(), weights_TX.float().contiguous(), experts_TX.contiguous()
         out_TH = torch.empty_like(x)
@@ -106,7 +107,7 @@ class CpuExperts:
             *(part.data_ptr() for packed in (gate_up, down) for part in _parts(packed)),
             *(int(bias_dtypes == {torch.bfloat16}), int(self.int8), out_TH.data_ptr()),
         )
-        return out_TH.to(x_TH.dtype)
+        return sums.over(ranks, out_TH.to(x_TH.dtype))
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,12 @@ class CpuLinear:
 
     threads: Threads = field(repr=False)
 
-    def __call__(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, ranks: sums.Ranks | None = None
+    ) -> Tensor:
         narrow = isinstance(weight_OI, Narrow)
         if not narrow or weight_OI.codes_OI.dtype not in _READ or weight_OI.shape[1] % BLOCK_COLUMNS:
-            return linear.linear(x_TI, weight_OI, bias_O)
+            return linear.linear(x_TI, weight_OI, bias_O, ranks)
         codes_OI, x = weight_OI.codes_OI, x_TI.float().contiguous()
         bias = None if bias_O is None else bias_O.float().contiguous()
         scale = weight_OI.scale_O.contiguous() if codes_OI.dtype == torch.int8 else None
@@ -128,7 +131,7 @@ class CpuLinear:
             *(self.threads.pool, x.data_ptr(), len(x), codes_OI.data_ptr(), *codes_OI.shape),
             *(None if one is None else one.data_ptr() for one in (scale, bias, out_TO)),
         )
-        return out_TO.to(x_TI.dtype)
+        return sums.over(ranks, out_TO.to(x_TI.dtype))
 
 
 def _parts(packed: plain.Packed) -> tuple[Tensor, Tensor, Tensor]:

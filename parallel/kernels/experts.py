@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import sums
 from .mxfp4 import BLOCK_BYTES, dequantize
 from .norm import add_norm
 from .precision import wide
@@ -98,8 +99,10 @@ def experts(
     down: Packed,
     first_expert: int,
     limit: float,
+    ranks: sums.Ranks | None = None,
 ) -> Tensor:
-    """Sum over each token's experts that are held here, [T, H] in the dtype of x.
+    """Sum over each token's experts that are held here, [T, H] in the dtype of x; over those of all ranks, where they
+    are given.
 
     first_expert: global number of the first expert here. One expert is dequantized at a time.
     """
@@ -109,7 +112,7 @@ def experts(
         if not 0 <= local < len(gate_up.blocks):
             continue
         add_expert(out_TH, x_TH, weights_TX, experts_TX == expert, gate_up, down, local, limit)
-    return out_TH.to(x_TH.dtype)
+    return sums.over(ranks, out_TH.to(x_TH.dtype))
 
 
 def add_expert(

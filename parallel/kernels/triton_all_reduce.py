@@ -1,4 +1,5 @@
-"""The sum of a small message over GPUs that can write each other's memory: one Triton kernel, no barrier, no fence.
+"""The sum of a small message over GPUs that can write each other's memory, without barrier or fence: in a Triton kernel
+of its own, or inside the one that makes the message.
 
 Every word of 8 bytes that a rank sends holds 4 bytes of its message and a flag, the number of the call. 8 bytes arrive
 together, so that a word with the right flag is a word of this call, and nothing else has to be waited for: NCCL's
@@ -12,11 +13,25 @@ sends call n has seen all of call n - 1, which every peer sent once its kernel o
 reading of the words that are now overwritten. A place is always written whole. So each of its flags is 0 or exactly 2
 less than the one awaited, for as long as it is awaited: no older one can be taken for it, also when counts wrap.
 
+Inside a product (`summed`) a place belongs to a part of the message, a tile, and so does its count: whichever program
+has the tile at the end reads the count, sends, and stores it. All of the above holds for each tile by itself, as every
+program waits for the kernels before (`gdc_wait`, or stream order) ahead of that: whoever sends call n of a tile, its
+own kernel of call n - 1 is over, so that it has seen every peer's words of that call; and a peer sent those once its
+kernel of call n - 2 was over. It also needs that a tile's place is always cut alike, so that it is written whole. So
+each product has places and counts of its own, which nothing else uses, with as many values a program at every call; the
+kernel of its own has others. Words are the same, aligned and of 8 bytes, so that what holds for the kernel of its own
+on a link (`model.comm.flagged_flaw`) holds here; of 16 bits they carry one value each, as rows do not change lanes.
+
+Programs that wait must not keep out those that their peers wait for: `Message.processors`. What starts early does not,
+as it starts once all programs of the kernel before have begun.
+
 Knows addresses; knows nothing of how memory is shared, nor of process groups.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
+
+from typing import get_args
 
 import torch
 import triton
@@ -24,12 +39,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import constants, early, processors
+from .sums import Exchange, Message, Product
+from .triton_launch import PROGRAMS_AT_ONCE, constants, early, processors
 
 WORD_BYTES, DATA_BYTES = 8, 4
 WARPS = 1  # whether all words are there is then known without shared memory
 BLOCK = WARPS * 32 * 2  # words of a program: each lane has two side by side, which go in one access of 16 bytes
-PROGRAMS_AT_ONCE = 16  # of one warp, on any processor from sm_80 on
 
 
 def largest_bytes(device: torch.device, ranks: int, buffer_bytes: int) -> int:
@@ -45,6 +60,33 @@ def largest_bytes(device: torch.device, ranks: int, buffer_bytes: int) -> int:
 
 def _programs(ranks: int, buffer_bytes: int) -> int:
     return buffer_bytes // (2 * ranks * BLOCK * WORD_BYTES)
+
+
+class Exchanges:
+    """One rank's part of sums inside products. As for `FlaggedSum`: buffers of buffer_bytes that hold zeros on every
+    rank at first. processors: the fewest of a rank."""
+
+    def __init__(
+        self, addresses: tuple[int, ...], rank: int, buffer_bytes: int, processors: int, device: torch.device
+    ) -> None:
+        products, self._processors = get_args(Product), processors
+        each_bytes = buffer_bytes // len(products)
+        self._values = each_bytes // (2 * len(addresses) * WORD_BYTES)
+        self._cuts: dict[Product, int] = {}
+        self._of: dict[Product, Exchange] = {
+            product: Exchange(
+                tuple(address + at * each_bytes for address in addresses),
+                rank,
+                torch.zeros(self._values, dtype=torch.int32, device=device),
+            )
+            for at, product in enumerate(products)
+        }
+
+    def __call__(self, message: Message) -> Exchange | None:
+        """None where the message is too large, or the device too small. Of a product all are cut alike."""
+        assert self._cuts.setdefault(message.product, message.values) == message.values
+        fits = message.programs * message.values <= self._values and message.processors <= self._processors
+        return self._of[message.product] if fits else None
 
 
 class FlaggedSum:
@@ -114,6 +156,54 @@ def _flagged_all_reduce(x, counts, addresses, count, RANK: tl.constexpr, PER_WOR
     tl.store(x + at, total.to(x.dtype.element_ty), mask=here)
     tl.debug_barrier()  # all lanes have read the count
     tl.store(counts + program, call)
+
+
+@triton.jit
+def summed(message, call, part, addresses, RANK: tl.constexpr, LANES: tl.constexpr):
+    """The sum over ranks, [ROWS] fp32, of message [ROWS] in its dtype, of 16 or 32 bits; rounded to that it has the
+    bits that `FlaggedSum` gives. part: of the whole message. call: one more than the part's count, which the caller
+    stores afterwards, once all lanes have read it.
+
+    LANES: of a word, so that every lane of the program looks at exactly one. With fewer words than lanes several would
+    hold the same element, see it come at different times, and not agree on whether to look again.
+    """
+    RANKS: tl.constexpr = len(addresses)
+    ROWS: tl.constexpr = message.shape[0]
+    lane = tl.arange(0, ROWS * LANES)
+    place = (part * 2 + (call & 1)) * (RANKS * ROWS) + lane // LANES
+    words = _bits(message).to(tl.int64) | (call.to(tl.int64) << 32)
+    words = words[:, None].broadcast_to(ROWS, LANES).reshape(ROWS * LANES)
+    for step in tl.static_range(1, RANKS):  # each rank begins with another one
+        peer = _buffer(addresses[(RANK + step) % RANKS])
+        tl.store(peer + place + RANK * ROWS, words, mask=lane % LANES == 0, cache_modifier=".wt")
+    got = _received(addresses, place, RANK, ROWS)
+    while _late(got, call):
+        got = _received(addresses, place, RANK, ROWS)
+    total = tl.zeros([ROWS], tl.float32)
+    for rank in tl.static_range(RANKS):
+        if rank == RANK:
+            one = message
+        else:  # all lanes of a word hold the same
+            one = _value(tl.max(got[rank - (rank > RANK)].to(tl.int32).reshape(ROWS, LANES), 1), message)
+        total = one.to(tl.float32) if rank == 0 else total + one.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _bits(values):
+    if values.dtype.primitive_bitwidth == 32:
+        return values.to(tl.uint32, bitcast=True)
+    else:
+        return values.to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def _value(bits, like):
+    """What `_bits` was given, of the dtype of like, from its bits as int32."""
+    if like.dtype.primitive_bitwidth == 32:
+        return bits.to(like.dtype, bitcast=True)
+    else:
+        return bits.to(tl.uint16).to(like.dtype, bitcast=True)
 
 
 @triton.jit

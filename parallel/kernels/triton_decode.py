@@ -9,6 +9,7 @@ T tokens, X experts a token, P = T X pairs (token, expert); pair = token * X + p
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOptionalOperand=false
 # Triton's tl.constexpr annotations stand for plain values, which pyright cannot know.
 
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from . import sums
 from .experts import SWIGLU_ALPHA
-from .triton_launch import arrive, capped, constants, early
+from .triton_all_reduce import summed
+from .triton_launch import MOST_REGISTERS, arrive, at_once, capped, constants, early
 from .triton_mxfp4 import HALVES, MAX_SLOTS, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
 
 MAX_PAIRS = 256
@@ -307,8 +310,15 @@ def _sum_up(
     tile_rows,
     EXPERTS_PER_TOKEN: tl.constexpr,
     SPLIT: tl.constexpr,
+    tile=0,
+    counts=None,
+    addresses=None,
+    RANK: tl.constexpr = 0,
 ):
-    """These rows of out [T, rows]: the weighted sum of what the token's experts here gave, in a fixed order."""
+    """These rows of out [T, rows]: the weighted sum of what the token's experts here gave, in a fixed order; with
+    addresses by one warp, and over all ranks (`triton_all_reduce.summed`)."""
+    if addresses is not None:
+        call = tl.load(counts + tile) + 1
     total = tl.zeros(row.shape, tl.float32)
     for place in tl.static_range(EXPERTS_PER_TOKEN):
         there, y, weight = terms[place]
@@ -316,6 +326,10 @@ def _sum_up(
             at = partial + (i * pairs + token * EXPERTS_PER_TOKEN + place).to(tl.int64) * tile_rows + row
             y += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
         total += weight * y
+    if addresses is not None:
+        total = summed(total.to(out.dtype.element_ty), call, tile, addresses, RANK, 32 // row.shape[0])
+        tl.debug_barrier()  # all lanes have read the count
+        tl.store(counts + tile, call)
     tl.store(out + tl.cast(token, tl.int64) * rows + row, total.to(out.dtype.element_ty), mask=row < rows)
 
 
@@ -348,6 +362,9 @@ def _down(
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
+    counts=None,
+    addresses=None,
+    RANK: tl.constexpr = 0,
 ):
     """partial: fp32 [SPLIT, P, tiles * 16]; rows of pairs that are not here stay as they were. SINGLE: the last program
     of a tile sums up, which is faster where there is a chain of few; else `_finish` does."""
@@ -402,6 +419,10 @@ def _down(
                 tiles * 16,
                 EXPERTS_PER_TOKEN,
                 SPLIT,
+                tile,
+                counts,
+                addresses,
+                RANK,
             )
 
 
@@ -465,14 +486,24 @@ def decode(
     first_expert: int,
     limit: float,
     cuts: tuple[Cut, Cut] | None = None,
+    exchange: sums.Exchange | None = None,
 ) -> Tensor:
-    """`experts.experts` for at most MAX_PAIRS pairs. cuts: of gate_up and down; None: by the number of tokens."""
+    """`experts.experts` for at most MAX_PAIRS pairs. cuts: of gate_up and down; None: by the number of tokens.
+    exchange: of `one_message`, for one token; the sum over its ranks."""
     tokens, per_token = experts_TX.shape
     if tokens * per_token > MAX_PAIRS:
         raise ValueError(f"{tokens} tokens of {per_token} experts are more than {MAX_PAIRS} pairs")
     first, second = cuts or next(chosen for most, *chosen in _CUTS if tokens <= most)
     inner_PI = gate_up_inner(x_TH, experts_TX, gate_up, first_expert, limit, first)
-    return down_sum(inner_PI, weights_TX, experts_TX, down, first_expert, second)
+    return down_sum(inner_PI, weights_TX, experts_TX, down, first_expert, second, exchange)
+
+
+def one_message(x_1H: Tensor, down: Tiles) -> sums.Message:
+    """What `_down` would exchange for one token, the last program of each tile: if all of these wait, one more of any
+    is there."""
+    rows, tiles = down.bias.shape[1], down.blocks.shape[1]
+    processors = -(-(tiles + 1) // at_once(1, MOST_REGISTERS))
+    return sums.Message("experts", rows, x_1H.dtype, tiles, TILE_ROWS, processors)
 
 
 def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert: int, limit: float, cut: Cut) -> Tensor:
@@ -509,10 +540,17 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
 
 
 def down_sum(
-    inner_PI: Tensor, weights_TX: Tensor, experts_TX: Tensor, packed: Tiles, first_expert: int, cut: Cut
+    inner_PI: Tensor,
+    weights_TX: Tensor,
+    experts_TX: Tensor,
+    packed: Tiles,
+    first_expert: int,
+    cut: Cut,
+    exchange: sums.Exchange | None = None,
 ) -> Tensor:
     """The second product of what `gate_up_inner` gave, and its weighted sum, [T, H] in the dtype of inner."""
     tokens, per_token = experts_TX.shape
+    assert exchange is None or tokens == 1
     pairs, width = inner_PI.shape
     held, rows = packed.bias.shape
     _, tiles, steps, *_ = packed.blocks.shape
@@ -535,6 +573,7 @@ def down_sum(
         rows,
         width,
         **_constants(experts_TX, steps, width, cut, cut.split),
+        **sums.arguments(exchange),
     )
     if tokens > 1:
         _finish[tokens, triton.cdiv(rows, FINISH_ROWS)](

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 ARRIVALS = 4096  # counters of a device
+MOST_REGISTERS = 255  # of a lane
+PROGRAMS_AT_ONCE, WARPS_AT_ONCE = 16, 48  # that any multiprocessor from sm_80 on runs, as far as registers allow
 FOUND_S = 0.2  # by when a kernel that is not compiled is found; most take some ms, the first some ten
 
 
@@ -92,6 +94,13 @@ def _compiled(compile_one: Callable[[], Any]) -> Any:
 def processors(device: torch.device) -> int:
     """Multiprocessors; 1 for Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def at_once(warps: int, registers: int) -> int:
+    """Programs of so many warps, with at most so many registers a lane, that any multiprocessor from sm_80 on runs at
+    the same time: each of its quarters shares out 16,384 registers, 256 at a time."""
+    by_registers = 4 * (16384 // (-(-registers // 8) * 8 * 32)) // warps
+    return min(by_registers, WARPS_AT_ONCE // warps, PROGRAMS_AT_ONCE)
 
 
 @cache

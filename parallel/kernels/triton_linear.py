@@ -21,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import capped, constants, early
+from . import sums
+from .triton_all_reduce import summed
+from .triton_launch import MOST_REGISTERS, at_once, capped, constants, early
 from .triton_pages import operand
 from .triton_weight_only import several, stored
 from .weight_only import Narrow, Weight
@@ -44,10 +46,20 @@ class Rows:
 
 
 ONE = Rows(warps=4, ahead=16, registers=96)
+# Where ranks share the columns: half of them at most, and all programs have to be there at a time. 2,880 rows are 720
+# programs, of which a multiprocessor has 8: 90 are enough. Compiled for 2,048 columns nothing is spilled.
+ONE_SUMMED = Rows(warps=4, ahead=16, registers=64)
 
 
-def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + b, [T, O], in the dtype of x."""
+def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, ranks: sums.Ranks | None = None) -> Tensor:
+    """x W^T + b, [T, O], in the dtype of x; summed over ranks, where they are given: for one token inside the kernel,
+    if it can be."""
+    if ranks is not None:
+        if len(x_TI) == 1:
+            with ranks.exchange(one_message(x_TI, weight_OI, ONE_SUMMED)) as exchange:
+                if exchange is not None:
+                    return one(x_TI, weight_OI, bias_O, ONE_SUMMED, exchange)
+        return ranks.all_reduce(linear(x_TI, weight_OI, bias_O))
     if not len(x_TI):  # a step in the middle of a prompt wants no logits: nothing to read a head for
         return x_TI.new_empty((0, len(weight_OI)))
     if len(x_TI) == 1:
@@ -60,8 +72,18 @@ def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Ten
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
 
 
-def one(x_1I: Tensor, weight_OI: Weight, bias_O: Tensor | None, how: Rows) -> Tensor:
-    """linear for one token: multiply and add, no tensor core."""
+def one_message(x_1I: Tensor, weight_OI: Weight, how: Rows) -> sums.Message:
+    """What `one` would exchange. All of its programs wait for those of the other ranks."""
+    rows = len(weight_OI)
+    programs = -(-rows // how.warps)
+    processors = -(-programs // at_once(how.warps, how.registers or MOST_REGISTERS))
+    return sums.Message("attention's output", rows, x_1I.dtype, programs, how.warps, processors)
+
+
+def one(
+    x_1I: Tensor, weight_OI: Weight, bias_O: Tensor | None, how: Rows, exchange: sums.Exchange | None = None
+) -> Tensor:
+    """linear for one token: multiply and add, no tensor core. exchange: of `one_message`; the sum over its ranks."""
     rows, (values, scales, factor) = len(weight_OI), stored(weight_OI)
     out_1O = torch.empty((1, rows), dtype=x_1I.dtype, device=x_1I.device)
     _one[(-(-rows // how.warps),)](
@@ -72,6 +94,7 @@ def one(x_1I: Tensor, weight_OI: Weight, bias_O: Tensor | None, how: Rows) -> Te
         out_1O,
         rows,
         **constants(**rows_shape(x_1I, values, how), BIAS=bias_O is not None, FACTOR=factor),
+        **sums.arguments(exchange),
     )
     return out_1O
 
@@ -159,7 +182,11 @@ def _one(
     BIAS: tl.constexpr,
     FACTOR: tl.constexpr,
     EARLY: tl.constexpr,
+    counts=None,
+    addresses=None,
+    RANK: tl.constexpr = 0,
 ):
+    """With addresses: the sum over ranks (`triton_all_reduce.summed`)."""
     if EARLY:
         gdc_launch_dependents()
     PARTS: tl.constexpr = (COLUMNS + PART - 1) // PART
@@ -171,6 +198,8 @@ def _one(
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
+    if addresses is not None:
+        call = tl.load(counts + tl.program_id(0)) + 1
     acc = tl.zeros([ROWS, PART], tl.float32)
     for i in tl.static_range(PARTS):
         if i % 4 == 0:
@@ -183,6 +212,10 @@ def _one(
         y *= tl.load(scale + row, mask=there, other=0.0) * FACTOR
     if BIAS:
         y += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
+    if addresses is not None:
+        y = summed(y.to(out.dtype.element_ty), call, tl.program_id(0), addresses, RANK, 32)
+        tl.debug_barrier()  # all lanes have read the count
+        tl.store(counts + tl.program_id(0), call)
     tl.store(out + row, y.to(out.dtype.element_ty), mask=there)
 
 

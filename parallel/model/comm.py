@@ -8,6 +8,7 @@ Knows tensors and groups; knows nothing of layers.
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..planning.memory import FLAGGED_BYTES
+from ..kernels.sums import Exchange, Message
+from ..planning.memory import FLAGGED_BYTES, INSIDE_BYTES
 
 WAYS = ("group", "flagged", "one_shot", "two_shot")  # to all-reduce
 SHOT_DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernels know
@@ -35,6 +37,12 @@ class Comm(Protocol):
     def all_gather(self, x: Tensor) -> Tensor:
         """[ranks, ...]: everybody's x, in rank order."""
         ...
+
+    @contextmanager
+    def exchange(self, message: Message) -> Iterator[Exchange | None]:
+        """For one launch of a kernel that adds up what it makes as `all_reduce` would, within the context; None: it
+        cannot, and all_reduce has to. The same answer on all ranks."""
+        yield None
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,10 @@ class Linked(Comm):
     """GPUs that can read and write each other's memory: each message by the way that `limits` says for its size.
 
     Flagged: every rank writes its message, with flags, to all others and adds what it was sent in rank order
-    (`kernels.triton_all_reduce`). One-shot: every rank reads all messages and adds them in rank order. Two-shot: every
-    rank adds its piece and the pieces are read back. limits: (most bytes, way), ascending; larger messages go through
-    the group, as do those that their way does not take.
+    (`kernels.triton_all_reduce`), in a kernel of its own or inside the one that makes the message. One-shot: every rank
+    reads all messages and adds them in rank order. Two-shot: every rank adds its piece and the pieces are read back.
+    limits: (most bytes, way), ascending; larger messages go through the group, as do those that their way does not
+    take.
     """
 
     def __init__(self, buffer_bytes: int, limits: Limits) -> None:
@@ -83,22 +92,25 @@ class Linked(Comm):
         self._name = group.group_name
         flagged_from = -(-buffer_bytes // 16) * 16
         device = torch.device("cuda", torch.cuda.current_device())
-        memory = symmetric.empty(flagged_from + FLAGGED_BYTES, dtype=torch.uint8, device=device)
+        inside_from = flagged_from + FLAGGED_BYTES
+        memory = symmetric.empty(inside_from + INSIDE_BYTES, dtype=torch.uint8, device=device)
         self._mapped = handle = symmetric.rendezvous(memory, self._name)
         self._buffer = memory[:buffer_bytes]
         memory[flagged_from:].zero_()
         torch.cuda.synchronize()
-        parts = (
-            handle.get_buffer(rank, (FLAGGED_BYTES,), torch.uint8, flagged_from) for rank in range(handle.world_size)
+        addresses, inside = (
+            tuple(handle.get_buffer(rank, (1,), torch.uint8, at).data_ptr() for rank in range(handle.world_size))
+            for at in (flagged_from, inside_from)
         )
-        addresses = tuple(part.data_ptr() for part in parts)
         # all ranks answer each other here, and by then the flags of all of them are zeros
         self._flagged_limit_bytes = least(_flagged_limit_bytes(device))
         self.slow: tuple[str, ...] = ()
         if self._flagged_limit_bytes:
-            from ..kernels.triton_all_reduce import FlaggedSum
+            from ..kernels.triton_all_reduce import Exchanges, FlaggedSum
+            from ..kernels.triton_launch import processors
 
             self._flagged = FlaggedSum(addresses, handle.rank, FLAGGED_BYTES, device)
+            self._inside = Exchanges(inside, handle.rank, INSIDE_BYTES, least(processors(device)), device)
             flaw = flagged_flaw(self._flagged, self._flagged_limit_bytes, handle.rank, len(addresses), device)
             if flaw is not None:
                 self._flagged_limit_bytes = 0
@@ -110,6 +122,13 @@ class Linked(Comm):
 
     def all_gather(self, x: Tensor) -> Tensor:
         return self._group.all_gather(x)
+
+    @contextmanager
+    def exchange(self, message: Message) -> Iterator[Exchange | None]:
+        """Where the flagged way is taken, which this is: with the same bits, and resting on the same of the link."""
+        x = torch.empty(message.elements, dtype=message.dtype, device="meta")
+        flagged = way_for(x.nbytes, self.limits) == "flagged" and self.takes("flagged", x)
+        yield self._inside(message) if flagged else None
 
     def takes(self, way: str, x: Tensor) -> bool:
         """Whether x can go that way: the same answer on all ranks."""
@@ -202,10 +221,21 @@ class Marked(Comm):
         self.marks.collective_ends()
         return x
 
+    @contextmanager
+    def exchange(self, message: Message) -> Iterator[Exchange | None]:
+        with self.comm.exchange(message) as exchange:
+            if exchange is None:
+                yield None  # all_reduce is marked
+                return
+            self.marks.collective_begins()
+            yield exchange
+            self.marks.collective_ends()
+
 
 @dataclass(frozen=True)
 class Sums(Comm):
-    """Every all-reduce of `comm` checked: all ranks must hold the same bits. For debugging; slow."""
+    """Every all-reduce of `comm` checked: all ranks must hold the same bits. For debugging; slow. None is inside a
+    kernel."""
 
     comm: Comm
 

@@ -72,7 +72,7 @@ def hidden_states(
             pages.slots_T,
         )
         attended_TQ = ops.attend(q_TND, kv_PCSKD, layer.sinks_N, batch, pages)
-        delta_TH = comm.all_reduce(ops.linear(attended_TQ, layer.out_HQ, layer.out_bias_H))
+        delta_TH = ops.linear(attended_TQ, layer.out_HQ, layer.out_bias_H, comm)
         residual_TH, x_TH, *routes = ops.norm_route(
             residual_TH,
             delta_TH,
@@ -83,8 +83,6 @@ def hidden_states(
             layer.router_bias_E,
             spec.experts_per_token,
         )
-        delta_TH = comm.all_reduce(
-            ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit)
-        )
+        delta_TH = ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit, comm)
     _, x_TH = ops.add_norm(residual_TH, delta_TH, weights.norm_H, spec.norm_eps, dtype)
     return x_TH if batch.wanted_S is None else x_TH[batch.wanted_S]

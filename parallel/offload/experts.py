@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..kernels import PLAIN, Operations
+from ..kernels import PLAIN, Operations, sums
 from ..kernels import experts as plain
 from ..kernels.experts import Packed
 from ..kernels.precision import wide
@@ -96,6 +96,7 @@ class Copied:
         down: Held,
         first_expert: int,
         limit: float,
+        ranks: sums.Ranks | None = None,
     ) -> Tensor:
         began_s = time.perf_counter()
         guesses_TX = self._guess(x_TH, gate_up.layer)
@@ -113,7 +114,7 @@ class Copied:
             out_TH = self.ops.experts(*routed, gate_up.whole, down.whole, 0, limit)
         if guessed:
             self._bring_ahead(list(dict.fromkeys(guessed)), self.layers[gate_up.layer + 1])
-        return out_TH
+        return sums.over(ranks, out_TH)
 
     def _one_by_one(
         self,
@@ -278,6 +279,7 @@ class Computed:
         down: Held,
         first_expert: int,
         limit: float,
+        ranks: sums.Ranks | None = None,
     ) -> Tensor:
         began_s = time.perf_counter()
         chosen_TX = experts_TX.cpu()
@@ -299,7 +301,7 @@ class Computed:
             y_MH = self.on_cpu(x_MH, weights_MX, places_TX[rows], gate_up.host, down.host, 0, limit)
             self.counts.stalled_s += time.perf_counter() - began_s
             out_TH.index_add_(0, rows.to(x_TH.device), y_MH.to(x_TH.device, out_TH.dtype))
-        return out_TH.to(x_TH.dtype)
+        return sums.over(ranks, out_TH.to(x_TH.dtype))
 
 
 def offloaded(offload: Offload, ops: Operations, device: torch.device) -> tuple[Operations, Counts, list[str]]:

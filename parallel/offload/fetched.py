@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import Operations
+from ..kernels import Operations, sums
 from ..kernels.experts import Packed
 from ..kernels.triton_fetch import COUNTED, Cache, fetch, fits, gather, make_cache
 from .counts import Counts
@@ -35,14 +35,15 @@ class Fetched:
         down: Held,
         first_expert: int,
         limit: float,
+        ranks: sums.Ranks | None = None,
     ) -> Tensor:
         assert gate_up.whole is not None and down.whole is not None
         cache = self.caches[gate_up.layer]
         if experts_TX.numel() <= len(cache.used_S):  # not each once: more of them for few slots are another kernel's
             places_TX = fetch(experts_TX, cache)
-            return self.ops.experts(x_TH, weights_TX, places_TX, gate_up.packed, down.packed, 0, limit)
+            return self.ops.experts(x_TH, weights_TX, places_TX, gate_up.packed, down.packed, 0, limit, ranks)
         gather(experts_TX, cache)
-        return self.ops.experts(x_TH, weights_TX, experts_TX, gate_up.whole, down.whole, 0, limit)
+        return self.ops.experts(x_TH, weights_TX, experts_TX, gate_up.whole, down.whole, 0, limit, ranks)
 
     def counts(self) -> Counts:
         hits, misses, stalled_ns, _ = self.counted_LX.sum(0).tolist()

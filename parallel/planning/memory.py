@@ -40,6 +40,7 @@ PROCESS: dict[Device, ProcessCost] = {
 GRAPHS_BYTES = 192 << 20  # those that are captured at the start: 182 MiB on an H200 for 20b
 SYMMETRIC_BUFFERS = 1  # of a whole step's hidden states
 FLAGGED_BYTES = 2 << 20  # besides, for messages with flags
+INSIDE_BYTES = 1 << 20  # and for those inside two products: of 4,096 values each among eight ranks
 
 # How many copies of a thing live at the same time at the worst moment, counted over the plain operations in kernels/ by
 # following every tensor of a step at the published width: 2048 tokens of 2048, 512 of 32768 and 64 of 131072.
@@ -181,7 +182,7 @@ def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, st
     if mesh.ranks == 1 or device == "cpu":
         return 0
     steps_bytes = SYMMETRIC_BUFFERS * step_tokens * spec.hidden * DTYPE_BYTES[dtype]
-    return PROCESS[device].nccl_bytes + steps_bytes + FLAGGED_BYTES
+    return PROCESS[device].nccl_bytes + steps_bytes + FLAGGED_BYTES + INSIDE_BYTES
 
 
 def flagged_limit_bytes(ranks: int) -> int:

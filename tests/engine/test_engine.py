@@ -178,7 +178,7 @@ def test_nothing_is_looked_up_by_what_a_rehearsal_leaves(monkeypatch: pytest.Mon
     ops = dataclasses.replace(
         PLAIN,
         upload=lambda words_W, to_W: None,
-        linear=lambda x_TH, weight_OH, bias_O=None: x_TH.new_full((len(x_TH), len(weight_OH)), torch.nan),
+        linear=lambda x_TH, weight_OH, bias_O=None, ranks=None: x_TH.new_full((len(x_TH), len(weight_OH)), torch.nan),
         sample=lambda *given: sample.sample(*given, local),
         sample_exact=lambda *given: sample.sample_exact(*given, local),
     )

@@ -4,11 +4,24 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gptoss_launch.parallel.kernels.sums import Exchange, Message
 from gptoss_launch.parallel.model import calibrate, comm
-from gptoss_launch.parallel.model.comm import WAYS, Limits, Linked, flagged_flaw, message_sizes, way_for
+from gptoss_launch.parallel.model.comm import (
+    WAYS,
+    Alone,
+    Comm,
+    Group,
+    Limits,
+    Linked,
+    Marked,
+    Sums,
+    flagged_flaw,
+    message_sizes,
+    way_for,
+)
 from torch import Tensor
 
-BUFFER_BYTES, FLAGGED_LIMIT_BYTES = 1 << 20, 256 << 10
+BUFFER_BYTES, FLAGGED_LIMIT_BYTES, PROCESSORS = 1 << 20, 256 << 10, 100
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -20,6 +33,8 @@ class Unlinked(Linked):
         self.taken: list[str] = []
         self._buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
         self._flagged_limit_bytes = flagged_limit_bytes
+        here = Exchange((0, 16, 32), 1, torch.zeros(1, dtype=torch.int32))
+        self._inside = lambda message: here if message.processors <= PROCESSORS else None
 
     def all_reduce_by(self, way: str, x: Tensor) -> Tensor:
         self.taken.append(way)
@@ -51,6 +66,51 @@ def test_what_a_way_does_not_take_goes_through_the_group() -> None:
         linked.all_reduce(torch.empty(8, dtype=dtype))
     linked.all_reduce(torch.empty(FLAGGED_LIMIT_BYTES, dtype=torch.bfloat16))
     assert linked.taken == ["flagged"] * 3 + ["group"] * 2
+
+
+class Noted:
+    def __init__(self) -> None:
+        self.noted: list[str] = []
+
+    def collective_begins(self) -> None:
+        self.noted.append("begins")
+
+    def collective_ends(self) -> None:
+        self.noted.append("ends")
+
+
+def exchanged(comm: Comm, elements: int, dtype: torch.dtype, processors: int = PROCESSORS) -> Exchange | None:
+    with comm.exchange(Message("experts", elements, dtype, -(-elements // 16), 16, processors)) as exchange:
+        return exchange
+
+
+def test_a_kernel_exchanges_what_would_go_the_flagged_way() -> None:
+    linked, size = Unlinked(), 5760
+    here = exchanged(linked, size // 2, torch.bfloat16)
+    assert here is None, "the group's"
+    linked.limits = ((size, "flagged"), (BUFFER_BYTES, "one_shot"))
+    here = exchanged(linked, size // 2, torch.bfloat16)
+    assert here is not None and (here.rank, len(here.addresses)) == (1, 3)
+    assert exchanged(linked, size // 2 + 1, torch.bfloat16) is None, "torch's"
+    assert exchanged(linked, size // 2, torch.float32) is None and exchanged(linked, size // 4, torch.float32)
+    assert exchanged(linked, 8, torch.float64) is None
+    assert exchanged(linked, size // 2, torch.bfloat16, PROCESSORS + 1) is None, "fewer multiprocessors"
+    for other in (Alone(), Group(), Sums(linked)):
+        assert exchanged(other, size // 2, torch.bfloat16) is None
+    linked = Unlinked(0)
+    linked.limits = ((size, "flagged"),)
+    assert exchanged(linked, size // 2, torch.bfloat16) is None, "where words with flags do not work"
+
+
+def test_an_exchange_is_marked_while_it_lasts() -> None:
+    linked, marks = Unlinked(), Noted()
+    marked, message = Marked(linked, marks), Message("experts", 32, torch.bfloat16, 2, 16, 1)
+    with marked.exchange(message) as exchange:
+        assert exchange is None and marks.noted == []
+    linked.limits = ((BUFFER_BYTES, "flagged"),)
+    with marked.exchange(message) as exchange:
+        assert exchange is not None and marks.noted == ["begins"]
+    assert marks.noted == ["begins", "ends"]
 
 
 def test_calibration_keeps_the_fastest_of_what_can_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -108,14 +109,74 @@ def check_replays(linked: Linked) -> None:
     assert wrong.item() == 0, f"{wrong.item()} elements are wrong"
 
 
+def check_products(linked: Linked) -> None:
+    """Sums inside the products of one token, as `check_replays` has others: bit by bit those of the product and a
+    flagged sum after it, in published sizes."""
+    from gptoss_launch.parallel.kernels import triton_decode, triton_linear
+    from gptoss_launch.parallel.kernels.triton_experts import experts
+    from gptoss_launch.parallel.kernels.triton_mxfp4 import Tiles, pack
+
+    rank, ranks, dtype = dist.get_rank(), dist.get_world_size(), torch.bfloat16
+    linked.limits = ((HIDDEN * 2, "flagged"),)
+    generator = torch.Generator("cuda").manual_seed(rank)
+    call, wrong = torch.zeros((), dtype=torch.int64, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    columns = HIDDEN // ranks // 32 * 32
+
+    def packed(rows: int, inputs: int) -> Tiles:
+        size = (8, rows, inputs // 32)
+        blocks = torch.randint(0, 256, (*size, 16), generator=generator, device="cuda", dtype=torch.uint8)
+        scales = torch.randint(117, 123, size, generator=generator, device="cuda", dtype=torch.uint8)
+        return pack(blocks, scales, torch.randn(size[:2], generator=generator, device="cuda").to(dtype))
+
+    gate_up, down = packed(2 * columns, HIDDEN), packed(HIDDEN, columns)
+    out_HQ = torch.randn((HIDDEN, 4096 // ranks), generator=generator, device="cuda").to(dtype)
+    bias_H, weights_TX = gate_up.bias[0, :1].expand(HIDDEN).contiguous(), torch.full((1, 4), 0.25, device="cuda")
+    for one in (
+        triton_linear.one_message(out_HQ[:1], out_HQ, triton_linear.ONE_SUMMED),
+        triton_decode.one_message(out_HQ[:1], down),
+    ):
+        with linked.exchange(one) as exchange:
+            assert exchange is not None, f"{one} is not exchanged here"
+
+    def sums() -> None:
+        for _ in range(3):
+            call.add_(1)
+            x_TH = (message(0, call, HIDDEN, dtype) / 80).view(1, HIDDEN)
+            chosen_TX = ((call + torch.arange(4, device="cuda")) % 8)[None]
+            given = x_TH, weights_TX, chosen_TX, gate_up, down, 0, 7.0
+            of_out = x_TH[:, : out_HQ.shape[1]], out_HQ, bias_H
+            product: Callable[..., Tensor]
+            for product, inputs in ((triton_linear.linear, of_out), (experts, given)):
+                after = linked.all_reduce_by("flagged", product(*inputs))
+                wrong.add_((product(*inputs, linked) != after).sum())
+                if rank == 1:
+                    torch.cuda._sleep(20_000)
+
+    sums()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        sums()
+    for replay in range(REPLAYS):
+        if replay % 7 == 3 * rank:
+            torch.cuda._sleep(200_000)
+        graph.replay()
+        if replay % 100 == 0:  # not only replayed ones
+            sums()
+    torch.cuda.synchronize()
+    assert call.item() == 3 * (1 + REPLAYS + -(-REPLAYS // 100))
+    assert wrong.item() == 0, f"{wrong.item()} elements are wrong"
+
+
 def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl")
     linked = Linked(BUFFER_BYTES, limits=())
     assert linked.takes("flagged", torch.empty(1, device="cuda")), "these GPUs cannot have the flagged way"
     print(f"rank {dist.get_rank()}: {check_sums(linked)} sums", flush=True)
-    check_replays(linked)
-    print(f"rank {dist.get_rank()}: {REPLAYS} replays", flush=True)
+    for check in (check_replays, check_products):
+        check(linked)
+        print(f"rank {dist.get_rank()}: {REPLAYS} replays of {check.__name__}", flush=True)
     dist.destroy_process_group()
 
 

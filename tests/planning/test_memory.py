@@ -3,6 +3,7 @@
 import pytest
 from gptoss_launch.parallel.planning.memory import (
     FLAGGED_BYTES,
+    INSIDE_BYTES,
     PROCESS,
     Room,
     communication_bytes,
@@ -51,5 +52,5 @@ def test_workspace_grows_with_what_it_is_for_and_shrinks_with_ranks(kernels) -> 
 def test_communication_is_for_several_ranks_on_gpus() -> None:
     assert communication_bytes(SPEC, SINGLE, "cuda", "bf16", 2048) == 0
     assert communication_bytes(SPEC, Mesh(2), "cpu", "fp32", 512) == 0
-    buffer_bytes = 2048 * 2880 * 2 + FLAGGED_BYTES
+    buffer_bytes = 2048 * 2880 * 2 + FLAGGED_BYTES + INSIDE_BYTES
     assert communication_bytes(SPEC, Mesh(2), "cuda", "bf16", 2048) == PROCESS["cuda"].nccl_bytes + buffer_bytes
