@@ -195,6 +195,8 @@ def _one(
     w = ()
     for i in tl.static_range(min(AHEAD, PARTS)):
         w += (_part(weight, row, there, i, COLUMNS, PART),)
+    if BIAS and addresses is not None:  # peers wait for what comes after the product
+        offset = tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
         gdc_wait()
@@ -211,7 +213,7 @@ def _one(
     if FACTOR > 0:
         y *= tl.load(scale + row, mask=there, other=0.0) * FACTOR
     if BIAS:
-        y += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
+        y += tl.load(bias + row, mask=there, other=0.0).to(tl.float32) if addresses is None else offset
     if addresses is not None:
         y = summed(y.to(out.dtype.element_ty), call, tl.program_id(0), addresses, RANK, 32)
         tl.debug_barrier()  # all lanes have read the count
