@@ -46,19 +46,20 @@ class Rows:
 
 
 ONE = Rows(warps=4, ahead=16, registers=96)
-# Where ranks share the columns: half of them at most, and all programs have to be there at a time. 2,880 rows are 720
-# programs, of which a multiprocessor has 8: 90 are enough. Compiled for 2,048 columns nothing is spilled.
-ONE_SUMMED = Rows(warps=4, ahead=16, registers=64)
+# Where ranks share the columns: half of them at most, and all programs have to be there at a time. The first that fits:
+# 2,880 rows are 720 programs, of which a multiprocessor has 6 or 8, so that 120 or 90 are enough. Compiled for 2,048
+# columns nothing is spilled.
+ONE_SUMMED = (Rows(warps=4, ahead=16, registers=80), Rows(warps=4, ahead=16, registers=64))
 
 
 def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, ranks: sums.Ranks | None = None) -> Tensor:
     """x W^T + b, [T, O], in the dtype of x; summed over ranks, where they are given: for one token inside the kernel,
     if it can be."""
     if ranks is not None:
-        if len(x_TI) == 1:
-            with ranks.exchange(one_message(x_TI, weight_OI, ONE_SUMMED)) as exchange:
+        for how in ONE_SUMMED if len(x_TI) == 1 else ():
+            with ranks.exchange(one_message(x_TI, weight_OI, how)) as exchange:
                 if exchange is not None:
-                    return one(x_TI, weight_OI, bias_O, ONE_SUMMED, exchange)
+                    return one(x_TI, weight_OI, bias_O, how, exchange)
         return ranks.all_reduce(linear(x_TI, weight_OI, bias_O))
     if not len(x_TI):  # a step in the middle of a prompt wants no logits: nothing to read a head for
         return x_TI.new_empty((0, len(weight_OI)))

@@ -155,7 +155,7 @@ def products(link: Callable[[], Linked], report: Callable[..., None]) -> None:
                 report(bench="sums inside products", way=name, refused=f"needs {message.processors} multiprocessors")
                 continue
         result_TH = torch.empty_like(here.x_TH)
-        triton_linear.ONE_SUMMED = how
+        triton_linear.ONE_SUMMED = (how,)
         work = partial(layers, here, linked if in_out else after, linked if in_experts else after, result_TH)
         seconds = fastest_s(work)
         check_equal(linked, result_TH, name)

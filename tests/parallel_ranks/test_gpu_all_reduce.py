@@ -132,7 +132,7 @@ def check_products(linked: Linked) -> None:
     out_HQ = torch.randn((HIDDEN, 4096 // ranks), generator=generator, device="cuda").to(dtype)
     bias_H, weights_TX = gate_up.bias[0, :1].expand(HIDDEN).contiguous(), torch.full((1, 4), 0.25, device="cuda")
     for one in (
-        triton_linear.one_message(out_HQ[:1], out_HQ, triton_linear.ONE_SUMMED),
+        triton_linear.one_message(out_HQ[:1], out_HQ, triton_linear.ONE_SUMMED[0]),
         triton_decode.one_message(out_HQ[:1], down),
     ):
         with linked.exchange(one) as exchange:
