@@ -7,10 +7,23 @@ nothing of how they are linked, of checkpoints or requests.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import attention, begin, experts, linear, norm, sample
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One token's `norm_route` and `experts` in one, which stands for these two alone: where one of them has been
+    replaced, so that somebody sees routes or has experts elsewhere, it is not used. run: the arguments of
+    `Operations.norm_experts`, for one token."""
+
+    norm_route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    experts: Callable[..., Tensor]
+    run: Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,31 @@ class Operations:
     experts: Callable[..., Tensor]
     sample: Callable[..., sample.Drawn]
     sample_exact: Callable[..., Tensor]
+    mixture: Mixture | None = None
+
+    def norm_experts(
+        self,
+        residual_TH: Tensor,
+        delta_TH: Tensor,
+        norm_H: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        router_EH: Tensor,
+        router_bias_E: Tensor,
+        experts_per_token: int,
+        *mixed: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """(residual_TH, sum_TH): `norm_route`, and of what it gives `experts`. mixed: what that takes after routes."""
+        before = residual_TH, delta_TH, norm_H, eps, dtype, router_EH, router_bias_E, experts_per_token
+        one = self.mixture
+        if (
+            one is not None
+            and len(residual_TH) == 1
+            and (one.norm_route, one.experts) == (self.norm_route, self.experts)
+        ):
+            return one.run(*before, *mixed)
+        residual_TH, x_TH, *routes = self.norm_route(*before)
+        return residual_TH, self.experts(x_TH, *routes, *mixed)
 
 
 PLAIN = Operations(

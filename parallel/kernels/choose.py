@@ -7,7 +7,7 @@ import importlib.util
 
 from ..errors import UserError
 from ..planning.plan import Plan
-from . import PLAIN, Operations
+from . import PLAIN, Mixture, Operations
 
 
 def operations(plan: Plan) -> tuple[Operations, tuple[str, ...]]:
@@ -63,4 +63,5 @@ def triton_operations() -> Operations:
         experts=triton_experts.experts,
         sample=triton_sample.sample,
         sample_exact=triton_sample.sample_exact,
+        mixture=Mixture(triton_route.norm_route, triton_experts.experts, triton_experts.norm_experts),
     )

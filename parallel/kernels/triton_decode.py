@@ -2,7 +2,8 @@
 
 A program owns 16 rows (a tile) of one expert, a slot, and all tokens that chose it: 8 or so are the columns of the
 tensor core's product. So many tokens fill no wgmma, and what is left is to keep the memory busy: all loads of a few
-steps, then a barrier that they may not sink below, then their use. With one token K is split over more programs,
+steps, then a barrier that they may not sink below, then their use. With one token the columns are steps: x of up to 8
+of them is one operand, and of a step's product the column of that step counts. K is then split over more programs,
 whose sum is done by the last to arrive, always in the same order: runs repeat bit for bit.
 
 T tokens, X experts a token, P = T X pairs (token, expert); pair = token * X + place.
@@ -26,6 +27,7 @@ from .experts import SWIGLU_ALPHA
 from .triton_all_reduce import summed
 from .triton_launch import MOST_REGISTERS, arrive, at_once, capped, constants, early
 from .triton_mxfp4 import HALVES, MAX_SLOTS, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
+from .triton_route import choice, leave_choice
 
 MAX_PAIRS = 256
 COLUMNS = 8  # rows of x in one product
@@ -137,8 +139,71 @@ def _product(
 
 
 @triton.jit
+def _product_of_one(
+    x,
+    blocks,
+    scales,
+    tile,
+    steps,
+    begin,
+    end,
+    width,
+    SCALE_X: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+    WAIT: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """`_product` by one row of x, in all columns. Column i of an operand is x of the i-th step of UNROLL."""
+    tl.static_assert(UNROLL <= COLUMNS)
+    lane = tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    blocks += tile * steps * _HALVES + lane
+    scales += tile * steps * 8 + tl.arange(0, 8)
+    place = tl.arange(0, COLUMNS * 4)
+    ahead = (tl.minimum(place // 4, UNROLL - 1) * _CODES + place % 4 * 8)[:, None]
+    x += ahead + tl.arange(0, 8)[None, :]
+    column = tl.arange(0, COLUMNS)[None, None, :]
+    acc = tl.zeros((2, 8, COLUMNS), tl.float32)
+    for step in range(begin, end, UNROLL):
+        block, scale, row = blocks + step * _HALVES, scales + step * 8, x + step * _CODES
+        halves = ()
+        words = ()
+        for i in tl.static_range(UNROLL):
+            if EVEN:
+                halves += (tl.load(block + i * _HALVES, cache_modifier=".cg"),)
+                words += (tl.load(scale + i * 8, cache_modifier=".cg"),)
+            else:
+                more = step + i < end
+                halves += (tl.load(block + i * _HALVES, mask=more, other=0, cache_modifier=".cg"),)
+                words += (tl.load(scale + i * 8, mask=more, other=0, cache_modifier=".cg"),)
+        tl.debug_barrier()  # as in `_product`
+        if WAIT:
+            gdc_wait()
+        if EVEN:
+            x_0, x_1 = tl.load(row), tl.load(row + 32)
+        else:
+            left = width - step * _CODES - ahead
+            x_0, x_1 = tl.load(row, mask=left > 0, other=0.0), tl.load(row + 32, mask=left > 32, other=0.0)
+        b_0, b_1 = _operands(x_0, COLUMNS)
+        b_2, b_3 = _operands(x_1, COLUMNS)
+        if SCALE_X:
+            b_0, b_1 = _scaled_up(b_0, PLAIN), _scaled_up(b_1, PLAIN)
+            b_2, b_3 = _scaled_up(b_2, PLAIN), _scaled_up(b_3, PLAIN)
+        for i in tl.static_range(UNROLL):
+            v_0, v_1, v_2, v_3 = planes(halves[i], PLAIN)
+            first = tl.dot(_weights(v_1), b_1.to(v_1.dtype), tl.dot(_weights(v_0), b_0.to(v_0.dtype)))
+            second = tl.dot(_weights(v_3), b_3.to(v_3.dtype), tl.dot(_weights(v_2), b_2.to(v_2.dtype)))
+            y = first.reshape(2, 8, COLUMNS) * _factors(words[i], 0)
+            y += second.reshape(2, 8, COLUMNS) * _factors(words[i], 1)
+            acc += tl.where(column == i, y, 0.0)
+    return (tl.sum(acc, 2) * _BACK)[:, :, None].broadcast_to(2, 8, COLUMNS)
+
+
+@triton.jit
 def _members(
     experts,
+    logits,
     slot,
     first,
     held,
@@ -150,16 +215,21 @@ def _members(
     SINGLE: tl.constexpr,
     PLACES: tl.constexpr,
     EXPERTS_PER_TOKEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
 ):
     """(the slot's expert, COLUMNS of its pairs from the begin-th on, which of them there are, where they end).
 
     A slot is an expert, or (not by_expert) a pair, of which the first of an expert stands for all. SINGLE: one token,
-    whose experts differ. PLACES: a power of two from EXPERTS_PER_TOKEN on where each token has a column of its own, so
-    that no pair has to be counted; else 0. None for an expert that is not held here.
+    whose experts differ; with EXPERTS they do not stand in experts yet, but are those of its best logits. PLACES: a
+    power of two from EXPERTS_PER_TOKEN on where each token has a column of its own, so that no pair has to be counted;
+    else 0. None for an expert that is not held here.
     """
     column = begin + tl.arange(0, COLUMNS)
     expert = slot
-    if SINGLE or by_expert == 0:
+    if SINGLE and EXPERTS > 0:
+        expert = choice(logits, slot, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN) - first
+    elif SINGLE or by_expert == 0:
         expert = tl.load(experts + slot).to(tl.int32) - first
     if SINGLE:
         pair_N = column * 0 + slot
@@ -213,6 +283,8 @@ def _gate_up(
     scales,
     bias,
     experts,
+    weights,
+    logits,
     inner,
     partial,
     arrivals,
@@ -236,41 +308,94 @@ def _gate_up(
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
 ):
     """inner [P, rows / 2] in the dtype of x, times _UP; rows of pairs that are not here stay as they were.
 
-    partial: fp32 [SPLIT, P, tiles * 16]. With SPLIT the tokens must be at most COLUMNS.
+    partial: fp32 [SPLIT, P, tiles * 16]. With SPLIT the tokens must be at most COLUMNS. EXPERTS: of the model, whose
+    logits are there in place of one token's choice: each program makes it, which is faster than to wait for one that
+    has, and the first one leaves it in experts and weights for `_down`'s sum. 0: it is made.
     """
     if EARLY:
         gdc_wait()  # the routes are of the kernel before, and where experts are fetched so are the weights
         gdc_launch_dependents()  # not earlier, as elsewhere: `_down` and `_finish` read both before they wait
-    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, tile, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # the parts of a tile soon meet
     expert, pair_N, live_N, count = _members(
-        experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+        experts,
+        logits,
+        slot,
+        first,
+        held,
+        pairs,
+        by_expert,
+        0,
+        COLUMNS,
+        CHUNK,
+        SINGLE,
+        PLACES,
+        EXPERTS_PER_TOKEN,
+        EXPERTS,
+        EXPERTS_2,
     )
+    if EXPERTS > 0:
+        if (part == 0) & (tile == 0) & (slot == 0):
+            leave_choice(logits, weights, experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN)
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         if begin > 0:
             _, pair_N, live_N, _ = _members(
-                experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+                experts,
+                logits,
+                slot,
+                first,
+                held,
+                pairs,
+                by_expert,
+                begin,
+                COLUMNS,
+                CHUNK,
+                SINGLE,
+                PLACES,
+                EXPERTS_PER_TOKEN,
+                EXPERTS,
+                EXPERTS_2,
             )
-        y = _product(
-            x,
-            (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
-            blocks,
-            scales,
-            expert.to(tl.int64) * tiles + tile,
-            steps,
-            part * share,
-            tl.minimum((part + 1) * share, steps),
-            width,
-            True,
-            COLUMNS,
-            UNROLL,
-            EVEN,
-            False,
-            PLAIN,
-        )
+        if SINGLE:
+            y = _product_of_one(
+                x,
+                blocks,
+                scales,
+                expert.to(tl.int64) * tiles + tile,
+                steps,
+                part * share,
+                tl.minimum((part + 1) * share, steps),
+                width,
+                True,
+                COLUMNS,
+                UNROLL,
+                EVEN,
+                False,
+                PLAIN,
+            )
+        else:
+            y = _product(
+                x,
+                (pair_N // EXPERTS_PER_TOKEN).to(tl.int64) * width,
+                blocks,
+                scales,
+                expert.to(tl.int64) * tiles + tile,
+                steps,
+                part * share,
+                tl.minimum((part + 1) * share, steps),
+                width,
+                True,
+                COLUMNS,
+                UNROLL,
+                EVEN,
+                False,
+                PLAIN,
+            )
         if SPLIT == 1:
             _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
         else:
@@ -341,6 +466,7 @@ def _down(
     bias,
     experts,
     weights,
+    logits,
     out,
     partial,
     arrivals,
@@ -362,6 +488,8 @@ def _down(
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
     PLAIN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
     counts=None,
     addresses=None,
     RANK: tl.constexpr = 0,
@@ -372,31 +500,77 @@ def _down(
         gdc_launch_dependents()
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert, pair_N, live_N, count = _members(
-        experts, slot, first, held, pairs, by_expert, 0, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+        experts,
+        logits,
+        slot,
+        first,
+        held,
+        pairs,
+        by_expert,
+        0,
+        COLUMNS,
+        CHUNK,
+        SINGLE,
+        PLACES,
+        EXPERTS_PER_TOKEN,
+        EXPERTS,
+        EXPERTS_2,
     )
     share = tl.cdiv(steps, SPLIT)
     for begin in range(0, count, COLUMNS):
         if begin > 0:
             _, pair_N, live_N, _ = _members(
-                experts, slot, first, held, pairs, by_expert, begin, COLUMNS, CHUNK, SINGLE, PLACES, EXPERTS_PER_TOKEN
+                experts,
+                logits,
+                slot,
+                first,
+                held,
+                pairs,
+                by_expert,
+                begin,
+                COLUMNS,
+                CHUNK,
+                SINGLE,
+                PLACES,
+                EXPERTS_PER_TOKEN,
+                EXPERTS,
+                EXPERTS_2,
             )
-        y = _product(
-            inner,
-            pair_N.to(tl.int64) * width,
-            blocks,
-            scales,
-            expert.to(tl.int64) * tiles + tile,
-            steps,
-            part * share,
-            tl.minimum((part + 1) * share, steps),
-            width,
-            False,
-            COLUMNS,
-            UNROLL,
-            EVEN,
-            EARLY,
-            PLAIN,
-        )
+        if SINGLE:
+            y = _product_of_one(
+                inner + slot * width,
+                blocks,
+                scales,
+                expert.to(tl.int64) * tiles + tile,
+                steps,
+                part * share,
+                tl.minimum((part + 1) * share, steps),
+                width,
+                False,
+                COLUMNS,
+                UNROLL,
+                EVEN,
+                EARLY,
+                PLAIN,
+            )
+        else:
+            y = _product(
+                inner,
+                pair_N.to(tl.int64) * width,
+                blocks,
+                scales,
+                expert.to(tl.int64) * tiles + tile,
+                steps,
+                part * share,
+                tl.minimum((part + 1) * share, steps),
+                width,
+                False,
+                COLUMNS,
+                UNROLL,
+                EVEN,
+                EARLY,
+                PLAIN,
+            )
         if EARLY:
             gdc_wait()  # a part without steps has not: where an expert is cut over ranks there are some
         row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
@@ -405,11 +579,10 @@ def _down(
     if EARLY:
         gdc_wait()  # programs without work too: that this kernel is over has to mean that those before it are
     if SINGLE:
-        row = tile * 16 + tl.arange(0, 16)
-        terms = _terms(bias, experts, weights, first, held, rows, 0, row, EXPERTS_PER_TOKEN)  # on its way meanwhile
         if arrive(arrivals + tile, EXPERTS_PER_TOKEN * SPLIT):
+            row = tile * 16 + tl.arange(0, 16)
             _sum_up(
-                terms,
+                _terms(bias, experts, weights, first, held, rows, 0, row, EXPERTS_PER_TOKEN),
                 out,
                 partial,
                 pairs,
@@ -469,12 +642,23 @@ class Cut:
 
 
 _CUTS = (  # up to so many tokens, gate_up, down; the fastest on an H200 of those in tests/benchmarks/kernels_experts.py
-    (1, Cut(split=5, unroll=3), Cut(split=5, unroll=3)),
+    (1, Cut(split=5, unroll=3), Cut(split=5, unroll=3, registers=64)),
     (2, Cut(split=1, unroll=3), Cut(split=3, unroll=3)),
     (4, Cut(split=1, unroll=9, by_token=True), Cut(split=1, unroll=3)),
     (COLUMNS, Cut(split=1, unroll=9, by_token=True), Cut(split=1, unroll=3, by_token=True, registers=64)),
     (MAX_PAIRS, Cut(split=1, unroll=9), Cut(split=1, unroll=3)),
 )
+_FEW_STEPS = (
+    3 * COLUMNS
+)  # of down, where ranks share the columns of an expert: for one token three parts, each at one go
+
+
+def _cuts(tokens: int, down: Tiles) -> tuple[Cut, Cut]:
+    first, second = next((first, second) for most, first, second in _CUTS if tokens <= most)
+    steps = down.blocks.shape[2]
+    if tokens == 1 and steps <= _FEW_STEPS:
+        second = Cut(split=3, unroll=-(-steps // 3))
+    return first, second
 
 
 def decode(
@@ -487,15 +671,17 @@ def decode(
     limit: float,
     cuts: tuple[Cut, Cut] | None = None,
     exchange: sums.Exchange | None = None,
+    logits_1E: Tensor | None = None,
 ) -> Tensor:
     """`experts.experts` for at most MAX_PAIRS pairs. cuts: of gate_up and down; None: by the number of tokens.
-    exchange: of `one_message`, for one token; the sum over its ranks."""
+    exchange: of `one_message`, for one token; the sum over its ranks. logits_1E: of one token, whose choice is made
+    here (`triton_route.choice`), and left in weights_TX and experts_TX."""
     tokens, per_token = experts_TX.shape
     if tokens * per_token > MAX_PAIRS:
         raise ValueError(f"{tokens} tokens of {per_token} experts are more than {MAX_PAIRS} pairs")
-    first, second = cuts or next(chosen for most, *chosen in _CUTS if tokens <= most)
-    inner_PI = gate_up_inner(x_TH, experts_TX, gate_up, first_expert, limit, first)
-    return down_sum(inner_PI, weights_TX, experts_TX, down, first_expert, second, exchange)
+    first, second = cuts or _cuts(tokens, down)
+    inner_PI = gate_up_inner(x_TH, experts_TX, gate_up, first_expert, limit, first, weights_TX, logits_1E)
+    return down_sum(inner_PI, weights_TX, experts_TX, down, first_expert, second, exchange, logits_1E)
 
 
 def one_message(x_1H: Tensor, down: Tiles) -> sums.Message:
@@ -506,8 +692,18 @@ def one_message(x_1H: Tensor, down: Tiles) -> sums.Message:
     return sums.Message("experts", rows, x_1H.dtype, tiles, TILE_ROWS, processors)
 
 
-def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert: int, limit: float, cut: Cut) -> Tensor:
-    """SwiGLU of the first product, [P, I] times 2**100 in the dtype of x; undefined for experts that are not here."""
+def gate_up_inner(
+    x_TH: Tensor,
+    experts_TX: Tensor,
+    packed: Tiles,
+    first_expert: int,
+    limit: float,
+    cut: Cut,
+    weights_1X: Tensor | None = None,
+    logits_1E: Tensor | None = None,
+) -> Tensor:
+    """SwiGLU of the first product, [P, I] times 2**100 in the dtype of x; undefined for experts that are not here.
+    logits_1E: experts_TX, and weights_1X, are chosen by these, not before."""
     tokens, width = x_TH.shape
     pairs = experts_TX.numel()
     held, rows = packed.bias.shape
@@ -515,12 +711,14 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
     slots = _slots(experts_TX, held)
     split = cut.split if tokens <= COLUMNS and slots <= MAX_SLOTS else 1
     inner_PI = torch.empty((pairs, rows // 2), dtype=x_TH.dtype, device=x_TH.device)
-    _gate_up[tiles, slots, split](
+    _gate_up[split, tiles, slots](
         x_TH,
         packed.blocks,
         packed.scales.view(torch.int32),
         packed.bias,
         experts_TX,
+        experts_TX if weights_1X is None else weights_1X,
+        experts_TX if logits_1E is None else logits_1E,
         inner_PI,
         torch.empty((split if split > 1 else 0, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=x_TH.device),
         packed.arrivals,
@@ -534,7 +732,7 @@ def gate_up_inner(x_TH: Tensor, experts_TX: Tensor, packed: Tiles, first_expert:
         rows,
         limit,
         ALPHA=SWIGLU_ALPHA,
-        **_constants(experts_TX, steps, width, cut, split),
+        **_constants(experts_TX, logits_1E, steps, width, cut, split),
     )
     return inner_PI
 
@@ -547,6 +745,7 @@ def down_sum(
     first_expert: int,
     cut: Cut,
     exchange: sums.Exchange | None = None,
+    logits_1E: Tensor | None = None,
 ) -> Tensor:
     """The second product of what `gate_up_inner` gave, and its weighted sum, [T, H] in the dtype of inner."""
     tokens, per_token = experts_TX.shape
@@ -557,11 +756,14 @@ def down_sum(
     slots = _slots(experts_TX, held)
     out_TH = torch.empty((tokens, rows), dtype=inner_PI.dtype, device=inner_PI.device)
     partial = torch.empty((cut.split, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=inner_PI.device)
-    summed = (packed.bias, experts_TX, weights_TX, out_TH, partial)
+    summed = (out_TH, partial)
+    routed = (packed.bias, experts_TX, weights_TX)
     _down[tiles, slots, cut.split](
         inner_PI,
         packed.blocks,
         packed.scales.view(torch.int32),
+        *routed,
+        experts_TX if logits_1E is None else logits_1E,
         *summed,
         packed.arrivals,
         first_expert,
@@ -572,11 +774,12 @@ def down_sum(
         steps,
         rows,
         width,
-        **_constants(experts_TX, steps, width, cut, cut.split),
+        **_constants(experts_TX, logits_1E, steps, width, cut, cut.split),
         **sums.arguments(exchange),
     )
     if tokens > 1:
         _finish[tokens, triton.cdiv(rows, FINISH_ROWS)](
+            *routed,
             *summed,
             first_expert,
             held,
@@ -600,10 +803,13 @@ def _slots(experts_TX: Tensor, held: int) -> int:
     return per_token if tokens == 1 else min(held, tokens * per_token)
 
 
-def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int) -> dict[str, Any]:
+def _constants(
+    experts_TX: Tensor, logits_1E: Tensor | None, steps: int, width: int, cut: Cut, split: int
+) -> dict[str, Any]:
     """Few values of each, as each combination is compiled."""
     tokens, per_token = experts_TX.shape
     by_token = cut.by_token and 1 < tokens <= COLUMNS
+    experts = 0 if logits_1E is None else logits_1E.shape[1]
     return constants(
         EXPERTS_PER_TOKEN=per_token,
         CHUNK=CHUNK_PAIRS,
@@ -615,6 +821,8 @@ def _constants(experts_TX: Tensor, steps: int, width: int, cut: Cut, split: int)
         EVEN=steps % (split * cut.unroll) == 0 and width == steps * TILE_COLUMNS,
         EARLY=cut.early and early(experts_TX),
         PLAIN=not experts_TX.is_cuda,
+        EXPERTS=experts,
+        EXPERTS_2=triton.next_power_of_2(experts),
         num_warps=1,
         **capped(experts_TX, cut.registers),
     )

@@ -36,9 +36,10 @@ class Fused:
     """When norm and router are one kernel: up to so many tokens and programs. By registers an H200 runs 528 programs of
     8 warps at once, or 264 that have four experts each."""
 
-    tokens: int = 16
+    tokens: int = 32
     programs: int = 512
     of_token: int = 32  # programs at most; with more experts each has several
+    together: int = 4  # experts of a program where there are several tokens
     warps: int = 8  # of a program
 
 
@@ -130,10 +131,11 @@ def _norm_route(
     EXPERTS_PER_TOKEN: tl.constexpr,
     TOGETHER: tl.constexpr,
     WARPS: tl.constexpr,
+    CHOOSE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A program for each token and TOGETHER experts: all of them work out the token's norm, which is less than to wait
-    for it. logits: fp32 [T, EXPERTS]."""
+    for it. logits: fp32 [T, EXPERTS]; without CHOOSE they are left to who reads them."""
     if EARLY:
         gdc_launch_dependents()
     block, token = tl.program_id(0), tl.program_id(1)
@@ -153,11 +155,13 @@ def _norm_route(
     value = rounded(normalised(x, factor, eps, HIDDEN), normed.dtype.element_ty, EARLY)
     logit = tl.sum(value.to(tl.float32)[None, :] * row.to(tl.float32), 1) + more
     tl.store(logits + token * EXPERTS + expert, logit, mask=real)
-    last = arrive(arrivals + token, tl.cdiv(EXPERTS, TOGETHER))
+    last = False
+    if CHOOSE:
+        last = arrive(arrivals + token, tl.cdiv(EXPERTS, TOGETHER))
     if block == 0:  # not earlier, as the last one would wait for these to be stored
         tl.store(summed + at, x, mask=here)
         tl.store(normed + at, value, mask=here)
-    if last:
+    if CHOOSE and last:
         row_W = tl.arange(0, WARPS)  # each warp has all logits and chooses; one of them stores
         every_WE = row_W[:, None] * 0 + tl.arange(0, EXPERTS_2)[None, :]
         all_WE = tl.load(logits + token * EXPERTS + every_WE, mask=every_WE < EXPERTS, other=0.0, cache_modifier=".cg")
@@ -172,6 +176,41 @@ def _norm_route(
             EXPERTS_PER_TOKEN,
             WARPS,
         )
+
+
+@triton.jit
+def choice(logits, slot, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, EXPERTS_PER_TOKEN: tl.constexpr):
+    """Which expert is one token's choice number `slot`, as `_choose` has it, from its logits [EXPERTS] in memory."""
+    every = tl.arange(0, EXPERTS_2)
+    key = _keys(tl.load(logits + every, mask=every < EXPERTS, other=0.0), every, EXPERTS)
+    expert = 0
+    for i in tl.static_range(EXPERTS_PER_TOKEN):
+        found = tl.min(tl.where(key == tl.max(key, 0), every, EXPERTS_2), 0)
+        key = tl.where(every == found, _TAKEN, key)
+        expert = tl.where(slot == i, found, expert)
+    return expert
+
+
+@triton.jit
+def leave_choice(
+    logits,
+    chosen_weights,
+    chosen_experts,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+):
+    """One token's choice and its softmax, from its logits [EXPERTS] in memory, to memory."""
+    token, every = tl.arange(0, 1), tl.arange(0, EXPERTS_2)[None, :]
+    all_1E = tl.load(logits + every, mask=every < EXPERTS, other=0.0)
+    _choose(all_1E, token, token == 0, chosen_weights, chosen_experts, EXPERTS, EXPERTS_2, EXPERTS_PER_TOKEN, 1)
+
+
+@triton.jit
+def _keys(logit, every, EXPERTS: tl.constexpr):
+    """Integers in the order of the logits, those of what is no number below those of all numbers."""
+    logit = tl.where(logit == logit, logit + 0.0, _LOWEST)  # -0.0 becomes 0.0
+    return tl.where(every < EXPERTS, _in_order(logit.to(tl.int32, bitcast=True)), _TAKEN)
 
 
 @triton.jit
@@ -192,8 +231,7 @@ def _choose(
     a warp that has a token's logits to itself.
     """
     every = tl.arange(0, EXPERTS_2)[None, :]
-    logit = tl.where(logit == logit, logit + 0.0, _LOWEST)  # -0.0 becomes 0.0
-    key = tl.where(every < EXPERTS, _in_order(logit.to(tl.int32, bitcast=True)), _TAKEN)
+    key = _keys(logit, every, EXPERTS)
     place = tl.arange(0, _PLACES)[None, :]
     shares = tl.zeros((TOKENS, _PLACES), tl.float32)
     experts = tl.zeros((TOKENS, _PLACES), tl.int32)
@@ -234,18 +272,61 @@ def norm_route(
     fused: Fused = FUSED,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `experts.norm_route`: one kernel for few tokens, two for more."""
-    (tokens, hidden), count = residual_TH.shape, len(weight_EH)
-    together = triton.next_power_of_2(triton.cdiv(count, fused.of_token))
-    blocks = triton.cdiv(count, together)
+    tokens = len(residual_TH)
+    blocks = triton.cdiv(len(weight_EH), _together(len(weight_EH), tokens, fused))
+    before = residual_TH, delta_TH, norm_H, eps, dtype
     if tokens > fused.tokens or blocks * tokens > fused.programs:
-        residual_TH, x_TH = add_norm(residual_TH, delta_TH, norm_H, eps, dtype)
+        residual_TH, x_TH = add_norm(*before)
         return residual_TH, x_TH, *route(x_TH, weight_EH, bias_E, experts_per_token)
-    device = residual_TH.device
+    weights_TX, experts_TX = room(tokens, experts_per_token, residual_TH.device)
+    sum_TH, x_TH, _ = _logits(*before, weight_EH, bias_E, fused, (weights_TX, experts_TX))
+    return sum_TH, x_TH, weights_TX, experts_TX
+
+
+def norm_logits(
+    residual_1H: Tensor,
+    delta_1H: Tensor,
+    norm_H: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    weight_EH: Tensor,
+    bias_E: Tensor,
+    fused: Fused = FUSED,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(residual_1H, x_1H, logits_1E fp32) of one token: `norm_route` that leaves the choice to `choice`."""
+    return _logits(residual_1H, delta_1H, norm_H, eps, dtype, weight_EH, bias_E, fused, None)
+
+
+def room(tokens: int, experts_per_token: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For (weights_TX, experts_TX)."""
+    shape = tokens, experts_per_token
+    return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int64, device=device)
+
+
+def _together(experts: int, tokens: int, fused: Fused) -> int:
+    """Experts of a program."""
+    least = int(triton.next_power_of_2(triton.cdiv(experts, fused.of_token)))
+    return least if tokens == 1 else max(least, fused.together)
+
+
+def _logits(
+    residual_TH: Tensor,
+    delta_TH: Tensor,
+    norm_H: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    weight_EH: Tensor,
+    bias_E: Tensor,
+    fused: Fused,
+    routes: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, hidden), count, device = residual_TH.shape, len(weight_EH), residual_TH.device
+    together = _together(count, tokens, fused)
     sum_TH = torch.empty_like(residual_TH)
     x_TH = torch.empty((tokens, hidden), dtype=dtype, device=device)
-    weights_TX = torch.empty((tokens, experts_per_token), dtype=torch.float32, device=device)
-    experts_TX = torch.empty((tokens, experts_per_token), dtype=torch.int64, device=device)
-    _norm_route[blocks, tokens](
+    logits_TE = torch.empty((tokens, count), dtype=torch.float32, device=device)
+    weights_TX, experts_TX = routes or (logits_TE, logits_TE)
+    _norm_route[triton.cdiv(count, together), tokens](
         residual_TH,
         delta_TH,
         norm_H,
@@ -253,7 +334,7 @@ def norm_route(
         bias_E,
         sum_TH,
         x_TH,
-        torch.empty((tokens, count), dtype=torch.float32, device=device),
+        logits_TE,
         weights_TX,
         experts_TX,
         arrivals(device),
@@ -263,14 +344,15 @@ def norm_route(
             BLOCK=triton.next_power_of_2(hidden),
             EXPERTS=count,
             EXPERTS_2=triton.next_power_of_2(count),
-            EXPERTS_PER_TOKEN=experts_per_token,
+            EXPERTS_PER_TOKEN=weights_TX.shape[1],
             TOGETHER=together,
             WARPS=fused.warps,
+            CHOOSE=routes is not None,
             EARLY=early(residual_TH),
             num_warps=fused.warps,
         ),
     )
-    return sum_TH, x_TH, weights_TX, experts_TX
+    return sum_TH, x_TH, logits_TE
 
 
 def route(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ def hidden_states(
         )
         attended_TQ = ops.attend(q_TND, kv_PCSKD, layer.sinks_N, batch, pages)
         delta_TH = ops.linear(attended_TQ, layer.out_HQ, layer.out_bias_H, comm)
-        residual_TH, x_TH, *routes = ops.norm_route(
+        residual_TH, delta_TH = ops.norm_experts(
             residual_TH,
             delta_TH,
             layer.mlp_norm_H,
@@ -82,7 +82,11 @@ def hidden_states(
             layer.router_EH,
             layer.router_bias_E,
             spec.experts_per_token,
+            layer.gate_up,
+            layer.down,
+            weights.first_expert,
+            spec.swiglu_limit,
+            comm,
         )
-        delta_TH = ops.experts(x_TH, *routes, layer.gate_up, layer.down, weights.first_expert, spec.swiglu_limit, comm)
     _, x_TH = ops.add_norm(residual_TH, delta_TH, weights.norm_H, spec.norm_eps, dtype)
     return x_TH if batch.wanted_S is None else x_TH[batch.wanted_S]

@@ -206,16 +206,16 @@ def _norm_route(ops: Operations, random: _Random) -> Iterator[float]:
     yield _error(weights_TX, chosen_TX.softmax(-1))
 
 
+def _product(random: _Random, outputs: int, columns: int) -> Packed:
+    size = (EXPERTS, outputs, columns // 32)
+    blocks = random.whole(0, 256, *size, 16, dtype=torch.uint8)
+    scales = random.whole(117, 123, *size, dtype=torch.uint8)
+    return Packed(blocks, scales, random.normal(EXPERTS, outputs))
+
+
 def _experts(ops: Operations, random: _Random) -> Iterator[float]:
     """The last expert gets no token of several."""
-
-    def product(outputs: int, columns: int) -> Packed:
-        size = (EXPERTS, outputs, columns // 32)
-        blocks = random.whole(0, 256, *size, 16, dtype=torch.uint8)
-        scales = random.whole(117, 123, *size, dtype=torch.uint8)
-        return Packed(blocks, scales, random.normal(EXPERTS, outputs))
-
-    gate_up, down = product(2 * INNER, HIDDEN), product(HIDDEN, INNER)
+    gate_up, down = _product(random, 2 * INNER, HIDDEN), _product(random, HIDDEN, INNER)
     x_TH = random.normal(random.tokens, HIDDEN)
     weights_TX = random.normal(random.tokens, EXPERTS_PER_TOKEN, dtype=torch.float32).softmax(-1)
     experts_TX = random.whole(0, EXPERTS - 1, random.tokens, 1)
@@ -224,6 +224,22 @@ def _experts(ops: Operations, random: _Random) -> Iterator[float]:
     wide = [Packed(one.blocks, one.scales, one.bias.double()) for one in (gate_up, down)]
     wanted = PLAIN.experts(x_TH.double(), weights_TX, experts_TX, *wide, 0, LIMIT)
     yield _error(ops.experts(x_TH, weights_TX, experts_TX, *packs, 0, LIMIT), wanted)
+
+
+def _mixture(ops: Operations, random: _Random) -> Iterator[float]:
+    """Logits are far from each other."""
+    if ops.mixture is None or random.tokens > 1:
+        return
+    before = random.normal(1, HIDDEN), random.normal(1, HIDDEN), random.normal(HIDDEN, dtype=torch.float32), EPS
+    bias_E = torch.arange(EXPERTS, dtype=random.dtype, device=random.device)
+    router = random.normal(EXPERTS, HIDDEN, scale=0.1 * HIDDEN**-0.5), bias_E
+    products = _product(random, 2 * INNER, HIDDEN), _product(random, HIDDEN, INNER)
+    packs = [ops.layout.pack(one.blocks, one.scales, one.bias) for one in products]
+    wide = [Packed(one.blocks, one.scales, one.bias.double()) for one in products]
+    mixed = *router, EXPERTS_PER_TOKEN
+    found = ops.mixture.run(*before, random.dtype, *mixed, *packs, 0, LIMIT)
+    sum_TH, x_TH, *routes = PLAIN.norm_route(*before, random.dtype, *mixed)
+    yield from map(_error, found, (sum_TH, PLAIN.experts(x_TH.double(), *routes, *wide, 0, LIMIT)))
 
 
 def _draws(random: _Random) -> tuple[Tensor, Draws]:
@@ -275,6 +291,7 @@ _EXAMPLES = {
     "attend": _attend,
     "norm_route": _norm_route,
     "experts": _experts,
+    "mixture": _mixture,
     "sample": _sample,
     "sample_exact": _sample_exact,
 }

@@ -13,12 +13,13 @@ import torch
 from compiled import lines_of
 from gptoss_launch.parallel.kernels import experts as plain
 from gptoss_launch.parallel.kernels import norm, triton_route
+from gptoss_launch.parallel.kernels.choose import triton_operations
 from gptoss_launch.parallel.kernels.mxfp4 import dequantize
 from gptoss_launch.parallel.kernels.triton_decode import MAX_PAIRS, Cut, decode
 from gptoss_launch.parallel.kernels.triton_experts import experts
 from gptoss_launch.parallel.kernels.triton_grouped import _SHAPES, Shape, grouped
 from gptoss_launch.parallel.kernels.triton_mxfp4 import pack
-from gptoss_launch.parallel.kernels.triton_route import Fused, norm_route, route
+from gptoss_launch.parallel.kernels.triton_route import Fused, norm_route, room, route
 from small_models import GPU
 from torch import Tensor
 
@@ -318,7 +319,8 @@ def before_route(
         (1, 32, torch.float32),
         (2, 32, NARROW),
         (16, 32, torch.float32),
-        (17, 32, NARROW),  # two kernels
+        (17, 32, NARROW),
+        (33, 32, NARROW),  # two kernels
         (1, 128, NARROW),
         (3, 100, torch.float32),
         (8, 128, NARROW),
@@ -409,6 +411,67 @@ def test_choice_among_odd_logits(name: str, fused: Fused) -> None:
     assert experts_TX.tolist() == [chosen] * 2
     wanted_X = logits_E.float().nan_to_num(-3.4e38, INFINITY, -INFINITY)[chosen].softmax(-1)
     torch.testing.assert_close(weights_TX, wanted_X.expand(2, 4), equal_nan=True)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One token through half a layer: experts of `experts`, `held` of which are here."""
+
+    experts: int
+    hidden: int
+    inner: int
+    held: int
+    first: int
+    dtype: torch.dtype = torch.float32
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        pytest.param(Mixed(8, 96, 64, 6, 0), marks=NO_GPU),
+        pytest.param(Mixed(12, 64, 32, 6, 3), marks=NO_GPU),
+        pytest.param(Mixed(128, 64, 32, 128, 0), marks=NO_GPU),
+        pytest.param(Mixed(8, 64, 32, 2, 6), marks=NO_GPU),
+        pytest.param(Mixed(32, 2880, 2880, 32, 0, torch.bfloat16), marks=GPU),
+        pytest.param(Mixed(32, 2880, 1440, 32, 0, torch.bfloat16), marks=GPU),
+        pytest.param(Mixed(128, 2880, 2880, 32, 32, torch.bfloat16), marks=GPU),
+        pytest.param(Mixed(128, 2880, 720, 128, 0, torch.bfloat16), marks=GPU),
+    ],
+)
+def test_mixture_is_norm_route_and_then_experts(mixed: Mixed) -> None:
+    """With the bits of the two, one after the other without a pause."""
+    device = "cpu" if mixed.dtype == torch.float32 else "cuda"
+    case = Case(1, mixed.hidden, mixed.inner, mixed.held, mixed.first, mixed.experts, 4, mixed.dtype)
+    packed = arguments(inputs(case, 0, device))[3:]
+    router = routed(1, mixed.hidden, mixed.experts, mixed.dtype, device)[1:]
+    together = triton_operations()
+    assert together.mixture is not None
+    separate = dataclasses.replace(together, norm_route=lambda *given: norm_route(*given))
+    givens = []
+    for seed in range(2 if device == "cpu" else 8):
+        residual_1H, delta_1H, norm_H, eps, _ = before_route(1, mixed.hidden, torch.float32, seed)
+        before = residual_1H, delta_1H.to(mixed.dtype), norm_H, eps, mixed.dtype
+        givens.append((*before, *router, 4, *packed))
+    found, wanted = ([ops.norm_experts(*given) for given in givens] for ops in (together, separate))
+    for one, other in zip(found, wanted, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+@NO_GPU
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("name", ("equal, far from each other", "some not numbers", "infinite"))
+def test_experts_choose_among_odd_logits(name: str) -> None:
+    """As the router does, and leave weights and numbers behind."""
+    first, chosen = ODD_LOGITS[name]
+    logits_E = torch.tensor((first + 128 * [-1.0])[:128])
+    weights_1X, experts_1X = room(1, 4, logits_E.device)
+    packed = arguments(inputs(Case(1, 64, 32, 128, 0, 128, 4)))[3:]
+    given = torch.ones((1, 64)), weights_1X, experts_1X, *packed
+    found = decode(*given, logits_1E=logits_E[None])
+    assert experts_1X.tolist() == [chosen]
+    wanted_X = logits_E.nan_to_num(-3.4e38, INFINITY, -INFINITY)[chosen].softmax(-1)
+    torch.testing.assert_close(weights_1X[0], wanted_X, equal_nan=True)
+    torch.testing.assert_close(found, decode(*given), equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")

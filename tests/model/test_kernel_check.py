@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gptoss_launch.parallel.kernels import PLAIN, Operations
+from gptoss_launch.parallel.kernels import PLAIN, Mixture, Operations
 from gptoss_launch.parallel.kernels.cpu_products import cpu_operations
 from gptoss_launch.parallel.kernels.sample import Drawn, Kept
 from gptoss_launch.parallel.model import kernel_check
@@ -30,7 +30,12 @@ def others() -> Operations:
     def wrapped(name: str) -> Callable[..., Any]:
         return lambda *given: getattr(PLAIN, name)(*given)
 
-    return dataclasses.replace(PLAIN, **{name: wrapped(name) for name in NAMES})
+    separate = dataclasses.replace(PLAIN, **{name: wrapped(name) for name in NAMES if name != "mixture"})
+    return dataclasses.replace(separate, mixture=mixture(PLAIN.norm_experts))
+
+
+def mixture(run: Callable[..., tuple[Tensor, Tensor]]) -> Mixture:
+    return Mixture(PLAIN.norm_route, PLAIN.experts, run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -107,7 +112,7 @@ def kept_for_another_step(*given: Any) -> Drawn:
     return PLAIN.sample(*rest, dataclasses.replace(kept, step_1=kept.step_1 + 1))
 
 
-FAULTS: list[tuple[str, Callable[..., Any]]] = [
+FAULTS: list[tuple[str, Any]] = [
     ("linear", one_number_nan),
     ("linear", lambda *given: PLAIN.linear(*given) * 1.05),
     ("add_norm", lambda *given: second(PLAIN.add_norm(*given), last_token_lost)),
@@ -119,6 +124,8 @@ FAULTS: list[tuple[str, Callable[..., Any]]] = [
     ("locate", one_slot_on),
     ("embed", another_turn),
     ("experts", lambda *given: last_token_lost(PLAIN.experts(*given))),
+    ("mixture", mixture(lambda *given: second(PLAIN.norm_experts(*given), lambda y_TH: y_TH * 1.05))),
+    ("mixture", mixture(lambda *given: (given[0], PLAIN.norm_experts(*given)[1]))),
     ("sample", next_tokens),
     ("sample", kept_for_another_step),
     ("sample_exact", lambda *given: last_token_lost(PLAIN.sample_exact(*given))),
@@ -126,7 +133,7 @@ FAULTS: list[tuple[str, Callable[..., Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "wrong"), FAULTS)
-def test_a_wrong_one_is_named(small: None, name: str, wrong: Callable[..., Any]) -> None:
+def test_a_wrong_one_is_named(small: None, name: str, wrong: Any) -> None:
     found = agreements(dataclasses.replace(others(), **{name: wrong}), CPU, torch.bfloat16)
     assert [one.operation for one in found if not one.holds] == [name]
 
