@@ -263,17 +263,23 @@ def _members(
 
 
 @triton.jit
-def _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA: tl.constexpr, COLUMNS: tl.constexpr):
+def _biases(bias, expert, tile, rows):
+    """Of a tile's even and odd rows, gates and ups, [8] each."""
+    unit = tile * 8 + tl.arange(0, 8)
+    bias += expert.to(tl.int64) * rows + unit * 2
+    return tl.load(bias, mask=unit * 2 < rows, other=0.0), tl.load(bias + 1, mask=unit * 2 < rows, other=0.0)
+
+
+@triton.jit
+def _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA: tl.constexpr, COLUMNS: tl.constexpr):
     """y [2 rh, 8 g, columns] -> SwiGLU of its even and odd rows, times _UP, in the rows pair_N of inner."""
     gate, up = y.permute(1, 2, 0).split()
     unit = tile * 8 + tl.arange(0, 8)
-    there = unit * 2 < rows
-    bias += expert.to(tl.int64) * rows + unit * 2
-    gate += tl.load(bias, mask=there, other=0.0).to(tl.float32)[:, None]
-    up += tl.load(bias + 1, mask=there, other=0.0).to(tl.float32)[:, None]
+    gate += biases[0].to(tl.float32)[:, None]
+    up += biases[1].to(tl.float32)[:, None]
     value = swiglu(gate, up, limit, ALPHA) * _UP
     at = pair_N.to(tl.int64)[None, :] * (rows // 2) + unit[:, None]
-    tl.store(inner + at, value.to(inner.dtype.element_ty), mask=live_N[None, :] & there[:, None])
+    tl.store(inner + at, value.to(inner.dtype.element_ty), mask=live_N[None, :] & (unit * 2 < rows)[:, None])
 
 
 @triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert"])
@@ -361,6 +367,8 @@ def _gate_up(
                 EXPERTS,
                 EXPERTS_2,
             )
+        if SPLIT == 1:  # ahead of the product, after which there is nothing else to wait for
+            biases = _biases(bias, expert, tile, rows)
         if SINGLE:
             y = _product_of_one(
                 x,
@@ -397,7 +405,7 @@ def _gate_up(
                 PLAIN,
             )
         if SPLIT == 1:
-            _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+            _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
         else:
             row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
             at = partial + pair_N[None, None, :] * (tiles * 16) + row[:, :, None]
@@ -407,7 +415,8 @@ def _gate_up(
                 for i in tl.static_range(SPLIT):
                     part_y = at + i * pairs * tiles * 16
                     y += tl.load(part_y, mask=live_N[None, None, :], other=0.0, cache_modifier=".cg")
-                _store_inner(y, inner, bias, expert, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+                biases = _biases(bias, expert, tile, rows)
+                _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
 
 
 @triton.jit

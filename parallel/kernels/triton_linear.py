@@ -196,6 +196,7 @@ def _one(
     w = ()
     for i in tl.static_range(min(AHEAD, PARTS)):
         w += (_part(weight, row, there, i, COLUMNS, PART),)
+    offset = tl.zeros([ROWS], tl.float32)
     if BIAS and addresses is not None:  # peers wait for what comes after the product
         offset = tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
     if EARLY:
@@ -209,12 +210,15 @@ def _one(
             tl.debug_barrier()  # ptxas would read all of x at once, into registers that weights need
         if i + AHEAD < PARTS:
             w += (_part(weight, row, there, i + AHEAD, COLUMNS, PART),)
+        if (
+            BIAS and addresses is None and i == min(4, PARTS - 1)
+        ):  # registers are free, and there is work left meanwhile
+            offset = tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
         acc += operand(w[i], tl.float32) * _part_of_x(x, row, i, COLUMNS, PART)
     y = tl.sum(acc, 1)
     if FACTOR > 0:
         y *= tl.load(scale + row, mask=there, other=0.0) * FACTOR
-    if BIAS:
-        y += tl.load(bias + row, mask=there, other=0.0).to(tl.float32) if addresses is None else offset
+    y += offset
     if addresses is not None:
         y = summed(y.to(out.dtype.element_ty), call, tl.program_id(0), addresses, RANK, 32)
         tl.debug_barrier()  # all lanes have read the count
@@ -312,10 +316,12 @@ def _few(
     first = tl.program_id(0) * 16
     left_L = tl.minimum(first + group_rows(WAYS), rows - 1)
     right_L = tl.minimum(first + 8 + group_rows(WAYS), rows - 1)
-    y = few_product(x, weight, left_L, right_L, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)
     row = first + tl.arange(0, 16)
+    offset = tl.zeros([16], tl.float32)
+    if BIAS:  # ahead of the product, as in `_one`
+        offset = tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    y = few_product(x, weight, left_L, right_L, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)
+    y += offset[:, None]
     token = tl.arange(0, TOKENS)
-    if BIAS:
-        y += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     there = (row < rows)[:, None] & (token < tokens)[None, :]
     tl.store(out + token[None, :] * rows + row[:, None], y.to(out.dtype.element_ty), mask=there)

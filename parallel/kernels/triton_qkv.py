@@ -182,6 +182,15 @@ def _pair(weight, pair, pairs, HALF: tl.constexpr, COLUMNS: tl.constexpr, BLOCK:
     return left, _row(weight, row + HALF, pair < pairs, COLUMNS, BLOCK)
 
 
+@triton.jit
+def _after(bias, cos, sin, pair, pairs, HALF: tl.constexpr):
+    """What a pair's sums are finished with: both biases, cosine and sine."""
+    there = pair < pairs
+    row, dim = pair // HALF * (2 * HALF) + pair % HALF, pair % HALF
+    left, right = tl.load(bias + row, mask=there, other=0.0), tl.load(bias + row + HALF, mask=there, other=0.0)
+    return left, right, tl.load(cos + dim), tl.load(sin + dim)
+
+
 @triton.jit(do_not_specialize=["eps", "pairs"], do_not_specialize_on_alignment=["slots"])
 def _norm_qkv_one(
     residual,
@@ -216,8 +225,10 @@ def _norm_qkv_one(
     program, programs = tl.program_id(0), tl.num_programs(0)
     factor = _row(norm, 0, True, COLUMNS, BLOCK)
     ahead = ()
+    later = ()
     for i in tl.static_range(AHEAD):
         ahead += (_pair(weight, program + i * programs, pairs, HALF, COLUMNS, BLOCK),)
+        later += (_after(bias, cos, sin, program + i * programs, pairs, HALF),)
     slot = tl.load(slots)
     if EARLY:
         tl.debug_barrier()  # ptxas would read the weights after the wait
@@ -242,16 +253,17 @@ def _norm_qkv_one(
         value += (rounded(normed, q.dtype.element_ty, EARLY).to(tl.float32),)
     for pair in range(program, pairs, programs):
         w = ahead[0]
+        left_bias, right_bias, c, s = later[0]
         ahead = ahead[1:] + (_pair(weight, pair + AHEAD * programs, pairs, HALF, COLUMNS, BLOCK),)
+        later = later[1:] + (_after(bias, cos, sin, pair + AHEAD * programs, pairs, HALF),)
         head, dim = pair // HALF, pair % HALF
         row = head * HEAD_DIM + dim
         left, right = _dot(w[0], value), _dot(w[1], value)
         if FACTOR > 0:
             left *= tl.load(row_scale + row) * FACTOR
             right *= tl.load(row_scale + row + HALF) * FACTOR
-        left += tl.load(bias + row).to(tl.float32)
-        right += tl.load(bias + row + HALF).to(tl.float32)
-        c, s = tl.load(cos + dim), tl.load(sin + dim)
+        left += left_bias.to(tl.float32)
+        right += right_bias.to(tl.float32)
         _store(left, right, c, s, head, dim, 0, slot, True, q, kv, HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
 
 
@@ -282,17 +294,19 @@ def _qkv_few(
     head = tl.program_id(0) // (HALF // 8)
     first = tl.program_id(0) % (HALF // 8) * 8
     row_L = head * HEAD_DIM + first + group_rows(WAYS)
-    y = few_product(x, weight, row_L, row_L + HALF, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)
-    left, right = y.reshape(2, 8, TOKENS).permute(1, 2, 0).split()
     dim = (first + tl.arange(0, 8))[:, None]
     row = head * HEAD_DIM + dim
-    left += tl.load(bias + row).to(tl.float32)
-    right += tl.load(bias + row + HALF).to(tl.float32)
     token = tl.arange(0, TOKENS)[None, :]
     there = token < tokens
+    # all that is there before x is, as nothing is left to wait for together with it after the product
+    left_bias, right_bias = tl.load(bias + row).to(tl.float32), tl.load(bias + row + HALF).to(tl.float32)
     c = tl.load(cos + token * HALF + dim, mask=there, other=0.0)
     s = tl.load(sin + token * HALF + dim, mask=there, other=0.0)
     slot = tl.load(slots + token, mask=there, other=0)
+    y = few_product(x, weight, row_L, row_L + HALF, tokens, COLUMNS, TOKENS, WAYS, UNROLL, EARLY, PLAIN)
+    left, right = y.reshape(2, 8, TOKENS).permute(1, 2, 0).split()
+    left += left_bias
+    right += right_bias
     _store(left, right, c, s, head, dim, token, slot, there, q, kv, HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS)
 
 
