@@ -18,7 +18,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("attention", r"^_attend|^_decode|^_join|^_merge|flash|scaled_dot_product|softmax"),
     ("rope and KV write", r"^_rotate_and_write|rope|rotary"),
     ("router", r"^_route|^_norm_route|topk|TopK"),
-    ("norm and residual", r"^_add_norm|rms_?norm|RMSNorm"),
+    ("norm and residual", r"^_add_norm|^_sum_add_norm|rms_?norm|RMSNorm"),
     ("begin", r"^_upload$|^_locate|^_embed$"),
     ("sampling", r"^_race|^_first$|^_keep$|^_log_times|multinomial|argmax|ArgMax|cumsum|exponential|sample"),
     (

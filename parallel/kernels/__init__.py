@@ -7,7 +7,7 @@ nothing of how they are linked, of checkpoints or requests.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,15 +15,20 @@ from torch import Tensor
 from . import attention, begin, experts, linear, norm, sample
 
 
+class Unsummed(Protocol):
+    """A half-layer's result that `add_norm` and `norm_qkv_write` of the same operations sum up themselves."""
+
+    def summed(self) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Mixture:
-    """One token's `norm_route` and `experts` in one, which stands for these two alone: where one of them has been
-    replaced, so that somebody sees routes or has experts elsewhere, it is not used. run: the arguments of
-    `Operations.norm_experts`, for one token."""
+    """`norm_route` and `experts` in one, which stands for these two alone: where one of them has been replaced, so that
+    somebody sees routes or has experts elsewhere, it is not used. run: the arguments of `Operations.norm_experts`."""
 
     norm_route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     experts: Callable[..., Tensor]
-    run: Callable[..., tuple[Tensor, Tensor]]
+    run: Callable[..., tuple[Tensor, Tensor | Unsummed]]
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,12 @@ class Operations:
         router_bias_E: Tensor,
         experts_per_token: int,
         *mixed: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """(residual_TH, sum_TH): `norm_route`, and of what it gives `experts`. mixed: what that takes after routes."""
+    ) -> tuple[Tensor, Tensor | Unsummed]:
+        """(residual_TH, sum_TH): `norm_route`, and of what it gives `experts`. mixed: what that takes after routes. The
+        sum is for the next `add_norm` or `norm_qkv_write`, which may be the one to make it."""
         before = residual_TH, delta_TH, norm_H, eps, dtype, router_EH, router_bias_E, experts_per_token
         one = self.mixture
-        if (
-            one is not None
-            and len(residual_TH) == 1
-            and (one.norm_route, one.experts) == (self.norm_route, self.experts)
-        ):
+        if one is not None and (one.norm_route, one.experts) == (self.norm_route, self.experts):
             return one.run(*before, *mixed)
         residual_TH, x_TH, *routes = self.norm_route(*before)
         return residual_TH, self.experts(x_TH, *routes, *mixed)

@@ -6,7 +6,7 @@ Knows what a kernel has to be told; knows nothing of memory that is shared, nor 
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,9 @@ def arguments(exchange: Exchange | None) -> dict[str, Any]:
 
 
 class Ranks(Protocol):
-    """Those that hold the other parts, `model.comm.Comm`."""
+    """Those that hold the other parts, `model.comm.Comm`. alone: there are no others."""
+
+    alone: ClassVar[bool]
 
     def all_reduce(self, x: Tensor) -> Tensor: ...
 

@@ -24,15 +24,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import sums
 from .experts import SWIGLU_ALPHA
-from .triton_all_reduce import summed
 from .triton_launch import MOST_REGISTERS, arrive, at_once, capped, constants, early
 from .triton_mxfp4 import HALVES, MAX_SLOTS, TILE_COLUMNS, TILE_ROWS, Tiles, planes, swiglu
+from .triton_parts import Parts, sum_up, terms_of
 from .triton_route import choice, leave_choice
 
 MAX_PAIRS = 256
 COLUMNS = 8  # rows of x in one product
 CHUNK_PAIRS = 64  # pairs that a program looks at together
-FINISH_ROWS = 256  # of a program that sums up: two a lane, so that all loads of a sum are in flight together
 _UP = tl.constexpr(2.0**100)  # what x is multiplied with (exact in bf16), as weights come times 2**-126
 _BACK = tl.constexpr(2.0**26)
 _UP_ASM = tl.constexpr("{ .reg .b32 f, z; mov.b32 f, 0x71807180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }")
@@ -325,7 +324,7 @@ def _gate_up(
     """
     if EARLY:
         gdc_wait()  # the routes are of the kernel before, and where experts are fetched so are the weights
-        gdc_launch_dependents()  # not earlier, as elsewhere: `_down` and `_finish` read both before they wait
+        gdc_launch_dependents()  # not earlier, as elsewhere: `_down` and who sums up read these before they wait
     part, tile, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # the parts of a tile soon meet
     expert, pair_N, live_N, count = _members(
         experts,
@@ -419,54 +418,6 @@ def _gate_up(
                 _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
 
 
-@triton.jit
-def _terms(bias, experts, weights, first, held, rows, token, row, EXPERTS_PER_TOKEN: tl.constexpr):
-    """For each expert of a token: whether it and these rows are here, their bias, and the expert's weight."""
-    terms = ()
-    for place in tl.static_range(EXPERTS_PER_TOKEN):
-        pair = token * EXPERTS_PER_TOKEN + place
-        chosen = tl.load(experts + pair).to(tl.int32) - first
-        there = (chosen >= 0) & (chosen < held) & (row < rows)
-        y = tl.load(bias + chosen.to(tl.int64) * rows + row, mask=there, other=0.0).to(tl.float32)
-        terms += ((there, y, tl.load(weights + pair)),)
-    return terms
-
-
-@triton.jit
-def _sum_up(
-    terms,
-    out,
-    partial,
-    pairs,
-    rows,
-    token,
-    row,
-    tile_rows,
-    EXPERTS_PER_TOKEN: tl.constexpr,
-    SPLIT: tl.constexpr,
-    tile=0,
-    counts=None,
-    addresses=None,
-    RANK: tl.constexpr = 0,
-):
-    """These rows of out [T, rows]: the weighted sum of what the token's experts here gave, in a fixed order; with
-    addresses by one warp, and over all ranks (`triton_all_reduce.summed`)."""
-    if addresses is not None:
-        call = tl.load(counts + tile) + 1
-    total = tl.zeros(row.shape, tl.float32)
-    for place in tl.static_range(EXPERTS_PER_TOKEN):
-        there, y, weight = terms[place]
-        for i in tl.static_range(SPLIT):
-            at = partial + (i * pairs + token * EXPERTS_PER_TOKEN + place).to(tl.int64) * tile_rows + row
-            y += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
-        total += weight * y
-    if addresses is not None:
-        total = summed(total.to(out.dtype.element_ty), call, tile, addresses, RANK, 32 // row.shape[0])
-        tl.debug_barrier()  # all lanes have read the count
-        tl.store(counts + tile, call)
-    tl.store(out + tl.cast(token, tl.int64) * rows + row, total.to(out.dtype.element_ty), mask=row < rows)
-
-
 @triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert"])
 def _down(
     inner,
@@ -504,7 +455,7 @@ def _down(
     RANK: tl.constexpr = 0,
 ):
     """partial: fp32 [SPLIT, P, tiles * 16]; rows of pairs that are not here stay as they were. SINGLE: the last program
-    of a tile sums up, which is faster where there is a chain of few; else `_finish` does."""
+    of a tile sums up, which is faster where there is a chain of few; else `triton_parts` does."""
     if EARLY:
         gdc_launch_dependents()
     tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -590,8 +541,8 @@ def _down(
     if SINGLE:
         if arrive(arrivals + tile, EXPERTS_PER_TOKEN * SPLIT):
             row = tile * 16 + tl.arange(0, 16)
-            _sum_up(
-                _terms(bias, experts, weights, first, held, rows, 0, row, EXPERTS_PER_TOKEN),
+            sum_up(
+                terms_of(bias, experts, weights, first, held, rows, 0, row, EXPERTS_PER_TOKEN),
                 out,
                 partial,
                 pairs,
@@ -606,34 +557,6 @@ def _down(
                 addresses,
                 RANK,
             )
-
-
-@triton.jit(do_not_specialize=["first", "held", "pairs"])
-def _finish(
-    bias,
-    experts,
-    weights,
-    out,
-    partial,
-    first,
-    held,
-    pairs,
-    rows,
-    tile_rows,
-    EXPERTS_PER_TOKEN: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """out [T, rows] from partial, as `_down` left it."""
-    if EARLY:
-        gdc_launch_dependents()
-    token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    terms = _terms(bias, experts, weights, first, held, rows, token, row, EXPERTS_PER_TOKEN)
-    if EARLY:
-        tl.debug_barrier()  # ptxas would read the terms after the wait
-        gdc_wait()
-    _sum_up(terms, out, partial, pairs, rows, token, row, tile_rows, EXPERTS_PER_TOKEN, SPLIT)
 
 
 @dataclass(frozen=True)
@@ -662,7 +585,10 @@ _FEW_STEPS = (
 )  # of down, where ranks share the columns of an expert: for one token three parts, each at one go
 
 
-def _cuts(tokens: int, down: Tiles) -> tuple[Cut, Cut]:
+def _cuts(experts_TX: Tensor, down: Tiles) -> tuple[Cut, Cut]:
+    tokens, per_token = experts_TX.shape
+    if tokens * per_token > MAX_PAIRS:
+        raise ValueError(f"{tokens} tokens of {per_token} experts are more than {MAX_PAIRS} pairs")
     first, second = next((first, second) for most, first, second in _CUTS if tokens <= most)
     steps = down.blocks.shape[2]
     if tokens == 1 and steps <= _FEW_STEPS:
@@ -685,12 +611,25 @@ def decode(
     """`experts.experts` for at most MAX_PAIRS pairs. cuts: of gate_up and down; None: by the number of tokens.
     exchange: of `one_message`, for one token; the sum over its ranks. logits_1E: of one token, whose choice is made
     here (`triton_route.choice`), and left in weights_TX and experts_TX."""
-    tokens, per_token = experts_TX.shape
-    if tokens * per_token > MAX_PAIRS:
-        raise ValueError(f"{tokens} tokens of {per_token} experts are more than {MAX_PAIRS} pairs")
-    first, second = cuts or _cuts(tokens, down)
+    first, second = cuts or _cuts(experts_TX, down)
     inner_PI = gate_up_inner(x_TH, experts_TX, gate_up, first_expert, limit, first, weights_TX, logits_1E)
     return down_sum(inner_PI, weights_TX, experts_TX, down, first_expert, second, exchange, logits_1E)
+
+
+def decode_parts(
+    x_TH: Tensor,
+    weights_TX: Tensor,
+    experts_TX: Tensor,
+    gate_up: Tiles,
+    down: Tiles,
+    first_expert: int,
+    limit: float,
+    cuts: tuple[Cut, Cut] | None = None,
+) -> Parts:
+    """`decode` of several tokens, but for the sum."""
+    first, second = cuts or _cuts(experts_TX, down)
+    inner_PI = gate_up_inner(x_TH, experts_TX, gate_up, first_expert, limit, first)
+    return down_parts(inner_PI, weights_TX, experts_TX, down, first_expert, second)
 
 
 def one_message(x_1H: Tensor, down: Tiles) -> sums.Message:
@@ -757,23 +696,42 @@ def down_sum(
     logits_1E: Tensor | None = None,
 ) -> Tensor:
     """The second product of what `gate_up_inner` gave, and its weighted sum, [T, H] in the dtype of inner."""
-    tokens, per_token = experts_TX.shape
-    assert exchange is None or tokens == 1
+    given = inner_PI, weights_TX, experts_TX, packed, first_expert, cut
+    if len(experts_TX) != 1:
+        assert exchange is None
+        return down_parts(*given).summed()
+    out_1H = torch.empty((1, packed.bias.shape[1]), dtype=inner_PI.dtype, device=inner_PI.device)
+    down_parts(*given, out_1H, exchange, logits_1E)
+    return out_1H
+
+
+def down_parts(
+    inner_PI: Tensor,
+    weights_TX: Tensor,
+    experts_TX: Tensor,
+    packed: Tiles,
+    first_expert: int,
+    cut: Cut,
+    out_1H: Tensor | None = None,
+    exchange: sums.Exchange | None = None,
+    logits_1E: Tensor | None = None,
+) -> Parts:
+    """The second product. out_1H: of one token, where it is summed up too."""
     pairs, width = inner_PI.shape
     held, rows = packed.bias.shape
     _, tiles, steps, *_ = packed.blocks.shape
     slots = _slots(experts_TX, held)
-    out_TH = torch.empty((tokens, rows), dtype=inner_PI.dtype, device=inner_PI.device)
     partial = torch.empty((cut.split, pairs, tiles * TILE_ROWS), dtype=torch.float32, device=inner_PI.device)
-    summed = (out_TH, partial)
-    routed = (packed.bias, experts_TX, weights_TX)
     _down[tiles, slots, cut.split](
         inner_PI,
         packed.blocks,
         packed.scales.view(torch.int32),
-        *routed,
+        packed.bias,
+        experts_TX,
+        weights_TX,
         experts_TX if logits_1E is None else logits_1E,
-        *summed,
+        inner_PI if out_1H is None else out_1H,
+        partial,
         packed.arrivals,
         first_expert,
         held,
@@ -786,24 +744,8 @@ def down_sum(
         **_constants(experts_TX, logits_1E, steps, width, cut, cut.split),
         **sums.arguments(exchange),
     )
-    if tokens > 1:
-        _finish[tokens, triton.cdiv(rows, FINISH_ROWS)](
-            *routed,
-            *summed,
-            first_expert,
-            held,
-            pairs,
-            rows,
-            tiles * TILE_ROWS,
-            **constants(
-                EXPERTS_PER_TOKEN=per_token,
-                SPLIT=cut.split,
-                BLOCK=FINISH_ROWS,
-                EARLY=cut.early and early(experts_TX),
-                num_warps=4,
-            ),
-        )
-    return out_TH
+    starts_early = cut.early and early(experts_TX)
+    return Parts(partial, packed.bias, experts_TX, weights_TX, first_expert, inner_PI.dtype, starts_early)
 
 
 def _slots(experts_TX: Tensor, held: int) -> int:

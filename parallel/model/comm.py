@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,10 @@ Limits = tuple[tuple[int, str], ...]  # (most bytes, one of WAYS), ascending
 
 
 class Comm(Protocol):
-    """Every rank of the replica calls the same method with the same shape, in the same order."""
+    """Every rank of the replica calls the same method with the same shape, in the same order. alone: every sum over
+    ranks is what this one has, so that nobody has to make it."""
+
+    alone: ClassVar[bool] = False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, bitwise equal on all of them. May overwrite x."""
@@ -48,6 +51,8 @@ class Comm(Protocol):
 @dataclass(frozen=True)
 class Alone(Comm):
     """A replica of one rank: there is nothing to add."""
+
+    alone: ClassVar[bool] = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x

@@ -22,6 +22,7 @@ HIDDEN, INNER, EXPERTS, EXPERTS_PER_TOKEN = 2880, 2880, 4, 2  # few experts: eac
 HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS, WINDOW_TOKENS = 64, 8, 64, 16, 128
 VOCAB, LIMIT, EPS = 201088, 7.0, 1e-5
 TOKENS = (1, 40)  # what the experts do by a pair, and what they do by an expert
+FEW_TOKENS = 8  # of several, these experts do by a pair
 # Largest difference, in units of the largest value: some roundings to 8 bits, or sums in another order.
 LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 DRAWN_LIMIT = 0.02  # share of drawn tokens that may differ, as two came within rounding of each other
@@ -227,19 +228,24 @@ def _experts(ops: Operations, random: _Random) -> Iterator[float]:
 
 
 def _mixture(ops: Operations, random: _Random) -> Iterator[float]:
-    """Logits are far from each other."""
-    if ops.mixture is None or random.tokens > 1:
+    """Logits are far from each other. Of several tokens, few, so that the next `add_norm` may sum up."""
+    if ops.mixture is None:
         return
-    before = random.normal(1, HIDDEN), random.normal(1, HIDDEN), random.normal(HIDDEN, dtype=torch.float32), EPS
+    tokens, norm_H = min(random.tokens, FEW_TOKENS), random.normal(HIDDEN, dtype=torch.float32)
+    before = random.normal(tokens, HIDDEN), random.normal(tokens, HIDDEN), norm_H, EPS, random.dtype
     bias_E = torch.arange(EXPERTS, dtype=random.dtype, device=random.device)
     router = random.normal(EXPERTS, HIDDEN, scale=0.1 * HIDDEN**-0.5), bias_E
     products = _product(random, 2 * INNER, HIDDEN), _product(random, HIDDEN, INNER)
     packs = [ops.layout.pack(one.blocks, one.scales, one.bias) for one in products]
     wide = [Packed(one.blocks, one.scales, one.bias.double()) for one in products]
     mixed = *router, EXPERTS_PER_TOKEN
-    found = ops.mixture.run(*before, random.dtype, *mixed, *packs, 0, LIMIT)
-    sum_TH, x_TH, *routes = PLAIN.norm_route(*before, random.dtype, *mixed)
-    yield from map(_error, found, (sum_TH, PLAIN.experts(x_TH.double(), *routes, *wide, 0, LIMIT)))
+    sum_TH, delta_TH = ops.mixture.run(*before, *mixed, *packs, 0, LIMIT)
+    wanted_TH, x_TH, *routes = PLAIN.norm_route(*before, *mixed)
+    yield _error(sum_TH, wanted_TH)
+    wanted = PLAIN.experts(x_TH.double(), *routes, *wide, 0, LIMIT)
+    yield _error(delta_TH if isinstance(delta_TH, Tensor) else delta_TH.summed(), wanted)
+    after = norm_H, EPS, random.dtype
+    yield from map(_error, ops.add_norm(sum_TH, delta_TH, *after), PLAIN.add_norm(wanted_TH, wanted, *after))
 
 
 def _draws(random: _Random) -> tuple[Tensor, Draws]:

@@ -7,6 +7,7 @@ products of bf16 are wrong, but for the experts, whose numbers between their pro
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from gptoss_launch.parallel.engine.constraint import Constraint, Section
 from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.engine.record import Head
 from gptoss_launch.parallel.engine.request import Request, Sampling
-from gptoss_launch.parallel.kernels import Operations, triton_decode, triton_linear, triton_sample
+from gptoss_launch.parallel.kernels import (
+    Mixture,
+    Operations,
+    Unsummed,
+    triton_decode,
+    triton_experts,
+    triton_linear,
+    triton_sample,
+)
 from gptoss_launch.parallel.kernels.choose import triton_operations
 from gptoss_launch.parallel.kernels.triton_decode import Cut
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
@@ -24,6 +33,7 @@ from gptoss_launch.parallel.planning.headers import read_inventory
 from gptoss_launch.parallel.planning.plan import Plan
 from gptoss_launch.parallel.planning.spec import alternating_kinds
 from small_models import SPECS, TINY, plain_engine, plain_plan, prompt
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter; see tests/engine/test_gpu_engine.py")
 
@@ -78,7 +88,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def operations() -> Operations:
     ops = triton_operations()
-    return dataclasses.replace(ops, experts=lambda x_TH, *others: ops.experts(x_TH.float(), *others).to(x_TH.dtype))
+
+    def experts(x_TH: Tensor, *others: Any) -> Tensor:
+        return ops.experts(x_TH.float(), *others).to(x_TH.dtype)
+
+    def norm_experts(*given: Any) -> tuple[Tensor, Tensor | Unsummed]:
+        """What `triton_experts.norm_experts` does for several tokens."""
+        before, mixed = given[:8], given[8:]
+        residual_TH, x_TH, *routes = ops.norm_route(*before)
+        y_TH = triton_experts.experts_unsummed(x_TH.float(), *routes, *mixed)
+        if isinstance(y_TH, Tensor):
+            return residual_TH, y_TH.to(x_TH.dtype)
+        return residual_TH, dataclasses.replace(y_TH, dtype=x_TH.dtype)
+
+    return dataclasses.replace(ops, experts=experts, mixture=Mixture(ops.norm_route, experts, norm_experts))
 
 
 def engines(plan: Plan, sizes: tuple[int, ...] = ()) -> tuple[Engine, Engine]:

@@ -4,6 +4,8 @@ Under the interpreter all arithmetic is fp32, so results agree to fp32; the bf16
 """
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ from gptoss_launch.parallel.kernels import experts as plain
 from gptoss_launch.parallel.kernels import norm, triton_route
 from gptoss_launch.parallel.kernels.choose import triton_operations
 from gptoss_launch.parallel.kernels.mxfp4 import dequantize
-from gptoss_launch.parallel.kernels.triton_decode import MAX_PAIRS, Cut, decode
-from gptoss_launch.parallel.kernels.triton_experts import experts
+from gptoss_launch.parallel.kernels.triton_decode import MAX_PAIRS, Cut, decode, decode_parts
+from gptoss_launch.parallel.kernels.triton_experts import experts, experts_unsummed
 from gptoss_launch.parallel.kernels.triton_grouped import _SHAPES, Shape, grouped
 from gptoss_launch.parallel.kernels.triton_mxfp4 import pack
+from gptoss_launch.parallel.kernels.triton_norm import add_norm
+from gptoss_launch.parallel.kernels.triton_parts import Parts
 from gptoss_launch.parallel.kernels.triton_route import Fused, norm_route, room, route
+from gptoss_launch.parallel.model.comm import Alone, Comm
 from small_models import GPU
 from torch import Tensor
 
@@ -145,6 +150,31 @@ def test_few_tokens(name: str) -> None:
     found, wanted = decode(*call, cuts=cuts), expected(given)
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()
     assert not call[3].arrivals.any() and not call[4].arrivals.any()
+
+
+@NO_GPU
+@pytest.mark.parametrize("tokens", (3, 8, 16, 32))
+def test_parts_are_summed_by_the_next_norm(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of two kernels, but for those that are summed over a split too. What is not here is never used."""
+    given = inputs(Case(tokens, 96, 32, 3, 2, 7, 3))
+    here_P = ((given.experts_TX >= 2) & (given.experts_TX < 5)).flatten()
+    assert here_P.any() and not here_P.all()
+    alone: list[Parts] = []
+    summed = Parts.summed
+    monkeypatch.setattr(Parts, "summed", lambda parts: (alone.append(parts), summed(parts))[1])
+    for split in (1, 2) if tokens == 3 else (1,):
+        wide = decode_parts(*arguments(given), cuts=(Cut(1, 1), Cut(split, 1)))
+        wide.partial[:, ~here_P] = NAN
+        assert error(wide.summed(), expected(given)) < 1e-6
+        for dtype, is_wide in itertools.product((torch.bfloat16, torch.float16, torch.float32), (False, True)):
+            parts = dataclasses.replace(wide, dtype=dtype, bias_ER=wide.bias_ER.to(dtype))
+            residual_TH, _, *after, _ = before_route(tokens, 96, torch.float32 if is_wide else dtype)
+            wanted = add_norm(residual_TH, parts.summed(), *after, dtype)
+            alone.clear()
+            found = add_norm(residual_TH, parts, *after, dtype)
+            assert len(alone) == (split > 1)
+            assert [one.dtype for one in found] == [residual_TH.dtype, dtype] and not found[0].isnan().any()
+            assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 MANY = {
@@ -356,29 +386,63 @@ def test_norm_route_is_one_kernel_for_few_tokens(monkeypatch: pytest.MonkeyPatch
     assert alone == [3, 4, 4]  # too many programs; too many tokens, twice
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=GPU) for tokens in (1, 2, 4, 8, 16, 17)])
-def test_half_layers_again_and_again(tokens: int) -> None:
+class Two(Comm):
+    """Ranks that have the same."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@NO_GPU
+@pytest.mark.parametrize(("tokens", "few"), ((1, False), (2, True), (4, True), (5, False)))
+def test_a_sum_is_left_to_the_next_norm(tokens: int, few: bool) -> None:
+    """Of several tokens, but few; where there is none over ranks after it; and where the operations stand as they are,
+    so that nobody else wants it."""
+    ops, packed = triton_operations(), arguments(inputs(Case(tokens, 96, 32, 2)))[3:]
+    replaced = dataclasses.replace(ops, experts=lambda *given: ops.experts(*given))
+    residual_TH, _, norm_H, eps, _ = before_route(tokens, 96, torch.float32)
+    before = residual_TH, residual_TH, norm_H, eps, torch.float32
+    given = *before, *routed(tokens, 96, 4, torch.float32, "cpu")[1:], 2, *packed
+    sum_TH, wanted_TH = replaced.norm_experts(*given, Alone())
+    assert isinstance(wanted_TH, Tensor)
+    for ranks in (None, Alone()):
+        same_TH, delta_TH = ops.norm_experts(*given, ranks)
+        assert torch.equal(same_TH, sum_TH) and isinstance(delta_TH, Tensor if not few else Parts)
+        found, wanted = (ops.add_norm(sum_TH, one, *before[2:]) for one in (delta_TH, wanted_TH))
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    _, twice_TH = ops.norm_experts(*given, Two())
+    assert isinstance(twice_TH, Tensor) and torch.equal(twice_TH, 2 * wanted_TH)
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=GPU) for tokens in (1, 2, 3, 4, 8, 16, 17, 32)])
+@pytest.mark.parametrize("residual_dtype", (NARROW, torch.float32))
+@pytest.mark.parametrize("run", (experts, experts_unsummed))
+def test_half_layers_again_and_again(tokens: int, residual_dtype: torch.dtype, run: Callable[..., Any]) -> None:
     """Without a pause and with the memory of the one before: each gives what it gives alone, so that no kernel has read
-    routes, or a counter, that were those of another."""
+    routes, a residual, or a counter, that were those of another. Alone the sum and the norm after it are two kernels,
+    whose bits those of one are."""
     case = Case(tokens, 2880, 2880, 32, 0, 32, 4, torch.bfloat16)
     packed, router = arguments(inputs(case, 0, "cuda"))[3:], routed(1, 2880, 32, torch.bfloat16, "cuda")[1:]
-    befores = [before_route(tokens, 2880, seed=seed) for seed in range(8)]
+    befores = [before_route(tokens, 2880, residual_dtype, seed) for seed in range(8)]
 
-    def half_layer(before: tuple[Tensor, Tensor, Tensor, float, torch.dtype]) -> tuple[Tensor, ...]:
+    def half_layer(before: tuple[Tensor, Tensor, Tensor, float, torch.dtype], run: Callable[..., Any]) -> list[Tensor]:
         sum_TH, x_TH, weights_TX, experts_TX = norm_route(*before, *router, 4)
-        return sum_TH, weights_TX, experts_TX, experts(x_TH, weights_TX, experts_TX, *packed)
+        delta_TH = run(x_TH, weights_TX, experts_TX, *packed)
+        assert isinstance(delta_TH, Parts) == (run is experts_unsummed and tokens > 1)
+        return [sum_TH, weights_TX, experts_TX, *add_norm(sum_TH, delta_TH, *before[2:])]
 
     alone = []
     for before in befores:
         torch.cuda.synchronize()
-        alone.append(half_layer(before))
+        alone.append(half_layer(before, experts))
         torch.cuda.synchronize()
+    half_layer(befores[0], run)  # what a graph captures has to be compiled
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = [half_layer(before) for before in befores * 5]
+        captured = [half_layer(before, run) for before in befores * 5]
     for _ in range(5):
         graph.replay()
-        eager = [half_layer(before) for before in befores * 5]
+        eager = [half_layer(before, run) for before in befores * 5]
         for found in (captured, eager):
             for place, tensors in enumerate(found):
                 wanted = alone[place % len(befores)]
@@ -529,3 +593,38 @@ def test_no_product_is_pending_when_its_weights_registers_are_written(tmp_path: 
     for line in lines:
         products, waits = line.split(maxsplit=1)
         assert int(products) >= 4 and waits == "0;", line
+
+
+COMPILE_SUM = """
+import re
+import triton
+import triton.language as tl
+from gptoss_launch.parallel.kernels.triton_norm import WARPS, _sum_add_norm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+fixed = {"HIDDEN": 2880, "BLOCK": 4096, "EXPERTS_PER_TOKEN": 4, "DTYPE": tl.bfloat16, "EARLY": True}
+types = dict.fromkeys(("bias", "normed"), "*bf16") | dict.fromkeys(("weights", "partial", "norm"), "*fp32")
+types |= {"experts": "*i64", "eps": "fp32"}
+names = _sum_add_norm.arg_names
+for residual in ("*bf16", "*fp32"):
+    pointers = types | {"residual": residual, "summed": residual}
+    given = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in names}
+    aligned = [name for name in names if given[name].startswith("*")] + ["tile_rows"]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source, target = ASTSource(_sum_add_norm, given, fixed, aligned), GPUTarget("cuda", 90, 32)
+    sass = triton.compile(source, target=target, options={"num_warps": WARPS}).asm["sass"]
+    before, after = sass.split("ACQBULK")
+    print(len(re.findall("LDG", before)), len(re.findall("LDG", after[: after.index("BAR.SYNC")])),
+          len(re.findall("FADD|FFMA|FMUL", after[: after.index("BAR.SYNC")])), len(re.findall("LDL|STL", sass)))
+"""
+
+
+@pytest.mark.slow
+def test_all_parts_are_asked_for_before_any_is_used(tmp_path: Path) -> None:
+    """In machine code, as it is ptxas that moves loads: ahead of the wait all but the parts, whose four rows are 16
+    loads of a lane, and the weights of the experts; then these 16 at once. Nothing is spilled."""
+    lines = [[int(count) for count in line.split()] for line in lines_of(COMPILE_SUM, tmp_path)]
+    assert len(lines) == 2
+    for ahead, of_parts, used, spilled in lines:
+        assert ahead >= 4 + 4 * 2 + 2 * 2 + 2 and (of_parts, used, spilled) == (16, 0, 0)

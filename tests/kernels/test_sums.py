@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import compiled
 import pytest
@@ -198,6 +198,8 @@ def test_words_are_waited_for(case: int, calls_before: int) -> None:
 
 class Asked:
     """Ranks that note what they are asked, whose messages come back doubled."""
+
+    alone: ClassVar[bool] = False
 
     def __init__(self, exchange: Exchange | None = None) -> None:
         self.given, self.asked, self.reduced, self.inside = exchange, list[Message](), 0, False
