@@ -243,7 +243,10 @@ def _mixture(ops: Operations, random: _Random) -> Iterator[float]:
     wanted_TH, x_TH, *routes = PLAIN.norm_route(*before, *mixed)
     yield _error(sum_TH, wanted_TH)
     wanted = PLAIN.experts(x_TH.double(), *routes, *wide, 0, LIMIT)
-    yield _error(delta_TH if isinstance(delta_TH, Tensor) else delta_TH.summed(), wanted)
+    if isinstance(delta_TH, Tensor):
+        yield _error(delta_TH, wanted)
+        return
+    yield _error(delta_TH.summed(), wanted)
     after = norm_H, EPS, random.dtype
     yield from map(_error, ops.add_norm(sum_TH, delta_TH, *after), PLAIN.add_norm(wanted_TH, wanted, *after))
 
