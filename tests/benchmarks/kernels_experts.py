@@ -31,7 +31,7 @@ HIDDEN, PER_TOKEN, LIMIT = 2880, 4, 7.0
 LAYERS = {32: 8, 128: 4}  # by experts a layer
 FEW = {32: (1, 2, 4, 6, 8, 16, 32, 64), 128: (1, 2, 8, 32, 64)}
 MANY = {32: (32, 64, 128, 256, 1024, 2048, 8192), 128: (128, 256, 2048)}
-CUTS_1 = [Cut(s, u) for s, u in ((3, 3), (3, 5), (5, 3), (5, 9), (9, 5))]
+CUTS_1 = [Cut(s, u) for s, u in ((3, 3), (3, 5), (3, 8), (5, 3), (9, 5))] + [Cut(5, 3, registers=64)]
 CUTS_FEW = [Cut(s, u) for s, u in ((1, 3), (1, 5), (1, 9), (1, 15), (3, 3), (3, 5))]
 CUTS_FEW += [Cut(1, 3, by_token=True, registers=64), Cut(1, 9, by_token=True)]
 CUTS_MORE = [Cut(1, u) for u in (3, 5, 9, 15)]

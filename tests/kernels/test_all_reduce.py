@@ -110,11 +110,11 @@ def test_what_is_sent_and_what_is_summed(dtype: torch.dtype, ranks: int) -> None
 
 
 @INTERPRETED
-@pytest.mark.parametrize("calls_before", (0, 2**31 - 4, -4), ids=("first", "past 2^31", "past 2^32"))
+@pytest.mark.parametrize("calls_before", (0, 2**31 - 3, -3), ids=("first", "past 2^31", "past 2^32"))
 def test_no_word_of_another_call_is_taken(calls_before: int) -> None:
     """A peer's words come one call after the other, some of them late."""
     here = ByHand(3, torch.float16, calls_before)
-    for number in range(1, 7):
+    for number in range(1, 5):
         call = (calls_before + number + 2**31) % 2**32 - 2**31  # as int32
         messages = [message(rank, number, 20, torch.float16) for rank in range(3)]
         x = messages[0].clone()

@@ -492,8 +492,7 @@ class Mixed:
 @pytest.mark.parametrize(
     "mixed",
     [
-        pytest.param(Mixed(8, 96, 64, 6, 0), marks=NO_GPU),
-        pytest.param(Mixed(12, 64, 32, 6, 3), marks=NO_GPU),
+        pytest.param(Mixed(12, 96, 32, 6, 3), marks=NO_GPU),
         pytest.param(Mixed(128, 64, 32, 128, 0), marks=NO_GPU),
         pytest.param(Mixed(8, 64, 32, 2, 6), marks=NO_GPU),
         pytest.param(Mixed(32, 2880, 2880, 32, 0, torch.bfloat16), marks=GPU),
@@ -523,7 +522,7 @@ def test_mixture_is_norm_route_and_then_experts(mixed: Mixed) -> None:
 
 @NO_GPU
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-@pytest.mark.parametrize("name", ("equal, far from each other", "some not numbers", "infinite"))
+@pytest.mark.parametrize("name", ("equal, far from each other", "some not numbers"))
 def test_experts_choose_among_odd_logits(name: str) -> None:
     """As the router does, and leave weights and numbers behind."""
     first, chosen = ODD_LOGITS[name]

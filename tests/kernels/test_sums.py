@@ -189,7 +189,7 @@ def test_words_are_waited_for(case: int, calls_before: int) -> None:
         sums: list[Tensor] = []
         thread = threading.Thread(target=lambda: sums.append(run(given(0, number, dtype), here.exchange)), daemon=True)  # noqa: B023
         thread.start()
-        thread.join(1.0)
+        thread.join(0.3)
         assert thread.is_alive(), "summed while a word was missing"
         late_place[missing // values, missing % values] = late[missing]
         thread.join(20)
@@ -311,6 +311,7 @@ def rank_of_several(folder: Path, rank: int, ranks: int) -> None:
 
 
 @INTERPRETED
+@pytest.mark.slow
 def test_ranks_that_are_processes(tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / f"{rank}").write_bytes(bytes(2 * BUFFER_BYTES))
