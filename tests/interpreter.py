@@ -5,6 +5,7 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -28,5 +29,21 @@ def _patch_once() -> None:
     InterpretedFunction.__call__ = call
 
 
+def _products_do_not_warn() -> None:
+    """Kernels multiply columns and rows that mean nothing, by whatever their memory holds, and store nothing of it. On
+    a GPU that is silent; NumPy warns of infinities there, of which pytest makes failures, now and then."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    builder: Any = InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def silent(self: Any, *given: Any) -> Any:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return create_dot(self, *given)
+
+    builder.create_dot = silent
+
+
 if find_spec("triton") is not None:
     _patch_once()
+    _products_do_not_warn()
