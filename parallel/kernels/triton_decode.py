@@ -580,9 +580,8 @@ _CUTS = (  # up to so many tokens, gate_up, down; the fastest on an H200 of thos
     (COLUMNS, Cut(split=1, unroll=9, by_token=True), Cut(split=1, unroll=3, by_token=True, registers=64)),
     (MAX_PAIRS, Cut(split=1, unroll=9), Cut(split=1, unroll=3)),
 )
-_FEW_STEPS = (
-    3 * COLUMNS
-)  # of down, where ranks share the columns of an expert: for one token three parts, each at one go
+# of down, where ranks share the columns of an expert: for one token K in three parts, each at one go
+_FEW_STEPS = 3 * COLUMNS
 
 
 def _cuts(experts_TX: Tensor, down: Tiles) -> tuple[Cut, Cut]:

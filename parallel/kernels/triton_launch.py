@@ -5,7 +5,8 @@ From sm_90 on a kernel of a decode step is launched while those before it still 
 soon as all programs of the last one have begun: what it does before `gdc_wait` overlaps with them. That may be: read
 weights, and what an earlier step has left. A kernel writes, and reads what this step has made, once it has waited: then
 all before it are over, since each of them has waited too. The step's record, and what `begin` made of its tokens, may
-be read earlier: the last kernel of `begin` lets none start while it runs. One exception: triton_decode._gate_up.
+be read earlier: the last kernel of `begin` lets none start while it runs. One exception: triton_decode._gate_up lets
+none start before it has waited, so that those up to the next norm may read what was made before it.
 """
 
 from collections.abc import Callable, Iterator
