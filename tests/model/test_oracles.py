@@ -68,7 +68,9 @@ def test_logits_by_cpu_products_equal_transformers(name: str, checkpoints: Path)
     assert_exact(prefill(engine, tokens, 512), oracle[-1:], f"{name}, CPU products, prefill, against transformers")
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "true_width" else []) for name in SPECS]
+)
 def test_logits_equal_openai(
     name: str, checkpoints: Path, tmp_path: Path, skip_or_fail: Callable[[str], NoReturn]
 ) -> None:

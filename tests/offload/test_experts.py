@@ -283,7 +283,8 @@ def test_tritons_kernels_give_the_same_bits_from_any_slot(slots: int, kept: Kept
 @pytest.mark.parametrize(
     ("device", "slots"),
     [
-        *(pytest.param("cpu", slots, marks=NO_GPU) for slots in (1, 6)),  # 10 s each by the interpreter
+        pytest.param("cpu", 6, marks=NO_GPU),  # 10 s by the interpreter
+        pytest.param("cpu", 1, marks=(NO_GPU, pytest.mark.slow)),
         *(pytest.param("cuda", slots, marks=GPU) for slots in (1, 3, 6, 8)),
     ],
 )

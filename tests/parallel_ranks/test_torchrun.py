@@ -15,7 +15,7 @@ from small_models import TINY, plain_engine, plain_plan
 from thread_ranks import with_ranks
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
 def test_every_layout_over_gloo(ranks: int, tmp_path: Path) -> None:
     plans = [with_ranks(plain_plan(TINY), ranks, ep) for ep in range(1, ranks + 1) if ranks % ep == 0]
     files = []

@@ -91,6 +91,7 @@ def down(running, replica: int):
     wait_for(lambda: status(running, "/health")[0] == 200)
 
 
+@pytest.mark.slow
 def test_one_of_two_replicas_is_killed_under_load(start):
     running = start("serve", 0, 2, 10, script={"delay_s": 0.015})
     for replica in (0, 1):
