@@ -71,6 +71,43 @@ def _factors(word, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _asked(block, scale, step, end, UNROLL: tl.constexpr, EVEN: tl.constexpr):
+    """Halves and scale words of the next UNROLL steps, zeros from `end` on. EVEN: all of them are there. They pass by
+    the L1 cache, which x is to stay in."""
+    halves = ()
+    words = ()
+    for i in tl.static_range(UNROLL):
+        if EVEN:
+            halves += (tl.load(block + i * _HALVES, cache_modifier=".cg"),)
+            words += (tl.load(scale + i * 8, cache_modifier=".cg"),)
+        else:
+            more = step + i < end
+            halves += (tl.load(block + i * _HALVES, mask=more, other=0, cache_modifier=".cg"),)
+            words += (tl.load(scale + i * 8, mask=more, other=0, cache_modifier=".cg"),)
+    return halves, words
+
+
+@triton.jit
+def _all_operands(x_0, x_1, SCALE_X: tl.constexpr, COLUMNS: tl.constexpr, PLAIN: tl.constexpr):
+    """The four operands of a step, two of each of its blocks."""
+    b_0, b_1 = _operands(x_0, COLUMNS)
+    b_2, b_3 = _operands(x_1, COLUMNS)
+    if SCALE_X:
+        b_0, b_1 = _scaled_up(b_0, PLAIN), _scaled_up(b_1, PLAIN)
+        b_2, b_3 = _scaled_up(b_2, PLAIN), _scaled_up(b_3, PLAIN)
+    return b_0, b_1, b_2, b_3
+
+
+@triton.jit
+def _blocks(half, b, PLAIN: tl.constexpr):
+    """A step's two blocks by their operands, [16, columns] each, without scales."""
+    v_0, v_1, v_2, v_3 = planes(half, PLAIN)
+    first = tl.dot(_weights(v_1), b[1].to(v_1.dtype), tl.dot(_weights(v_0), b[0].to(v_0.dtype)))
+    second = tl.dot(_weights(v_3), b[3].to(v_3.dtype), tl.dot(_weights(v_2), b[2].to(v_2.dtype)))
+    return first, second
+
+
+@triton.jit
 def _product(
     x,
     row_N,
@@ -103,16 +140,7 @@ def _product(
     acc = tl.zeros((2, 8, COLUMNS), tl.float32)
     for step in range(begin, end, UNROLL):
         block, scale, row = blocks + step * _HALVES, scales + step * 8, x + step * _CODES
-        halves = ()
-        words = ()
-        for i in tl.static_range(UNROLL):
-            if EVEN:  # weights pass by the L1 cache, which x is to stay in
-                halves += (tl.load(block + i * _HALVES, cache_modifier=".cg"),)
-                words += (tl.load(scale + i * 8, cache_modifier=".cg"),)
-            else:
-                more = step + i < end
-                halves += (tl.load(block + i * _HALVES, mask=more, other=0, cache_modifier=".cg"),)
-                words += (tl.load(scale + i * 8, mask=more, other=0, cache_modifier=".cg"),)
+        halves, words = _asked(block, scale, step, end, UNROLL, EVEN)
         # ptxas sinks loads to their use, but not across this; x is read after it, so that no use can climb above it
         tl.debug_barrier()
         if WAIT:
@@ -124,14 +152,8 @@ def _product(
                 more = step + i < end
                 x_0 = tl.load(row + i * _CODES, mask=more, other=0.0)
                 x_1 = tl.load(row + i * _CODES + 32, mask=more & ((step + i) * _CODES + 32 < width), other=0.0)
-            b_0, b_1 = _operands(x_0, COLUMNS)
-            b_2, b_3 = _operands(x_1, COLUMNS)
-            if SCALE_X:
-                b_0, b_1 = _scaled_up(b_0, PLAIN), _scaled_up(b_1, PLAIN)
-                b_2, b_3 = _scaled_up(b_2, PLAIN), _scaled_up(b_3, PLAIN)
-            v_0, v_1, v_2, v_3 = planes(halves[i], PLAIN)
-            first = tl.dot(_weights(v_1), b_1.to(v_1.dtype), tl.dot(_weights(v_0), b_0.to(v_0.dtype)))
-            second = tl.dot(_weights(v_3), b_3.to(v_3.dtype), tl.dot(_weights(v_2), b_2.to(v_2.dtype)))
+            b = _all_operands(x_0, x_1, SCALE_X, COLUMNS, PLAIN)
+            first, second = _blocks(halves[i], b, PLAIN)
             acc += first.reshape(2, 8, COLUMNS) * _factors(words[i], 0)
             acc += second.reshape(2, 8, COLUMNS) * _factors(words[i], 1)
     return acc * _BACK
@@ -166,16 +188,7 @@ def _product_of_one(
     acc = tl.zeros((2, 8, COLUMNS), tl.float32)
     for step in range(begin, end, UNROLL):
         block, scale, row = blocks + step * _HALVES, scales + step * 8, x + step * _CODES
-        halves = ()
-        words = ()
-        for i in tl.static_range(UNROLL):
-            if EVEN:
-                halves += (tl.load(block + i * _HALVES, cache_modifier=".cg"),)
-                words += (tl.load(scale + i * 8, cache_modifier=".cg"),)
-            else:
-                more = step + i < end
-                halves += (tl.load(block + i * _HALVES, mask=more, other=0, cache_modifier=".cg"),)
-                words += (tl.load(scale + i * 8, mask=more, other=0, cache_modifier=".cg"),)
+        halves, words = _asked(block, scale, step, end, UNROLL, EVEN)
         tl.debug_barrier()  # as in `_product`
         if WAIT:
             gdc_wait()
@@ -184,15 +197,9 @@ def _product_of_one(
         else:
             left = width - step * _CODES - ahead
             x_0, x_1 = tl.load(row, mask=left > 0, other=0.0), tl.load(row + 32, mask=left > 32, other=0.0)
-        b_0, b_1 = _operands(x_0, COLUMNS)
-        b_2, b_3 = _operands(x_1, COLUMNS)
-        if SCALE_X:
-            b_0, b_1 = _scaled_up(b_0, PLAIN), _scaled_up(b_1, PLAIN)
-            b_2, b_3 = _scaled_up(b_2, PLAIN), _scaled_up(b_3, PLAIN)
+        b = _all_operands(x_0, x_1, SCALE_X, COLUMNS, PLAIN)
         for i in tl.static_range(UNROLL):
-            v_0, v_1, v_2, v_3 = planes(halves[i], PLAIN)
-            first = tl.dot(_weights(v_1), b_1.to(v_1.dtype), tl.dot(_weights(v_0), b_0.to(v_0.dtype)))
-            second = tl.dot(_weights(v_3), b_3.to(v_3.dtype), tl.dot(_weights(v_2), b_2.to(v_2.dtype)))
+            first, second = _blocks(halves[i], b, PLAIN)
             y = first.reshape(2, 8, COLUMNS) * _factors(words[i], 0)
             y += second.reshape(2, 8, COLUMNS) * _factors(words[i], 1)
             acc += tl.where(column == i, y, 0.0)
