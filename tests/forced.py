@@ -133,7 +133,7 @@ def answers(engine: Engine, requests: Sequence[Request], *, ahead: bool = False)
             for token in message.tokens:
                 given[token.request_id].append(token)
 
-    device = Device(engine.launch, engine.graphs.size_for, engine.sizes, ahead)
+    device = Device(engine.launch, engine.graphs.of, engine.sizes, ahead)
     # At once and not beside the steps: leaders of several ranks must make the same ones.
     at_once = AtOnce()
     grammars = Grammars(lambda: Vocabulary(Path(engine.plan.checkpoint), engine.plan.spec.vocab), at_once, at_once)
@@ -148,7 +148,7 @@ def answers(engine: Engine, requests: Sequence[Request], *, ahead: bool = False)
 def refusals(engine: Engine, request: Request) -> list[str]:
     """What a leader that is asked twice says, which gives no token: its requests fail, and it lives."""
     sent: list[Message] = []
-    device = Device(lambda record: launch_step(engine, record), engine.graphs.size_for, engine.sizes, ahead=False)
+    device = Device(lambda record: launch_step(engine, record), engine.graphs.of, engine.sizes, ahead=False)
     at_once = AtOnce()
     grammars = Grammars(lambda: Vocabulary(Path(engine.plan.checkpoint), engine.plan.spec.vocab), at_once, at_once)
     leader = Leader(scheduler_for(engine.plan), device, lambda _, one: sent.append(one), lambda _: None, grammars)

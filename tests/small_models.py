@@ -84,13 +84,16 @@ def plain_plan(
     )
 
 
-def plain_engine(plan: Plan, ops: Operations = PLAIN, graph_sizes: Sequence[int] = ()) -> Engine:
+def plain_engine(
+    plan: Plan, ops: Operations = PLAIN, decodes: Sequence[int] = (), chunks: Sequence[int] = ()
+) -> Engine:
+    """decodes, chunks: tokens of its CUDA graphs."""
     assert plan.checkpoint is not None
     folder = Path(plan.checkpoint)
     inventory = read_inventory(folder)
     check_inventory(plan.spec, inventory, folder)
     weights = load(plan, 0, inventory, torch.device(plan.device), layout=ops.layout, kept=plan.kept)
-    return Engine(plan, 0, weights, ops, Alone(), graph_sizes)
+    return Engine(plan, 0, weights, ops, Alone(), (decodes, chunks))
 
 
 def prompt(spec: Spec, count: int, seed: int = 0) -> list[int]:

@@ -19,7 +19,7 @@ from ..kernels.rope import inverse_frequencies
 from ..kernels.sample import Wanted
 from ..model.comm import Comm
 from ..model.dtypes import TORCH_DTYPE
-from ..model.forward import forward
+from ..model.forward import hidden_states
 from ..model.weights import Weights
 from ..offload.counts import Counts
 from ..offload.mapped import Mapped
@@ -29,7 +29,7 @@ from . import inputs
 from .constraint import flaw
 from .graphs import Graphs
 from .pages import Cache, Pool
-from .record import ANSWER, PROMPT, RING_STEPS, Head, Record, Sizes, encode
+from .record import ANSWER, PROMPT, RING_STEPS, Head, Padding, Record, Sizes, encode
 from .request import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K, Request
 from .schedule import Limits, Result, Scheduler, Step
 
@@ -100,9 +100,10 @@ class Launched:
 
 
 class Engine:
-    """`plan` is resolved; nothing is detected here. graph_sizes: of steps of decodes that run as CUDA graphs; none on
-    the CPU, or where every operation has to be watched. experts: tells what `ops` have counted of
-    experts that are elsewhere, nothing where all are on the device. files: that experts are read from meanwhile."""
+    """`plan` is resolved; nothing is detected here. graphs: tokens of steps of decodes that run as CUDA graphs, and of
+    steps that have chunks; none on the CPU, or where every operation has to be watched. experts: tells what `ops` have
+    counted of experts that are elsewhere, nothing where all are on the device. files: that experts are read from
+    meanwhile."""
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class Engine:
         weights: Weights,
         ops: Operations,
         comm: Comm,
-        graph_sizes: Sequence[int] = (),
+        graphs: tuple[Sequence[int], Sequence[int]] = ((), ()),
         experts: Callable[[], Counts] = Counts,
         files: Mapped | None = None,
     ) -> None:
@@ -136,7 +137,11 @@ class Engine:
         )
         self.words = inputs.Words(self.sizes, self.device, ops.upload)
         self.rows = inputs.Rows.empty(self.sizes, len(weights.head_VH), self.device)
-        self.graphs = Graphs(graph_sizes, self._decode)
+        assert max(graphs[1], default=0) <= plan.context_tokens, "padding is a sequence too"
+        self.graphs = Graphs(*graphs, self.sizes.rows, self._captured)
+        # what graphs of chunks end with: one for all, as each would keep its own
+        room = max(graphs[1], default=0), spec.hidden
+        self._hidden_TH = torch.empty(room, dtype=TORCH_DTYPE[plan.dtype], device=self.device)
         # Draws of the last steps, each until the host has read it, before which it launches one step more. Triton's
         # kernels write them to pinned memory of the host themselves; torch's cannot, and `_deliver` copies theirs.
         on_host = self.device.type == "cuda" and plan.kernels == "triton"
@@ -173,14 +178,14 @@ class Engine:
         if head.graph:
             self.graphs.rehearse(head)
         else:
-            self._draw(head, self._logits(head, record.chunks).zero_())
+            self._draw(head, self.forward(self._batch(head, record.chunks)).zero_())
 
     def _launch(self, record: Record) -> Launched:
         """All on one stream, in this order: the record's words are read from the host, rows are begun, the step runs,
         its draws are written to the host, and an event says that they are there. Triton's operations do all of it by
         kernels. A copy would go through an engine of its own, for which the stream waits on either side."""
         head = record.head
-        in_graph = bool(head.graph and not head.exact)
+        in_graph = bool(head.graph and (head.tiles or not head.exact))
         if in_graph:
             self._capture(head)
         self.words.upload(record)
@@ -188,9 +193,10 @@ class Engine:
         if head.counts:
             self._count(head)
         if in_graph:
-            logits_SV, tokens_S = self.graphs.replay(head)
+            ends, tokens_S = self.graphs.replay(head)
+            logits_SV = self._head(ends[inputs.wanted(head, self.words.device_W)]) if head.tiles else ends
         else:
-            logits_SV, tokens_S = self._logits(head, record.chunks), None
+            logits_SV, tokens_S = self.forward(self._batch(head, record.chunks)), None
         if not head.draws:  # the middle of a prompt: waited for too, so that no host runs ahead of its buffers
             return Launched(torch.empty((0, 2), dtype=torch.int64), None, self._done())
         if tokens_S is None:
@@ -204,9 +210,14 @@ class Engine:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits [S, V] of the wanted tokens over the vocabulary rows held here."""
-        return forward(
+        return self._head(self._hidden(batch))
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """[S, H], of the wanted tokens."""
+        return hidden_states(
             self.plan.spec,
             self.weights,
+            self.weights.layers,
             self.ops,
             self.comm,
             self.frequencies,
@@ -215,12 +226,12 @@ class Engine:
             TORCH_DTYPE[self.plan.residual_dtype],
         )
 
-    def _logits(self, head: Head, chunks: tuple[Chunk, ...]) -> Tensor:
-        return self.forward(
-            inputs.batch(
-                head, chunks, self.words.device_W, self.rows, self.plan.spec, self.plan.page_tokens, self.ops.locate
-            )
-        )
+    def _head(self, x_SH: Tensor) -> Tensor:
+        return self.ops.linear(x_SH, self.weights.head_VH)
+
+    def _batch(self, head: Head, chunks: tuple[Chunk, ...] = ()) -> Batch:
+        spec, page_tokens = self.plan.spec, self.plan.page_tokens
+        return inputs.batch(head, chunks, self.words.device_W, self.rows, spec, page_tokens, self.ops.locate)
 
     def _count(self, head: Head) -> None:
         """Also where nothing is drawn: the middle of a prompt, or of an answer that begins again."""
@@ -246,12 +257,16 @@ class Engine:
         """Capture the graph that `head` needs if there is none yet, on a step of the scratch row: the step is run once
         before, so that kernels are compiled, and what it leaves behind must not matter."""
         if not self.graphs.has(head):
-            self.words.upload(encode(Step((), 0, False, (), ()), head.number, self.sizes, head.graph))
+            padding = Padding(head.graph, head.tiles)
+            self.words.upload(encode(Step((), 0, False, (), ()), head.number, self.sizes, padding))
             self.graphs.capture(head)
 
-    def _decode(self, head: Head, draw: bool) -> tuple[Tensor, Tensor | None]:
-        """What a graph holds."""
-        logits_SV = self._logits(head, ())
+    def _captured(self, head: Head, draw: bool) -> tuple[Tensor, Tensor | None]:
+        """What a graph holds: logits and, if wanted, draws; of a step with chunks the hidden states of all tokens."""
+        batch = self._batch(head)
+        if head.tiles:
+            return self._hidden_TH[: head.graph].copy_(self._hidden(batch)), None
+        logits_SV = self.forward(batch)
         return logits_SV, self._draw(head, logits_SV) if draw else None
 
     def _deliver(self, head: Head, likely: tuple[Tensor, Tensor, Tensor] | None) -> Launched:

@@ -15,7 +15,7 @@ from ..kernels.batch import Batch, Chunk, PageView
 from ..kernels.begin import known_tokens
 from ..kernels.sample import Draws, Kept
 from ..planning.spec import LayerKind, Spec
-from .record import KINDS, RING_STEPS, Head, Record, Sizes, places
+from .record import DECODES, KINDS, RING_STEPS, Head, Record, Sizes, places
 from .request import MOST_BIASES
 
 
@@ -102,12 +102,18 @@ def batch(
         tokens_T=tokens_T,
         positions_T=positions_T,
         rows_T=rows_T,
-        decodes=head.decodes,
+        decodes=min(head.decodes, len(rows.last_R)),  # where a graph is captured, all tokens might be decodes
+        decodes_1=words_W[DECODES],
         chunks=chunks,
         tiles_X4=words_W[at["tile"]].view(-1, 4),
         pages=views,
-        wanted_S=None if head.graph else words_W[at["at"]].long(),  # in a graph each token is drawn after
+        wanted_S=None if head.graph else wanted(head, words_W),  # a graph has all: they may be others next time
     )
+
+
+def wanted(head: Head, words_W: Tensor) -> Tensor:
+    """The tokens of the step that are drawn after, int64 [S]."""
+    return words_W[places(head)["at"]].long()
 
 
 def draws(head: Head, words_W: Tensor) -> Draws:

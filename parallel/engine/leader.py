@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..offload.counts import Counts
-from .record import Record, Sizes, after, encode
+from .record import Padding, Record, Sizes, after, encode
 from .request import Request, Token
 from .schedule import Matcher, Result, Running, Scheduler, Step
 from .wire import Cancel, Done, Generate, Message, Refused, Stats, Tokens
@@ -29,12 +29,12 @@ class Launched(Protocol):
 
 @dataclass(frozen=True)
 class Device:
-    """What the loop needs of the ranks. launch: tells all ranks, this one included, and does not wait. graph_size: what
-    a step of so many decodes is padded to; 0: it is not. ahead: whether a step is launched before the one before it is
+    """What the loop needs of the ranks. launch: tells all ranks, this one included, and does not wait. padding: of the
+    graph that a step takes. ahead: whether a step is launched before the one before it is
     known."""
 
     launch: Callable[[Record], Launched]
-    graph_size: Callable[[int], int]
+    padding: Callable[[Step], Padding]
     sizes: Sizes
     ahead: bool
 
@@ -120,10 +120,10 @@ class Leader:
         step = self._scheduler.schedule(self._clock())
         launched = failure = None
         if step is not None:
-            graph = self._device.graph_size(step.decodes) if step.decodes == len(step.items) else 0
+            padding = self._device.padding(step)
             self._number = after(self._number)
             try:
-                launched = self._device.launch(encode(step, self._number, self._device.sizes, graph))
+                launched = self._device.launch(encode(step, self._number, self._device.sizes, padding))
             except StepError as error:
                 failure = str(error)
         if step is None and self._under_way is None and not self.idle:

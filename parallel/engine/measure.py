@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .engine import Engine
-from .record import Record, encode
-from .request import Request, Sampling
-from .schedule import Item, Running, Step
+from .record import PLAIN, Padding, Record, encode, scratch_item
+from .request import Sampling
+from .schedule import Step
 
 REPEATS = 5
 COMPILE_THREADS = 16  # of some 45 kernels a few take as long as the others together
-PLAIN = Sampling()
 EVERYTHING = Sampling(top_p=0.9, min_p=0.01, presence=0.1)  # what takes the most memory to draw
 
 
@@ -71,28 +70,31 @@ def scratch_step(
 ) -> Record:
     """A step of `sequences` sequences with so many tokens each, at the end of the longest context: it takes the time
     and memory of a real one, and leaves nothing behind but in the scratch row."""
-    start = engine.plan.context_tokens - tokens
-    running = Running(Request("scratch", (0,), 1, sampling), 0.0, row=engine.sizes.rows)
-    items = (Item(running, 0, start, tokens, draws=True),) * sequences
-    return encode(Step(items, sequences if tokens == 1 else 0, exact, (), ()), 0, engine.sizes)
+    item = scratch_item(engine.sizes, tokens, engine.plan.context_tokens - tokens, sampling, draws=True)
+    step = Step((item,) * sequences, sequences if tokens == 1 else 0, exact, (), ())
+    return encode(step, 0, engine.sizes)
 
 
 def decode_step(engine: Engine, size: int) -> Record:
     """A step of `size` decodes as a graph runs it, where graphs are used."""
-    if engine.graphs.size_for(size) != size:
-        return scratch_step(engine, 1, size)
-    return encode(Step((), 0, False, (), ()), 0, engine.sizes, graph=size)
+    padding = engine.graphs.of_decodes(size)
+    return graph_step(engine, padding) if padding.tokens == size else scratch_step(engine, 1, size)
 
 
-def compile_ahead(engine: Engine, sizes: Sequence[int]) -> None:
-    """The kernels of `warm_up`, and of decodes of these sizes: where Triton's cache holds none yet, steps would compile
-    them one after the other."""
+def graph_step(engine: Engine, padding: Padding) -> Record:
+    """All padding."""
+    return encode(Step((), 0, False, (), ()), 0, engine.sizes, padding)
+
+
+def compile_ahead(engine: Engine, graphs: Sequence[Padding]) -> None:
+    """The kernels of `warm_up` and of these graphs: where Triton's cache holds none yet, steps would compile them one
+    after the other."""
     from ..kernels.triton_launch import compiled_together
 
     prompt, *draws = _largest_steps(engine)
     with compiled_together(min(COMPILE_THREADS, os.cpu_count() or 1)):
         # the kernels that take the longest are those of many decodes in a graph
-        for record in (prompt, *(decode_step(engine, size) for size in reversed(sizes)), *draws):
+        for record in (prompt, *(graph_step(engine, padding) for padding in reversed(graphs)), *draws):
             engine.rehearse(record)
 
 
@@ -114,10 +116,10 @@ def _largest_steps(engine: Engine) -> tuple[Record, ...]:
     )
 
 
-def capture(engine: Engine, sizes: Sequence[int]) -> None:
-    """CUDA graphs of the sizes that come up first; others are captured when they are needed."""
-    for size in sizes:
-        engine.launch(decode_step(engine, size)).results(1)
+def capture(engine: Engine, graphs: Sequence[Padding]) -> None:
+    """CUDA graphs that are needed first; others are captured when they are."""
+    for padding in graphs:
+        engine.launch(graph_step(engine, padding)).results(0)
 
 
 def step_times(engine: Engine) -> dict[str, float]:
@@ -135,7 +137,7 @@ def step_times(engine: Engine) -> dict[str, float]:
         for _ in range(2 * spec.layers + 1):  # two a layer, and the embedding's
             engine.comm.all_reduce(message_TH)
 
-    if engine.graphs.size_for(1):
+    if engine.graphs.of_decodes(1).tokens:
         all_reduces = in_graph(all_reduces)
     return times | {"communication_s": _fastest(all_reduces, engine.device)}
 

@@ -1,9 +1,9 @@
 """A step as numbers: what the leader tells every rank, itself included, and what goes to the device as it is.
 
 One array of int32 words: a head, then columns one after the other, whose lengths the head tells; never more than
-`Sizes.words`. A step that a CUDA graph runs is padded to the graph's size with tokens of the scratch row, so that the
-columns that it reads, which come first, begin where it expects them. Floats are stored by their bits. Host arithmetic
-alone.
+`Sizes.words`. A step that a CUDA graph runs is padded to the graph's size with tokens of the scratch row, decodes or
+one more chunk, so that the columns that it reads, which come first, begin where it expects them. Floats are stored by
+their bits. Host arithmetic alone.
 """
 
 import struct
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from itertools import accumulate
 
-from ..kernels.batch import Chunk, tiles
-from .request import MOST_BIASES, Sampling
+from ..kernels.batch import Chunk, most_tiles, tiles
+from .request import MOST_BIASES, Request, Sampling
 from .schedule import Item, Running, Step
 
 WORD_BYTES = 4
@@ -22,15 +22,16 @@ KINDS = ("window", "full")  # the order of the page tables on the device
 # nobody is more than two steps behind, and what a step uses can be used again this many steps later.
 RING_STEPS = 4
 LAST_NUMBER = (1 << 31) - RING_STEPS  # of a step, in a word; whole rounds of rings, so that no place comes early
+PLAIN = Sampling()
 ANSWER, PROMPT = 1, 2  # in the column `counted`: what a token counts as part of; 0: it does not count
 
 
 @dataclass(frozen=True)
 class Head:
-    """number: of the step. decodes: tokens that are one of a sequence each, they come first. graph: the size that the
+    """number: of the step. decodes: tokens that are one of a sequence each, they come first. graph: the tokens that the
     step was padded to, 0 if it was not. most_logprobs: -1 where nobody wants any. adjusts: some draw has penalties,
     biases or a mask; repeats: some draw has a penalty that takes prompts in. The rest are lengths: of groups of
-    columns, and of the whole record in words.
+    columns, tiles padded too, and of the whole record in words.
     """
 
     number: int
@@ -56,17 +57,18 @@ class Head:
 
 
 HEAD_WORDS = len(fields(Head))
+DECODES = slice(1, 2)  # where a record says how many there are
 
 # Groups of columns in order: name of their length in Head, then the columns.
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("tokens", ("token", "position", "row", "counted")),  # token -1: the one that was drawn last in this row
+    ("tiles", ("tile",) * 4),  # rows of Batch.tiles_X4, as they are
     ("draws", ("seed",) * 2 + ("at", "draw_row", "draw_position", "top_k", "biased")),  # seed: int64s, see `places`
     ("draws", ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")),  # fp32
     ("changes", ("entry", "page")),  # of both page tables as one flat array
     ("resets", ("reset_row",)),
     ("biases", ("bias_row", "bias_place", "bias_token", "bias_value")),  # bias_value: fp32
     ("chunks", ("start", "stop", "chunk_row", "length")),
-    ("tiles", ("tile",) * 4),  # rows of Batch.tiles_X4, as they are
     ("masks", ("masked_draw",)),
 )
 
@@ -97,10 +99,19 @@ class Sizes:
     def words(self) -> int:
         rows = self.rows
         most = {"tokens": self.step_tokens, "changes": self.changes, "draws": rows, "resets": rows}
-        most |= {"biases": self.most_biased * MOST_BIASES, "chunks": rows, "masks": rows}
-        most |= {"tiles": self.step_tokens // self.page_tokens + rows}
+        most |= {"biases": self.most_biased * MOST_BIASES, "chunks": rows + 1, "masks": rows}
+        most |= {"tiles": most_tiles(self.step_tokens, rows + 1)}
         columns = sum(len(names) * most[length] for length, names in COLUMNS)
         return HEAD_WORDS + columns + rows * self.mask_words
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What the graph of a step holds: so many tokens; of decodes alone, or, with room for so many tiles, of chunks
+    too. Nothing: no graph."""
+
+    tokens: int = 0
+    tiles: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ def read(words: memoryview) -> Record:
 
 def places(head: Head) -> dict[str, slice]:
     """Where each column stands among the words; `seed`, `tile` and `mask` are all their columns together. Seeds begin
-    at an even word, as int64s must: the head and the columns of tokens are even in number."""
+    at an even word, as int64s must: the head and the columns of tokens and of tiles are even in number."""
     found = {}
     begin = HEAD_WORDS
     for length, names in COLUMNS:
@@ -143,12 +154,22 @@ def after(number: int) -> int:
     return number % LAST_NUMBER + 1
 
 
-def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:
-    """The record of `step`; graph: pad it to so many decodes."""
-    draws = step.draws
+def scratch_item(sizes: Sizes, tokens: int, start: int = 0, sampling: Sampling = PLAIN, *, draws: bool = False) -> Item:
+    """So many tokens of the scratch row, which leave nothing behind elsewhere."""
+    running = Running(Request("scratch", (0,), 1, sampling), 0.0, row=sizes.rows)
+    return Item(running, 0, start, tokens, draws)
+
+
+def encode(step: Step, number: int, sizes: Sizes, padding: Padding = Padding()) -> Record:
+    """The record of `step`, padded: by decodes, or by a chunk if there is room for tiles."""
+    draws, items = step.draws, step.items
+    padded = max(0, padding.tokens - step.tokens)
+    if padding.tiles and padded:
+        items += (scratch_item(sizes, padded),)
+    graph = 0 if padding.tiles else padding.tokens  # as many decodes
     columns: dict[str, Iterable[int]] = {}
     token, position, row, counted = [], [], [], []
-    for item in step.items:
+    for item in items:
         running, stop = item.running, item.start + item.count
         known = running.tokens[item.start : stop]
         token += known + [-1] * (item.count - len(known))
@@ -157,17 +178,17 @@ def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:
         answer = len(running.request.prompt_tokens)
         prompt, said = PROMPT * running.repeats, ANSWER * running.counts
         counted += [said if at >= answer else prompt for at in range(item.start, stop)]
-    padding = max(0, graph - len(token))
-    columns["token"] = token + [0] * padding
-    columns["position"] = position + [0] * padding
-    columns["row"] = row + [sizes.rows] * padding
-    columns["counted"] = counted + [0] * padding
+    spare = max(0, graph - len(token))
+    columns["token"] = token + [0] * spare
+    columns["position"] = position + [0] * spare
+    columns["row"] = row + [sizes.rows] * spare
+    columns["counted"] = counted + [0] * spare
 
     columns["entry"] = [_entry(sizes, *change[:3]) for change in step.changes]
     columns["page"] = [page for _, _, _, page in step.changes]
 
-    ends = accumulate(item.count for item in step.items)
-    at = [end - 1 for item, end in zip(step.items, ends, strict=True) if item.draws]
+    ends = accumulate(item.count for item in items)
+    at = [end - 1 for item, end in zip(items, ends, strict=True) if item.draws]
     columns |= _draw_columns(draws, at, sizes, graph)
 
     columns["reset_row"] = [running.row for running in step.fresh if running.counts]
@@ -182,12 +203,13 @@ def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:
 
     begin = step.decodes
     chunks = []
-    for item in step.items[step.decodes :]:
+    for item in items[step.decodes :]:
         chunks.append(Chunk(begin, begin + item.count, item.running.row, item.start + item.count))
         begin += item.count
     for name, field in (("start", "start"), ("stop", "stop"), ("chunk_row", "row"), ("length", "length")):
         columns[name] = [getattr(chunk, field) for chunk in chunks]
     pieces = tiles(tuple(chunks))
+    pieces += [(0, 0, 0, 0)] * (padding.tiles - len(pieces))
     columns["tile"] = [number for piece in pieces for number in piece]
     masked = [(index, item.running) for index, item in enumerate(draws) if item.running.matcher is not None]
     columns["masked_draw"] = [index for index, _ in masked]
@@ -195,7 +217,7 @@ def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:
     samplings = [item.running.request.sampling for item in draws]
     logprobs = [item.running.request.logprobs for item in draws]
     lengths = {
-        "tokens": len(token) + padding,
+        "tokens": len(token) + spare,
         "changes": len(step.changes),
         "draws": max(len(draws), graph),
         "resets": len(list(columns["reset_row"])),
@@ -208,7 +230,7 @@ def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:
     head = Head(
         number=number,
         decodes=max(step.decodes, graph),
-        graph=graph,
+        graph=padding.tokens,
         exact=int(step.exact),
         candidates=int(any(one.top_p < 1 or one.top_k for one in samplings)),
         min_p=int(any(one.min_p > 0 for one in samplings)),
@@ -229,6 +251,7 @@ def encode(step: Step, number: int, sizes: Sizes, graph: int = 0) -> Record:
                 written.add(name)
     for _, running in masked:
         body.frombytes(_allowed(running, sizes))
+    assert not padding.tokens or (head.tokens, head.tiles) == (padding.tokens, padding.tiles), "it does not fit"
     total = HEAD_WORDS + len(body)
     words = array("i", astuple(head)[:-1])
     words.append(total)

@@ -28,15 +28,26 @@ from .routes import Recorder, checked
 from .trace import Trace
 from .wire import Ready
 
-GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # decodes of a step that runs as a CUDA graph
+DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of CUDA graphs
 UNPADDED_SIZES = tuple(range(1, 9))  # where padding would bring experts that nobody needs; each graph takes memory
 CAPTURED_AT_START = (1, 2, 4, 8, 16, 32)
+LEAST_CHUNK_TOKENS = 16  # of a graph of a step with chunks, decodes among them; there are four up to the double
 
 
-def graph_sizes(sequences: int, offloaded: bool = False) -> tuple[int, ...]:
-    """Those of a plan of so many sequences: no step has more, and none is padded to more."""
-    sizes = {*GRAPH_SIZES, *(UNPADDED_SIZES if offloaded else ())}
-    return tuple(sorted({*(size for size in sizes if size < sequences), min(sequences, GRAPH_SIZES[-1])}))
+def decode_sizes(sequences: int, offloaded: bool = False) -> tuple[int, ...]:
+    """Of graphs of decodes, for a plan of so many sequences: no step has more, and none is padded to more."""
+    sizes = {*DECODE_SIZES, *(UNPADDED_SIZES if offloaded else ())}
+    return tuple(sorted({*(size for size in sizes if size < sequences), min(sequences, DECODE_SIZES[-1])}))
+
+
+def chunk_sizes(step_tokens: int, offloaded: bool = False) -> tuple[int, ...]:
+    """Of graphs of steps with chunks: each step fits into one, and none is padded by more than a quarter. Where experts
+    are offloaded there are none: to copy them takes longer than all launches, and padding would want some."""
+    if offloaded:
+        return ()
+    doubled = range(step_tokens.bit_length())
+    sizes = (LEAST_CHUNK_TOKENS * quarters // 4 << times for times in doubled for quarters in range(4, 8))
+    return (*(size for size in sizes if size < step_tokens), step_tokens)
 
 
 @dataclass(frozen=True)
@@ -152,10 +163,13 @@ def start(
             recorder = Recorder(options.record_routing, plan, device)
             ops = recorder.counted(ops)
     in_graphs = plan.kernels == "triton" and not waits and not options.watched
-    sizes = graph_sizes(plan.sequences, plan.offload != "none") if in_graphs else ()
-    engine = Engine(plan, rank, weights, ops, comm, sizes, experts_now, files)
+    elsewhere = plan.offload != "none"
+    sizes = decode_sizes(plan.sequences, elsewhere), chunk_sizes(plan.step_tokens, elsewhere)
+    engine = Engine(plan, rank, weights, ops, comm, sizes if in_graphs else ((), ()), experts_now, files)
     meter.note("kv_bytes", engine.kv_LPCSKD.nbytes)
-    first = [size for size in CAPTURED_AT_START if engine.graphs.size_for(size) == size]
+    first = [one for size in CAPTURED_AT_START if (one := engine.graphs.of_decodes(size)).tokens == size]
+    if (largest := engine.graphs.of_chunks(plan.step_tokens, 1)).tokens:
+        first.append(largest)
     if first:
         try:
             compile_ahead(engine, first)

@@ -124,7 +124,7 @@ def lead(
     times = ready.times
     leader = Leader(
         scheduler_for(engine.plan),
-        Device(launch, engine.graphs.size_for, engine.sizes, ahead=engine.device.type == "cuda"),
+        Device(launch, engine.graphs.of, engine.sizes, ahead=engine.device.type == "cuda"),
         front_ends.send,
         lambda request: refusal(engine.plan, request),
         grammars,

@@ -1,8 +1,8 @@
 """One step's work as the operations see it: which tokens, of which sequences, in which pages.
 
 Each sequence has a row in the page tables for as long as it runs. A step holds decodes (one token of a sequence each)
-and then chunks (many tokens of a sequence). What concerns decodes is on the device alone, so that a CUDA graph of a
-step of decodes holds whatever the sequences; chunks have host numbers too.
+and then chunks (many tokens of a sequence). Fast kernels read all that concerns either on the device alone, so that a
+CUDA graph holds whatever the sequences; for the plain ones the host has its numbers too.
 """
 
 from dataclasses import dataclass
@@ -46,14 +46,18 @@ class Batch:
 
     tokens_T, positions_T, rows_T: int64, each token's id, place in its sequence and row in the page tables. The first
     `decodes` tokens are decodes; `chunks` are the others, in order. tiles_X4: int32 [X, 4], the chunks cut into pieces
-    of at most TILE_TOKENS: first token and end in the step, row, position of the first token. wanted_S: tokens of the
-    step whose logits are wanted, int64; S of them. None: all.
+    of at most TILE_TOKENS: first token and end in the step, row, position of the first token; zeros are none. wanted_S:
+    tokens of the step whose logits are wanted, int64; S of them. None: all.
+
+    decodes_1: how many decodes there are, int32, of a step that has tiles. In a CUDA graph of such steps the host knows
+    no chunks, and `decodes` is the most that there can be.
     """
 
     tokens_T: Tensor
     positions_T: Tensor
     rows_T: Tensor
     decodes: int
+    decodes_1: Tensor
     chunks: tuple[Chunk, ...]
     tiles_X4: Tensor
     pages: dict[LayerKind, PageView]
@@ -67,6 +71,11 @@ def tiles(chunks: tuple[Chunk, ...]) -> list[tuple[int, int, int, int]]:
         for chunk in chunks
         for first in range(chunk.start, chunk.stop, TILE_TOKENS)
     ]
+
+
+def most_tiles(tokens: int, chunks: int) -> int:
+    """That so many tokens of so many chunks can make."""
+    return tokens // TILE_TOKENS + chunks
 
 
 def one_sequence(tokens_T: Tensor, spec: Spec, page_tokens: int) -> Batch:
@@ -90,6 +99,7 @@ def one_sequence(tokens_T: Tensor, spec: Spec, page_tokens: int) -> Batch:
         positions_T=positions_T,
         rows_T=torch.zeros_like(positions_T),
         decodes=0,
+        decodes_1=torch.zeros(1, dtype=torch.int32, device=device),
         chunks=chunks,
         tiles_X4=torch.tensor(tiles(chunks), dtype=torch.int32, device=device),
         pages=views,

@@ -2,7 +2,9 @@
 
 FlashAttention-2 (https://arxiv.org/abs/2307.08691), algorithm 1. The rows of a program's tile are (token, query head)
 pairs of one KV head, token after token, so that a key that is read serves all its query heads. The sink is where the
-running softmax starts: a key that every row has seen, with no value. Knows nothing of decodes.
+running softmax starts: a key that every row has seen, with no value. Nothing about the launch depends on what is on the
+device but how many tiles there may be: those that are none leave at once, and so do splits of few keys. Knows nothing
+of decodes.
 """
 
 import math
@@ -26,7 +28,7 @@ class Tuning:
     block_tokens: int  # keys that it handles at a time
     warps: int
     stages: int  # blocks of keys under way at a time
-    programs: int  # wanted in all: where tiles alone do not make as many, the keys are split, too
+    programs: int  # wanted in all: where full tiles alone do not make as many, the keys are split, too
     least_keys: int  # of a split
 
 
@@ -38,16 +40,16 @@ def attend_chunks(
     q_TND: Tensor, kv_PCSKD: Tensor, sinks_N: Tensor, batch: Batch, pages: PageView, out_TND: Tensor, tuning: Tuning
 ) -> None:
     """Attention of the tokens of batch.chunks, into out_TND. Arguments as in attention.attend."""
-    _, heads, head_dim = q_TND.shape
+    tokens, heads, head_dim = q_TND.shape
     kv_PCSKD = as_stored(kv_PCSKD)
     page_tokens, kv_heads = kv_PCSKD.shape[2:4]
     group = heads // kv_heads
     group_rows = 1 << (group - 1).bit_length()  # a power of two
     rows = min(max(tuning.rows, group_rows), TILE_TOKENS * group_rows)
     slices = TILE_TOKENS * group_rows // rows
-    programs = len(batch.tiles_X4) * slices * kv_heads
-    longest = max(chunk.length for chunk in batch.chunks)
-    splits = max(1, min(tuning.programs // programs, longest // tuning.least_keys))
+    programs = -(-tokens // TILE_TOKENS) * slices * kv_heads
+    most_keys = pages.table_RP.shape[1] * page_tokens if pages.window_tokens is None else pages.window_tokens
+    splits = max(1, min(tuning.programs // programs, most_keys // tuning.least_keys))
     mixed_TNSD, stats_TNS2 = parts(out_TND, splits)
     factor = stored_factor(kv_PCSKD)
     _attend_tiles[(len(batch.tiles_X4) * slices, kv_heads, splits)](
@@ -60,6 +62,7 @@ def attend_chunks(
         mixed_TNSD,
         stats_TNS2,
         pages.table_RP.shape[1],
+        tuning.least_keys,
         head_dim**-0.5 * factor * math.log2(math.e),
         factor,
         **constants(
@@ -78,12 +81,11 @@ def attend_chunks(
         ),
     )
     if splits > 1:
-        first = batch.decodes
-        merge(mixed_TNSD[first:], stats_TNS2[first:], out_TND[first:], factor)
+        merge(mixed_TNSD, stats_TNS2, out_TND, batch.decodes_1, factor)
 
 
 @triton.jit(
-    do_not_specialize=["width", "scale", "factor"],
+    do_not_specialize=["width", "least_keys", "scale", "factor"],
     do_not_specialize_on_alignment=["table", "tiles"],
 )
 def _attend_tiles(
@@ -96,6 +98,7 @@ def _attend_tiles(
     mixed,
     stats,
     width,
+    least_keys,
     scale,
     factor,
     KV_HEADS: tl.constexpr,
@@ -138,7 +141,7 @@ def _attend_tiles(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(low - WINDOW + 1, 0)
-    share = tl.cdiv(tl.cdiv(high - begin, BLOCK), splits) * BLOCK
+    share = tl.cdiv(tl.maximum(tl.cdiv(high - begin, splits), least_keys), BLOCK) * BLOCK
     begin += split * share
     high = tl.minimum(begin + share, high)
     if WINDOW == 0:

@@ -2,7 +2,8 @@
 
 A sequence's keys are split over programs, each with all the query heads of one KV head; a second kernel joins what they
 found. Nothing about the launch depends on what is on the device: each sequence shares its own length out over the
-splits, and those that get nothing leave at once. Knows nothing of chunks.
+splits, and those that get nothing leave at once. In a step that has chunks too, how many decodes there are is on the
+device as well, and programs enough for any number find out what they are for.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -45,22 +46,26 @@ WINDOW = Tuning(block_tokens=128, programs=1, most_splits=1, share_per_program=1
 def attend_decodes(
     q_TND: Tensor, kv_PCSKD: Tensor, sinks_N: Tensor, batch: Batch, pages: PageView, out_TND: Tensor, tuning: Tuning
 ) -> None:
-    """Attention of the first batch.decodes tokens, into out_TND. Arguments as in attention.attend."""
+    """Attention of the first batch.decodes tokens, or decodes_1 of them, into out_TND. Arguments as in
+    attention.attend."""
     decodes, heads, head_dim = batch.decodes, q_TND.shape[1], q_TND.shape[2]
     kv_PCSKD = as_stored(kv_PCSKD)
     page_tokens, kv_heads = kv_PCSKD.shape[2:4]
     group = heads // kv_heads
     width = pages.table_RP.shape[1]
     most_keys = width * page_tokens if pages.window_tokens is None else pages.window_tokens
-    splits = min(
-        tuning.most_splits,
-        -(-tuning.programs // (decodes * kv_heads)),
-        -(-most_keys // tuning.block_tokens),
-    )
+    counted = len(batch.tiles_X4) > 0
+    most_splits = min(tuning.most_splits, -(-most_keys // tuning.block_tokens))
+    splits = min(most_splits, -(-tuning.programs // (decodes * kv_heads)))
+    grid = decodes, kv_heads, splits
+    if counted:  # `_shares` of however many: most_splits each, or no more than this together
+        places = min(decodes * most_splits, -(-tuning.programs // kv_heads) + decodes)
+        grid, splits = (places, kv_heads), -(-places // decodes)
+    shares = tuning.programs, most_splits, tuning.share_per_program
     least_keys = tuning.share_per_program * decodes * kv_heads
     factor = stored_factor(kv_PCSKD)
     mixed_TNSD, stats_TNS2 = parts(out_TND[:decodes], splits)
-    _decode[(decodes, kv_heads, splits)](
+    _decode[grid](
         q_TND,
         kv_PCSKD,
         sinks_N,
@@ -70,6 +75,8 @@ def attend_decodes(
         out_TND,
         mixed_TNSD,
         stats_TNS2,
+        batch.decodes_1,
+        *shares,
         width,
         least_keys,
         head_dim**-0.5 * factor * math.log2(math.e),
@@ -83,7 +90,8 @@ def attend_decodes(
             WINDOW=pages.window_tokens or 0,
             BLOCK=tuning.block_tokens,
             SPLIT=splits > 1,
-            EARLY=early(q_TND),
+            COUNTED=counted,
+            EARLY=early(q_TND) and not counted,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         ),
@@ -94,15 +102,19 @@ def attend_decodes(
             stats_TNS2,
             batch.positions_T,
             out_TND,
+            batch.decodes_1,
+            *shares,
             splits,
             least_keys,
             factor,
             **constants(
+                KV_HEADS=kv_heads,
                 HEAD_DIM=head_dim,
                 WINDOW=pages.window_tokens or 0,
                 BLOCK=tuning.block_tokens,
                 TOGETHER=tuning.together,
-                EARLY=early(q_TND),
+                COUNTED=counted,
+                EARLY=early(q_TND) and not counted,
                 num_warps=JOIN_WARPS,
             ),
         )
@@ -138,25 +150,45 @@ def _span(length, splits, least_keys, WINDOW: tl.constexpr, BLOCK: tl.constexpr)
     return begin, tl.cdiv(tl.maximum(tl.cdiv(length - begin, splits), least_keys), BLOCK) * BLOCK
 
 
-@triton.jit(do_not_specialize=["splits", "least_keys", "factor"], do_not_specialize_on_alignment=["positions", "stats"])
+@triton.jit
+def _shares(decodes, programs, most_splits, share_per_program, KV_HEADS: tl.constexpr):
+    """(splits of each of so many sequences, the least keys of one): as `attend_decodes` works them out."""
+    return tl.minimum(tl.cdiv(programs, decodes * KV_HEADS), most_splits), share_per_program * decodes * KV_HEADS
+
+
+@triton.jit(
+    do_not_specialize=["programs", "most_splits", "share_per_program", "splits", "least_keys", "factor"],
+    do_not_specialize_on_alignment=["positions", "stats", "count"],
+)
 def _join(
     mixed,
     stats,
     positions,
     out,
+    count,
+    programs,
+    most_splits,
+    share_per_program,
     splits,
     least_keys,
     factor,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A row of out from its parts, all loads of TOGETHER of them in flight together."""
     if EARLY:
         gdc_launch_dependents()
     token = tl.program_id(0)
+    if COUNTED:
+        decodes = tl.load(count)
+        if token >= decodes:
+            return
+        splits, least_keys = _shares(decodes, programs, most_splits, share_per_program, KV_HEADS)
     length = tl.load(positions + token).to(tl.int32) + 1
     begin, share = _span(length, splits, least_keys, WINDOW, BLOCK)
     live = tl.cdiv(length - begin, share)
@@ -178,8 +210,8 @@ def _join(
 
 
 @triton.jit(
-    do_not_specialize=["width", "least_keys", "scale", "factor"],
-    do_not_specialize_on_alignment=["table", "rows", "positions"],
+    do_not_specialize=["programs", "most_splits", "share_per_program", "width", "least_keys", "scale", "factor"],
+    do_not_specialize_on_alignment=["table", "rows", "positions", "count"],
 )
 def _decode(
     q,
@@ -191,6 +223,10 @@ def _decode(
     out,
     mixed,
     stats,
+    count,
+    programs,
+    most_splits,
+    share_per_program,
     width,
     least_keys,
     scale,
@@ -203,13 +239,23 @@ def _decode(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """COUNTED: not EARLY, as of none all programs would leave before they have waited."""
     VALUES: tl.constexpr = PAGE_TOKENS * KV_HEADS * HEAD_DIM  # from a key to its value
     if EARLY:
         gdc_launch_dependents()
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
+    if COUNTED:
+        decodes = tl.load(count)
+        if decodes == 0:
+            return
+        splits, least_keys = _shares(decodes, programs, most_splits, share_per_program, KV_HEADS)
+        token, split = tl.program_id(0) % decodes, tl.program_id(0) // decodes
+        if split >= splits:
+            return
     length = tl.load(positions + token).to(tl.int32) + 1
     begin, share = _span(length, splits, least_keys, WINDOW, BLOCK)
     first = begin + split * share

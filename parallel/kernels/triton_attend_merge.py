@@ -26,13 +26,14 @@ def parts(out_TND: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     return mixed_TNSD, torch.empty((tokens, heads, splits, 2), dtype=torch.float32, device=out_TND.device)
 
 
-def merge(mixed_TNSD: Tensor, stats_TNS2: Tensor, out_TND: Tensor, factor: float) -> None:
-    """The rows of out from their parts. factor: what values have to be multiplied by."""
+def merge(mixed_TNSD: Tensor, stats_TNS2: Tensor, out_TND: Tensor, first_1: Tensor, factor: float) -> None:
+    """The rows of out from their parts, from the first_1-th token on. factor: what values have to be multiplied by."""
     tokens, heads, splits, head_dim = mixed_TNSD.shape
     _merge[(tokens, heads)](
         mixed_TNSD,
         stats_TNS2,
         out_TND,
+        first_1,
         splits,
         factor,
         **constants(HEAD_DIM=head_dim, TOGETHER=TOGETHER, EARLY=early(out_TND), num_warps=WARPS),
@@ -58,11 +59,15 @@ def with_parts(tops, totals, mixed, top, total, acc):
     return higher, total * fade + tl.sum(weights * totals, 0), acc * fade + tl.sum(mixed * weights[:, None], 0)
 
 
-@triton.jit(do_not_specialize=["splits", "factor"], do_not_specialize_on_alignment=["stats"])
-def _merge(mixed, stats, out, splits, factor, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr):
+@triton.jit(do_not_specialize=["splits", "factor"], do_not_specialize_on_alignment=["stats", "first"])
+def _merge(
+    mixed, stats, out, first, splits, factor, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr
+):
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
+    if tl.program_id(0) < tl.load(first):
+        return
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     dim = tl.arange(0, HEAD_DIM)
     top = tl.load(stats + row * splits * 2)

@@ -22,7 +22,7 @@ def attend(q_TND: Tensor, kv_PCSKD: Tensor, sinks_N: Tensor, batch: Batch, pages
     if batch.decodes:
         tuning = decodes.FULL if full else decodes.WINDOW
         decodes.attend_decodes(q_TND, kv_PCSKD, sinks_N, batch, pages, out_TND, tuning)
-    if batch.chunks:
+    if len(batch.tiles_X4):
         tuning = chunks.FULL if full else chunks.WINDOW
         chunks.attend_chunks(q_TND, kv_PCSKD, sinks_N, batch, pages, out_TND, tuning)
     return out_TND.flatten(1)

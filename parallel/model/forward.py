@@ -1,4 +1,4 @@
-"""The forward pass for serving: one step of tokens in, rows of logits out.
+"""The forward pass for serving, up to the head: one step of tokens in, rows of hidden states out.
 
 Reads top to bottom. Every rank runs the same lines on its own share of the weights; what each holds is added up once a
 half-layer. Knows nothing of requests or of how pages were handed out.
@@ -17,26 +17,6 @@ from .comm import Comm
 from .weights import Layer, Weights
 
 
-def forward(
-    spec: Spec,
-    weights: Weights,
-    ops: Operations,
-    comm: Comm,
-    frequencies: Tensor,
-    kv_LPCSKD: Tensor,
-    batch: Batch,
-    residual_dtype: torch.dtype,
-) -> Tensor:
-    """Logits [S, V] of the rows in batch.wanted_S, over the vocabulary rows held here, in the plan's dtype.
-
-    frequencies: rope.inverse_frequencies(spec) on the device. kv_LPCSKD: the pool [layers of a kind, pages, 2,
-    page_tokens, K, D]; window layer i and full layer i share index i of dim 0, their pages never overlap. Written in
-    place.
-    """
-    same = spec, weights, weights.layers, ops, comm, frequencies, kv_LPCSKD, batch, residual_dtype
-    return ops.linear(hidden_states(*same), weights.head_VH)
-
-
 def hidden_states(
     spec: Spec,
     weights: Weights,
@@ -48,7 +28,13 @@ def hidden_states(
     batch: Batch,
     residual_dtype: torch.dtype,
 ) -> Tensor:
-    """What `forward` multiplies the head with, [S, H]. layers: in place of those of weights."""
+    """What the head is multiplied with, [S, H] in the plan's dtype, of the rows in batch.wanted_S. layers: those of
+    `weights`, or others in their place.
+
+    frequencies: rope.inverse_frequencies(spec) on the device. kv_LPCSKD: the pool [layers of a kind, pages, 2,
+    page_tokens, K, D]; window layer i and full layer i share index i of dim 0, their pages never overlap. Written in
+    place.
+    """
     dtype = weights.embed_VH.dtype
     embedded_TH, turn = ops.embed(
         batch.tokens_T, batch.positions_T, weights.embed_VH, weights.first_token, frequencies, concentration(spec)

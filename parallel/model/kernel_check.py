@@ -182,6 +182,7 @@ def _sequences(
         positions_T=torch.cat(positions).to(random.device),
         rows_T=rows.to(random.device),
         decodes=len(decodes),
+        decodes_1=torch.tensor([len(decodes)], dtype=torch.int32, device=random.device),
         chunks=cut,
         tiles_X4=torch.tensor(tiles(cut), dtype=torch.int32).view(-1, 4).to(random.device),
         pages={},

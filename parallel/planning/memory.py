@@ -37,7 +37,7 @@ PROCESS: dict[Device, ProcessCost] = {
     "cpu": ProcessCost(context_bytes=0, nccl_bytes=0, host_bytes=1 << 30),
 }
 
-GRAPHS_BYTES = 192 << 20  # those that are captured at the start: 182 MiB on an H200 for 20b
+DECODE_GRAPHS_BYTES = 192 << 20  # those that are captured at the start: 182 MiB on an H200 for 20b
 SYMMETRIC_BUFFERS = 1  # of a whole step's hidden states
 FLAGGED_BYTES = 2 << 20  # besides, for messages with flags
 INSIDE_BYTES = 1 << 20  # and for those inside two products: of 4,096 values each among eight ranks
@@ -129,23 +129,38 @@ def workspace_bytes(
     """Most bytes that live during a step besides weights and KV.
 
     What is kept for each sequence, with Triton's kernels the workspace of cuBLAS, and, times the allocator's slack, the
-    larger of two steps: T tokens of prompts, whose hidden states live beside the largest of (attention, experts, norm);
-    and a token of every sequence, beside the head. For the plain operations in kernels/:
+    larger of two steps: T tokens of prompts (`prompt_bytes`), and a token of every sequence, beside the head: logits of
+    every sequence, again in fp32 where penalties or masks change them, and a tile of the draw. Where the rest has 8
+    bits, COMPARED_BYTES besides.
+    """
+    element, here = DTYPE_BYTES[dtype], _widths(spec, mesh, rank)
+    draw = here.vocab * DRAW_ELEMENT_BYTES[dtype == "fp64"]
+    head = room.sequences * here.vocab * (element + WIDE_BYTES)
+    head += max(draw, min(DRAW_LIMIT_BYTES, room.sequences * draw))
+    prompts = prompt_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room)
+    passing = max(prompts, room.sequences * spec.hidden * _lasting_bytes(dtype, residual_dtype) + head)
+    slack = 1.0 if kernels == "triton" else ALLOCATOR_SLACK
+    cublas = CUBLAS_BYTES if kernels == "triton" else 0
+    unpacked = COMPARED_BYTES if kept in ("fp8", "int8") else 0
+    return rows_bytes(spec, mesh, rank, room) + cublas + unpacked + ceil(passing * slack)
+
+
+def prompt_bytes(
+    spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dtype: DType, kernels: Kernels, room: Room
+) -> int:
+    """Most bytes that live during a step of T = step_tokens tokens of prompts, of C context_tokens: hidden states, H
+    wide, beside the largest of (attention, experts, norm). For the plain operations in kernels/:
       hidden     T x H x (2 residual + HIDDEN_COPIES x compute)
       attention  SCORE_TILES x min(limit, heads x T x C x fp32), keys and values of C tokens, q, k, v of T tokens
       experts    one expert's larger matrix (gate_up) DEQUANTIZED_COPIES times, its bytes as indexes, T rows inside
       norm       WIDE_HIDDEN_COPIES x T x H x fp32
-      head       logits of every sequence, again in fp32 where penalties or masks change them, and a tile of the draw
-    with T step_tokens, C context_tokens, H hidden. The CPU's own experts take less, but where they cannot be compiled
-    the plain ones stand in for them. Triton's kernels keep no scores and no dequantized weights:
+    The CPU's own experts take less, but where they cannot be compiled the plain ones stand in for them. Triton's
+    kernels keep no scores and no dequantized weights:
       attention  q, k, v of T tokens, attention's output
       experts    rows in their order, and for each chosen expert of a token what is inside and its output
-    Where the rest has 8 bits, COMPARED_BYTES besides.
     """
-    element, residual = DTYPE_BYTES[dtype], DTYPE_BYTES[residual_dtype]
-    context_tokens, step_tokens = room.context_tokens, room.step_tokens
+    element, step_tokens, context_tokens = DTYPE_BYTES[dtype], room.step_tokens, room.context_tokens
     here, rows = _widths(spec, mesh, rank), step_tokens * spec.hidden
-    lasting = 2 * residual + HIDDEN_COPIES * element  # of a hidden state
     scores = here.q // spec.head_dim * step_tokens * context_tokens * WIDE_BYTES
     attention = (
         SCORE_TILES * min(SCORES_LIMIT_BYTES, scores)
@@ -166,15 +181,23 @@ def workspace_bytes(
         pairs = step_tokens * spec.experts_per_token
         experts = (rows + pairs * (here.gate_up // 2 + spec.hidden)) * element
         norm = 0
-    draw = here.vocab * DRAW_ELEMENT_BYTES[dtype == "fp64"]
-    head = room.sequences * here.vocab * (element + WIDE_BYTES)
-    head += max(draw, min(DRAW_LIMIT_BYTES, room.sequences * draw))
-    prompts = rows * lasting + max(attention, experts, norm)
-    passing = max(prompts, room.sequences * spec.hidden * lasting + head)
-    slack = 1.0 if kernels == "triton" else ALLOCATOR_SLACK
-    cublas = CUBLAS_BYTES if kernels == "triton" else 0
-    unpacked = COMPARED_BYTES if kept in ("fp8", "int8") else 0
-    return rows_bytes(spec, mesh, rank, room) + cublas + unpacked + ceil(passing * slack)
+    return rows * _lasting_bytes(dtype, residual_dtype) + max(attention, experts, norm)
+
+
+def _lasting_bytes(dtype: DType, residual_dtype: DType) -> int:
+    """Of one number of a hidden state."""
+    return 2 * DTYPE_BYTES[residual_dtype] + HIDDEN_COPIES * DTYPE_BYTES[dtype]
+
+
+def graphs_bytes(
+    spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dtype: DType, kernels: Kernels, room: Room
+) -> int:
+    """Of CUDA graphs of steps: those of decodes, and with prompts what the largest needs, and the hidden states that it
+    ends with. Beside the workspace, as a graph's memory is its own."""
+    if kernels != "triton":
+        return 0
+    hidden = room.step_tokens * spec.hidden * DTYPE_BYTES[dtype]
+    return DECODE_GRAPHS_BYTES + prompt_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room) + hidden
 
 
 def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, step_tokens: int) -> int:
@@ -211,7 +234,7 @@ def rank_memory(
         weights_bytes=weights_bytes(spec, mesh, rank, dtype, kept),
         kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, room.page_tokens),
         workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room, kept),
-        graphs_bytes=GRAPHS_BYTES if kernels == "triton" else 0,
+        graphs_bytes=graphs_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room),
         communication_bytes=communication_bytes(spec, mesh, device, dtype, room.step_tokens),
         context_bytes=PROCESS[device].context_bytes,
         host_bytes=PROCESS[device].host_bytes,

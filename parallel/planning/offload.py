@@ -15,7 +15,7 @@ from .choice import Asked
 from .estimate import LAYER_S, bandwidth, read_bytes, unpacked_bytes
 from .layouts import PAGE_TOKENS, Place, context_choices, memories
 from .machine import Speeds
-from .memory import PROCESS, Room, stored_element_bytes
+from .memory import DECODE_GRAPHS_BYTES, PROCESS, Room, stored_element_bytes
 from .placement import Routing
 from .plan import DType, Misses, RankMemory, Way
 from .shards import Mesh, table
@@ -100,14 +100,14 @@ def _besides_bytes(spec: Spec, place: Place, misses: Misses) -> int:
 def without_slots_bytes(spec: Spec, place: Place, misses: Misses, row: RankMemory) -> int:
     """On the device of a rank that keeps no experts there. row: of one that keeps all."""
     experts = spec.layers * spec.experts * expert_bytes(spec, place.dtype)
-    graphs_bytes = row.graphs_bytes - _graphs_bytes(place, misses, row)
+    graphs_bytes = row.graphs_bytes - _graphs_bytes(place, misses)
     return row.device_bytes - graphs_bytes - experts + _besides_bytes(spec, place, misses)
 
 
-def _graphs_bytes(place: Place, misses: Misses, row: RankMemory) -> int:
-    """Of CUDA graphs, where the host is not asked in the middle of a step (`offload.fetched`); kept free where that is
-    known only later."""
-    return row.graphs_bytes if misses == "copied" and place.kernels == "triton" else 0
+def _graphs_bytes(place: Place, misses: Misses) -> int:
+    """Of CUDA graphs of decodes, where the host is not asked in the middle of a step (`offload.fetched`); kept free
+    where that is known only later. There are none of prompts."""
+    return DECODE_GRAPHS_BYTES if misses == "copied" and place.kernels == "triton" else 0
 
 
 @cache
@@ -176,7 +176,7 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
             row,
             weights_bytes=row.weights_bytes - spec.layers * spec.experts * one + experts_here,
             workspace_bytes=row.workspace_bytes + _besides_bytes(spec, place, misses),
-            graphs_bytes=_graphs_bytes(place, misses, row),
+            graphs_bytes=_graphs_bytes(place, misses),
             host_bytes=row.host_bytes + way.host_bytes,
         )
         yield Found(way, room, memory)

@@ -52,7 +52,7 @@ class RankMemory:
     weights_bytes: int
     kv_bytes: int
     workspace_bytes: int
-    graphs_bytes: int  # CUDA graphs of decode steps
+    graphs_bytes: int  # CUDA graphs
     communication_bytes: int  # NCCL and the buffers of symmetric memory; 0 for a replica of one rank
     context_bytes: int  # CUDA context, loaded kernels, cuBLAS workspace
     host_bytes: int

@@ -15,7 +15,7 @@ from ..kernels import PLAIN
 from ..kernels.batch import one_sequence
 from ..kernels.rope import inverse_frequencies
 from ..model.comm import Alone
-from ..model.forward import forward
+from ..model.forward import hidden_states
 from ..model.weights import Weights
 from ..planning.pages import layers_per_page
 from ..planning.spec import Spec
@@ -42,7 +42,9 @@ def serving_logits(spec: Spec, weights: Weights, tokens_T: Tensor, residual_dtyp
         device=device,
     )
     frequencies = inverse_frequencies(spec).to(device)
-    return forward(spec, weights, PLAIN, Alone(), frequencies, kv_LPCSKD, batch, residual_dtype)
+    where = frequencies, kv_LPCSKD, batch, residual_dtype
+    x_TH = hidden_states(spec, weights, weights.layers, PLAIN, Alone(), *where)
+    return PLAIN.linear(x_TH, weights.head_VH)
 
 
 def first_document(samples: Sequence[Sample], device: torch.device) -> Pack:

@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, engine: Engine) -> None:
         self.came_s: dict[str, list[float]] = {}
-        device = Device(engine.launch, engine.graphs.size_for, engine.sizes, ahead=True)
+        device = Device(engine.launch, engine.graphs.of, engine.sizes, ahead=True)
         plan = engine.plan
         grammars = grammars_of(plan.checkpoint, plan.spec.vocab)
         self.leader = Leader(scheduler_for(plan), device, self._take, lambda one: refusal(plan, one), grammars)

@@ -141,7 +141,8 @@ def batch_of(decodes: int, chunk: int, context: int, others: int) -> Batch:
     rows = torch.zeros(chunk, dtype=torch.int64) if chunk else torch.arange(decodes)
     tiles_X4 = torch.tensor(tiles(chunks), dtype=torch.int32).view(-1, 4)
     nothing = torch.zeros(0, dtype=torch.int64)
-    return Batch(nothing, positions.cuda(), rows.cuda(), decodes, chunks, tiles_X4.cuda(), {}, nothing)
+    count = torch.tensor([decodes], dtype=torch.int32, device="cuda")
+    return Batch(nothing, positions.cuda(), rows.cuda(), decodes, count, chunks, tiles_X4.cuda(), {}, nothing)
 
 
 def attend_case(

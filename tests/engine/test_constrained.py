@@ -100,7 +100,7 @@ class Loop:
         self.began: list[Running] = []
         self.engine = plain_engine(plan or plain_plan(TINY, "fp32", sequences=4))
         self.sent: dict[str, list[Token | Refused | Done]] = {}
-        device = Device(self.engine.launch, self.engine.graphs.size_for, self.engine.sizes, ahead)
+        device = Device(self.engine.launch, self.engine.graphs.of, self.engine.sizes, ahead)
         self.scheduler = scheduler_for(self.engine.plan)
         if pages is not None:
             self.scheduler.cache = Cache(Pool(pages), SPEC, self.engine.plan.page_tokens)

@@ -13,7 +13,7 @@ from gptoss_launch.parallel.engine.leader import Device, Leader
 from gptoss_launch.parallel.engine.measure import EVERYTHING, decode_step, scratch_step
 from gptoss_launch.parallel.engine.record import Record
 from gptoss_launch.parallel.engine.request import Request, Sampling
-from gptoss_launch.parallel.engine.start import GRAPH_SIZES, graph_sizes
+from gptoss_launch.parallel.engine.start import DECODE_SIZES, decode_sizes
 from gptoss_launch.parallel.engine.wire import Generate, Refused, Tokens
 from gptoss_launch.parallel.engine.worker import launch_step
 from gptoss_launch.parallel.kernels import PLAIN, sample
@@ -114,7 +114,7 @@ def test_no_memory_for_a_step_ends_its_requests_and_not_the_engine(
     engine, sent = plain_engine(plain_plan(TINY)), []
     request = Request("a", tuple(prompt(SPECS["tiny"], 40)), 6, Sampling(temperature=0.0))
     wanted = answers(plain_engine(plain_plan(TINY)), [request])["a"]
-    device = Device(lambda record: launch_step(engine, record), engine.graphs.size_for, engine.sizes, ahead=False)
+    device = Device(lambda record: launch_step(engine, record), engine.graphs.of, engine.sizes, ahead=False)
     matchers = grammars_of(str(TINY), SPECS["tiny"].vocab)
     leader = Leader(
         scheduler_for(engine.plan), device, lambda _, message: sent.append(message), lambda _: None, matchers
@@ -154,10 +154,10 @@ def test_others_would_wait_where_one_rank_of_several_has_no_memory(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("sequences", "sizes"), [(1, (1,)), (4, (1, 2, 4)), (6, (1, 2, 4, 6)), (256, GRAPH_SIZES), (300, GRAPH_SIZES)]
+    ("sequences", "sizes"), [(1, (1,)), (4, (1, 2, 4)), (6, (1, 2, 4, 6)), (256, DECODE_SIZES), (300, DECODE_SIZES)]
 )
 def test_no_graph_is_larger_than_the_plan(sequences: int, sizes: tuple[int, ...]) -> None:
-    assert graph_sizes(sequences) == sizes
+    assert decode_sizes(sequences) == sizes
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from forced import answers, refusals
 from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.engine.measure import capture, compile_ahead, warm_up
-from gptoss_launch.parallel.engine.record import encode
+from gptoss_launch.parallel.engine.record import Padding, Record, encode, places
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.schedule import Item, Running, Step
+from gptoss_launch.parallel.engine.start import chunk_sizes
 from gptoss_launch.parallel.kernels.choose import triton_operations
 from gptoss_launch.parallel.model.random_checkpoint import write_checkpoint
 from gptoss_launch.parallel.planning.plan import KvDType
@@ -36,13 +38,14 @@ def engine(
     graphs: tuple[int, ...],
     kv_dtype: KvDType = "bf16",
     *,
+    chunks: Sequence[int] = (),
     sequences: int = 8,
     context_tokens: int = 2048,
     step_tokens: int = 512,
 ) -> Engine:
     plan = plain_plan(folder, "bf16", context_tokens, step_tokens, "cuda", sequences)
     plan = dataclasses.replace(plan, kernels="triton", kv_tokens=sequences * context_tokens, kv_dtype=kv_dtype)
-    return plain_engine(plan, triton_operations(), graphs)
+    return plain_engine(plan, triton_operations(), graphs, chunks)
 
 
 def requests(count: int, sampling: Sampling, prompt_tokens: int = 200) -> list[Request]:
@@ -67,11 +70,17 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("count", [1, 4, 8])
 def test_graphs_give_the_same_tokens(folder: Path, way: str, count: int) -> None:
-    """The same operations on the same numbers: no token may differ. As many requests as a graph holds, all of one
-    length, so that no step is padded: padding may take other kernels."""
+    """The same operations on the same numbers: no token may differ. As many requests as a graph of decodes holds, all
+    of one length, and graphs of chunks for any size, so that no step is padded: padding may take other kernels."""
     asked = requests(count, WAYS[way])
-    graphs, eager = engine(folder, (1, 4, 8)), engine(folder, ())
+    graphs, eager = engine(folder, (1, 4, 8), chunks=range(16, 513)), engine(folder, ())
+    records: list[Record] = []
+    launch = graphs.launch
+    graphs.launch = lambda record: (records.append(record), launch(record))[1]
     assert answers(graphs, asked, ahead=True) == answers(eager, asked)
+    prompts = [one for one in records if one.head.chunks]
+    assert prompts and all(one.head.graph == one.head.tokens for one in prompts)
+    assert not any(graphs.sizes.rows in one.words[places(one.head)["row"]].tolist() for one in prompts)
 
 
 def test_a_step_that_draws_nothing_is_waited_for(folder: Path) -> None:
@@ -103,15 +112,16 @@ def test_kernels_compiled_ahead_are_those_that_steps_take(folder: Path, monkeypa
     import triton
 
     asked = requests(4, WAYS["drawn"])
-    usual, ahead = engine(folder, (1, 4, 8)), engine(folder, (1, 4, 8))
+    usual, ahead = (engine(folder, (1, 4, 8), chunks=(64, 512)) for _ in range(2))
+    first = [*(Padding(size) for size in (1, 4, 8)), ahead.graphs.of_chunks(512, 1)]
     forget_kernels()
-    compile_ahead(ahead, (1, 4, 8))
+    compile_ahead(ahead, first)
     sought: list[str] = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **facts: sought.append(fn.name)
     )  # called where a launch finds no kernel in the process
     warm_up(ahead)
-    capture(ahead, (1, 4, 8))
+    capture(ahead, first)
     assert sought == []
     assert answers(ahead, asked, ahead=True) == answers(usual, asked, ahead=True)
 
@@ -120,8 +130,9 @@ def test_kernels_compiled_ahead_are_those_that_steps_take(folder: Path, monkeypa
 def test_graphs_give_the_same_numbers_at_every_context(folder: Path, context: int, count: int) -> None:
     """Log probabilities too. All prompts are one step, so that all decodes are together from the first to the last."""
     asked = [dataclasses.replace(one, max_tokens=12, logprobs=3) for one in requests(count, Sampling(), context)]
-    room = {"sequences": count, "context_tokens": context + 16, "step_tokens": context * count}
-    graphs, eager = engine(folder, (count,), **room), engine(folder, (), **room)
+    step = context * count
+    room = {"sequences": count, "context_tokens": max(context + 16, step), "step_tokens": step}
+    graphs, eager = engine(folder, (count,), chunks=(step,), **room), engine(folder, (), **room)
     found = answers(graphs, asked, ahead=True)
     assert found == answers(eager, asked)
     assert {len(tokens) for tokens in found.values()} == {12}
@@ -129,13 +140,13 @@ def test_graphs_give_the_same_numbers_at_every_context(folder: Path, context: in
 
 def test_a_repeated_run_gives_the_same_bits(folder: Path) -> None:
     """Prompts of many lengths, more of them than run at a time, in padded graphs."""
-    here = engine(folder, (1, 2, 4, 8))
+    here = engine(folder, (1, 2, 4, 8), chunks=chunk_sizes(512))
     asked = [
         Request(f"{i}", tuple(prompt(SPEC, 30 + 97 * i, seed=i)), 10 + 7 * i, Sampling(seed=i), logprobs=3)
         for i in range(12)
     ]
     first = answers(here, asked, ahead=True)
-    again = engine(folder, (1, 2, 4, 8))
+    again = engine(folder, (1, 2, 4, 8), chunks=chunk_sizes(512))
     assert first == answers(again, asked, ahead=True)
     assert {name: len(tokens) for name, tokens in first.items()} == {f"{i}": 10 + 7 * i for i in range(12)}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from gptoss_launch.parallel.engine.lockstep import HEAD_WORDS, Ring
-from gptoss_launch.parallel.engine.record import LAST_NUMBER, RING_STEPS, Record, Sizes, after, encode, read
+from gptoss_launch.parallel.engine.record import LAST_NUMBER, RING_STEPS, Padding, Record, Sizes, after, encode, read
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.schedule import Item, Running, Step
 
@@ -76,7 +76,7 @@ def test_numbers_begin_again_before_a_word_is_full(tmp_path: Path) -> None:
     for _ in range(3):
         numbers.append(after(numbers[-1]))
     for number in numbers:
-        ring.publish(encode(step, number, SIZES, graph=1))
+        ring.publish(encode(step, number, SIZES, Padding(1)))
     assert [ring.wait(number).head.number for number in numbers] == [LAST_NUMBER - 1, LAST_NUMBER, 1, 2]
     assert {number % RING_STEPS for number in numbers} == set(range(RING_STEPS)) and after(0) == 1
 

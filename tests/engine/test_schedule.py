@@ -8,14 +8,17 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import pytest
 from fake_device import EveryThird, FakeDevice, alone, matcher_of
+from gptoss_launch.parallel.engine.graphs import Graphs
 from gptoss_launch.parallel.engine.leader import Device, Launched, Leader, StepError
 from gptoss_launch.parallel.engine.pages import DROPPED, Cache, Pool
 from gptoss_launch.parallel.engine.record import LAST_NUMBER, Record, Sizes
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.schedule import Limits, Matcher, Scheduler
+from gptoss_launch.parallel.engine.start import chunk_sizes
 from gptoss_launch.parallel.engine.wire import Cancel, Done, Generate, Message, Refused, Stats, Tokens
 from gptoss_launch.parallel.planning.pages import full_pages, window_pages
 from gptoss_launch.parallel.planning.spec import PUBLISHED, Spec, alternating_kinds
@@ -112,6 +115,10 @@ class Slow:
         self.failure = "it is used after its end"
 
 
+def _nothing(*_: object) -> NoReturn:
+    raise AssertionError("no graph runs here")
+
+
 class Simulation:
     def __init__(self, world: World) -> None:
         self.world = world
@@ -130,10 +137,11 @@ class Simulation:
         self.device = FakeDevice(sizes, world.window_tokens, lambda: self.random.random() < world.void_share)
         cache = Cache(Pool(world.pages), world.spec, world.page_tokens)
         self.scheduler = Scheduler(cache, Limits(world.rows, sizes.step_tokens, sizes.changes, sizes.most_biased))
-        graphs = (1, 2, 4) if world.ahead else ()
+        sized = ((1, 2, 4), chunk_sizes(sizes.step_tokens)) if world.ahead else ((), ())
+        graphs = Graphs(*sized, sizes.rows, run=_nothing)
         self.leader = Leader(
             self.scheduler,
-            Device(self._launch, lambda decodes: next((g for g in graphs if g >= decodes), 0), sizes, world.ahead),
+            Device(self._launch, graphs.of, sizes, world.ahead),
             self._send,
             self._refusal,
             self,

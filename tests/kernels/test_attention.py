@@ -4,6 +4,7 @@ The plain version itself is held against two oracles in tests/model. The interpr
 that on the CPU everything is fp16 or fp32; bf16 is for the GPU.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -67,6 +68,7 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Batc
         positions_T=positions_T.to(DEVICE),
         rows_T=owner.to(DEVICE),
         decodes=decodes,
+        decodes_1=torch.tensor([decodes], dtype=torch.int32, device=DEVICE),
         chunks=tuple(chunks),
         tiles_X4=torch.tensor(tiles(tuple(chunks)), dtype=torch.int32).view(-1, 4).to(DEVICE),
         pages={},
@@ -126,6 +128,16 @@ def test_all_together(window_tokens: int | None, group: int, kv_dtype: torch.dty
     check(case, torch.float16, 2e-3)
 
 
+@pytest.mark.parametrize("name", ["mixed", "chunk_window"])
+def test_a_graph_of_chunks_finds_what_there_is(name: str) -> None:
+    """The host knows the most decodes and tiles that there can be, no chunks: the same bits."""
+    q_TND, kv_PCSKD, sinks_N, batch, pages = inputs(CASES[name], torch.float16)
+    want = triton_attention.attend(q_TND, kv_PCSKD, sinks_N, batch, pages)
+    tiles_X4 = torch.nn.functional.pad(batch.tiles_X4, (0, 0, 0, 3))
+    batch = dataclasses.replace(batch, decodes=len(q_TND), chunks=(), tiles_X4=tiles_X4)
+    assert torch.equal(triton_attention.attend(q_TND, kv_PCSKD, sinks_N, batch, pages), want)
+
+
 def test_more_splits_than_blocks_and_fewer() -> None:
     """However a sequence is shared out, the result is the same up to rounding."""
     case = Case(decodes=(70, 20), chunks=((18, 49), (3, 3)), group=3, head_dim=16)
@@ -182,3 +194,50 @@ def test_a_graph_serves_other_sequences(dtype: torch.dtype) -> None:
         first = got.clone()
         graph.replay()
         assert torch.equal(first, got)
+
+
+@pytest.mark.parametrize("dtype", on_gpu)
+@pytest.mark.parametrize("window_tokens", (None, 128))
+def test_a_graph_serves_other_chunks(dtype: torch.dtype, window_tokens: int | None) -> None:
+    """As above, of steps with chunks and from no decode to many; all of 200 tokens."""
+    steps = (
+        Case((), ((200, 200),), 8, 8, 64, window_tokens),
+        Case((5000, 1, 300) + (129,) * 37, ((100, 100), (1, 1), (59, 4000)), 8, 8, 64, window_tokens),
+        Case((9000,), ((199, 9000),), 8, 8, 64, window_tokens),
+    )
+    most, width, pages = 60, 600, 1400
+    device = {"device": "cuda"}
+    q_TND, kv_PCSKD = (torch.zeros(shape, dtype=dtype, **device) for shape in ((200, 64, 64), (pages, 2, 16, 8, 64)))
+    batch = Batch(
+        tokens_T=torch.zeros(200, dtype=torch.int64, **device),
+        positions_T=torch.zeros(200, dtype=torch.int64, **device),
+        rows_T=torch.zeros(200, dtype=torch.int64, **device),
+        decodes=most,
+        decodes_1=torch.zeros(1, dtype=torch.int32, **device),
+        chunks=(),
+        tiles_X4=torch.zeros((20, 4), dtype=torch.int32, **device),
+        pages={},
+        wanted_S=None,
+    )
+    view = PageView(torch.zeros((most, width), dtype=torch.int32, **device), batch.tokens_T, window_tokens)
+    sinks_N = inputs(steps[0], dtype)[2]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        triton_attention.attend(q_TND, kv_PCSKD, sinks_N, batch, view)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = triton_attention.attend(q_TND, kv_PCSKD, sinks_N, batch, view)
+    for case in steps:
+        other_q, other_kv, other_sinks, other, other_view = inputs(case, dtype)
+        want = attention.attend(other_q.double(), other_kv.double(), other_sinks, other, other_view)
+        q_TND.copy_(other_q)
+        kv_PCSKD[: len(other_kv)] = other_kv
+        sinks_N.copy_(other_sinks)
+        for name in ("positions_T", "rows_T", "decodes_1"):
+            getattr(batch, name).copy_(getattr(other, name))
+        batch.tiles_X4.zero_()[: len(other.tiles_X4)] = other.tiles_X4
+        table_RP = other_view.table_RP
+        view.table_RP[: len(table_RP), : table_RP.shape[1]] = table_RP
+        graph.replay()
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-2 * float(want.abs().max()))

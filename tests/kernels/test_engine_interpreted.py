@@ -104,13 +104,14 @@ def operations() -> Operations:
     return dataclasses.replace(ops, experts=experts, mixture=Mixture(ops.norm_route, experts, norm_experts))
 
 
-def engines(plan: Plan, sizes: tuple[int, ...] = ()) -> tuple[Engine, Engine]:
-    """Triton's, and the plain one. sizes: of graphs, whose steps are run as those hold them."""
-    ours, plain = plain_engine(dataclasses.replace(plan, kernels="triton"), operations(), sizes), plain_engine(plan)
+def engines(plan: Plan, decodes: tuple[int, ...] = (), chunks: tuple[int, ...] = ()) -> tuple[Engine, Engine]:
+    """Triton's, and the plain one. decodes, chunks: of graphs, whose steps are run as those hold them."""
+    ours = plain_engine(dataclasses.replace(plan, kernels="triton"), operations(), decodes, chunks)
+    plain = plain_engine(plan)
     for layer in (*ours.weights.layers, *plain.weights.layers):
         layer.router_bias_E[::2] += 8.0  # no two experts so near that rounding chooses; and some have no tokens
     ours.graphs.has = lambda head: True
-    ours.graphs.replay = lambda head: ours._decode(graphs._plain(head), graphs._key(head)[1])
+    ours.graphs.replay = lambda head: ours._captured(graphs._plain(head), graphs._key(head)[2])
     return ours, plain
 
 
@@ -128,19 +129,26 @@ def agree(ours: Engine, plain: Engine, asked: list[Request], tolerance: float, *
     return heads
 
 
-@pytest.mark.parametrize("narrow", (False, True), ids=["wide", "fp8 pages and int8 weights"])
-def test_prompts_longer_than_a_step(narrow: bool, plan: Plan) -> None:
-    """Longer than the window too. In fp16 rounding moves a logit of 2 to 4 by up to 2**-10, and what it is made of a
-    few times; in fp8 it may move a key by a sixteenth. A draw is made again with more candidates."""
+@pytest.mark.parametrize(
+    ("narrow", "graphs"),
+    [(False, False), (False, True), (True, True)],
+    ids=["eager", "padded", "padded, fp8 pages and int8 weights"],
+)
+def test_prompts_longer_than_a_step(narrow: bool, graphs: bool, plan: Plan) -> None:
+    """Longer than the window too. As graphs hold them the third step is padded with a chunk of the scratch row. In fp16
+    rounding moves a logit of 2 to 4 by up to 2**-10, and what it is made of a few times; in fp8 it may move a key by a
+    sixteenth. A draw is made again with more candidates."""
     if narrow:
         plan = dataclasses.replace(plan, kv_dtype="fp8", rest="int8")
     asked = [
         Request("a", tuple(prompt(SPEC, 46)), 4, HOT, logprobs=0),
         Request("b", tuple(prompt(SPEC, 36, seed=1)), 2, dataclasses.replace(HOT, top_p=0.9, seed=1), logprobs=3),
     ]
-    heads = agree(*engines(plan), asked, 2**-4 if narrow else 2**-6, ahead=True)
+    both = engines(plan, chunks=(16, 24, 32)) if graphs else engines(plan)
+    heads = agree(*both, asked, 2**-4 if narrow else 2**-6, ahead=True)
     made = [(head.decodes, head.chunks, head.tokens, head.draws) for head in heads]
-    assert made[:4] == [(0, 1, 32, 0), (0, 2, 32, 1), (1, 1, 19, 2), (2, 0, 2, 2)] and made[-1] == (1, 0, 1, 1)
+    third = (1, 2, 24, 2) if graphs else (1, 1, 19, 2)
+    assert made[:4] == [(0, 1, 32, 0), (0, 2, 32, 1), third, (2, 0, 2, 2)] and made[-1] == (1, 0, 1, 1)
     assert any(head.exact for head in heads)
 
 

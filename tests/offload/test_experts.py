@@ -56,7 +56,7 @@ def offloaded_engine(
     weights = load(plan, 0, inventory, torch.device(plan.device), layout=ops.layout, experts=offload.taken.kept)
     assert slow == []
     ops, now = loaded(ops, weights.layers, counts, fetches)
-    return Engine(plan, 0, weights, ops, Alone(), graph_sizes, now), counts
+    return Engine(plan, 0, weights, ops, Alone(), (graph_sizes, ()), now), counts
 
 
 def greedy(engine: Engine, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, list[int]]:
@@ -433,7 +433,7 @@ def test_memory_that_cannot_be_pinned_is_copied_from_all_the_same(
     assert ready.slow_paths[0].startswith(
         "experts in host memory that is not pinned, so that each copy is staged: refused"
     )
-    assert isinstance(engine.ops.experts, Copied) and not engine.graphs.size_for(1)
+    assert isinstance(engine.ops.experts, Copied) and not engine.graphs.of_decodes(1).tokens
     request = Request("a", tuple(prompt(plan.spec, 9)), 12, Sampling(temperature=0.0))
     ops = triton_operations() if kernels == "triton" else PLAIN
     assert answers(engine, [request]) == answers(plain_engine(whole, ops), [request])

@@ -48,7 +48,7 @@ class TinyEngine:
         self._inbox: queue.Queue[Generate | Cancel | None] = queue.Queue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
         engine = plain_engine(plain_plan(folder, "fp32", context_tokens=CONTEXT, sequences=32))
-        device = Device(engine.launch, engine.graphs.size_for, engine.sizes, ahead=True)
+        device = Device(engine.launch, engine.graphs.of, engine.sizes, ahead=True)
         doubts = partial(refusal, engine.plan)
         grammars = grammars_of(str(folder), SPECS["tiny"].vocab)
         self._leader = Leader(scheduler_for(engine.plan), device, self._send, doubts, grammars)
