@@ -17,6 +17,9 @@ from gptoss_launch.parallel.planning.roofline import decode_floor
 from gptoss_launch.parallel.planning.shards import Mesh
 from gptoss_launch.parallel.planning.spec import read_config
 
+# Not timed, of each batch size, whole: vLLM compiles kernels of shapes when they first come, and some come late. After a
+# run of four tokens it still took 1.9 s to the first token of 32 prompts, which it reads in 0.4 (two H200, 2026-11-30).
+WARM_RUNS = 3
 # (prompts, new tokens) -> seconds until every answer has so many tokens, all on the host
 Generate = Callable[[Sequence[tuple[int, ...]], int], float]
 
@@ -41,7 +44,8 @@ def rows(given: argparse.Namespace, about: About, generate: Generate, notes: tup
         return generate([random_ids(given.prompt, id_range(spec.vocab), draw) for _ in range(batch)], new)
 
     for batch in map(int, given.batch.split(",")):
-        run(batch, 4)  # kernels of a shape are compiled when it first comes
+        for _ in range(WARM_RUNS):
+            run(batch, 1 + given.new)
         times = [(run(batch, 1), run(batch, 1 + given.new)) for _ in range(given.repeats)]
         one_s, whole_s = (median([pair[place] for pair in times]) for place in (0, 1))
         step_s = (whole_s - one_s) / given.new if whole_s > one_s else None
