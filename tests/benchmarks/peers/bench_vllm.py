@@ -19,7 +19,6 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
-    "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0",  # takes 1.5 minutes of a start, for some MiB of pages
 }
 
 

@@ -17,8 +17,8 @@ from gptoss_launch.parallel.planning.roofline import decode_floor
 from gptoss_launch.parallel.planning.shards import Mesh
 from gptoss_launch.parallel.planning.spec import read_config
 
-# Not timed, of each batch size, whole: vLLM compiles kernels of shapes when they first come, and some come late. After a
-# run of four tokens it still took 1.9 s to the first token of 32 prompts, which it reads in 0.4 (two H200, 2026-11-30).
+# Not timed, of each batch size, whole: vLLM compiles kernels of shapes when they first come, and some come late. After
+# a run of four tokens the first token of 32 prompts took 1.9 s, of which most was that (two H200, 2026-11-30).
 WARM_RUNS = 3
 # (prompts, new tokens) -> seconds until every answer has so many tokens, all on the host
 Generate = Callable[[Sequence[tuple[int, ...]], int], float]
