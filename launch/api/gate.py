@@ -11,27 +11,36 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..keys import Key, find_key
 from .errors import ApiError
 
 OPEN = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/openapi.json"})
 KEY_NAME = "gptoss_launch.key"  # in the scope: the name of the key that let it in
+MOST_BODY_BYTES = 1 << 30  # of all requests under way: a thousand contexts of 128k tokens as text, and not 32 GiB
 ENTER_PER_TURN = 8  # requests that begin in one turn of the event loop; one takes about 0.3 ms of it
 
 
 class Gate:
-    """keys: none lets everyone in. most: requests under way, over all keys; on closed paths only."""
+    """keys: none lets everyone in. most, most_body_bytes: requests under way and what they have sent, over all keys; on
+    closed paths only."""
 
     def __init__(
-        self, app: ASGIApp, keys: Sequence[Key], most: int, clock_s: Callable[[], float] = time.monotonic
+        self,
+        app: ASGIApp,
+        keys: Sequence[Key],
+        most: int,
+        clock_s: Callable[[], float] = time.monotonic,
+        most_body_bytes: int = MOST_BODY_BYTES,
     ) -> None:
         self._app = app
         self._keys = tuple(keys)
         self._most = most
         self._rates = {key.name: _Rate(key.per_minute, clock_s) for key in keys if key.per_minute is not None}
         self._running: Counter[str] = Counter()  # by key; "" without one
+        self._most_body_bytes = most_body_bytes
+        self._body_bytes = 0
         self._turnstile = _Turnstile(ENTER_PER_TURN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,12 +52,25 @@ class Gate:
         except ApiError as error:
             await answer_error(error, send)
             return
+        sent_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal sent_bytes
+            message = await receive()
+            part_bytes = len(message.get("body", b""))
+            if self._body_bytes + part_bytes > self._most_body_bytes:
+                raise _too_many("the bodies of the requests under way are as large as they may be: try again later", 1)
+            self._body_bytes += part_bytes
+            sent_bytes += part_bytes
+            return message
+
         self._running[name] += 1
         try:
             await self._turnstile.enter()
-            await self._app(scope, receive, send)
+            await self._app(scope, counted, send)
         finally:
             self._running[name] -= 1
+            self._body_bytes -= sent_bytes
 
     def _enter(self, scope: Scope) -> str:
         """The name of the key. Raises ApiError 401 or 429."""

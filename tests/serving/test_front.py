@@ -189,6 +189,54 @@ def test_a_key_has_so_many_requests_at_once_and_all_together_have_so_many():
     asyncio.run(run())
 
 
+def test_bodies_under_way_are_so_large_together(ask):
+    """What one has sent so far counts until it is answered or gone; others are told to come back."""
+
+    async def run() -> None:
+        sizes: list[int] = []
+
+        async def app(scope, receive, send):
+            more = True
+            while more:
+                message = await receive()
+                sizes.append(len(message["body"]))
+                more = message["more_body"]
+
+        gate = Gate(app, (), most=9, most_body_bytes=1000)
+
+        async def upload(*parts: int, end: asyncio.Event | None = None) -> None:
+            left = [{"type": "http.request", "body": b"x" * part, "more_body": True} for part in parts]
+
+            async def receive():
+                if left:
+                    return left.pop(0)
+                if end is not None:
+                    await end.wait()
+                return {"type": "http.request", "body": b"", "more_body": False}
+
+            async def send(message):
+                raise AssertionError(message)
+
+            await gate({"type": "http", "path": "/v1/chat/completions", "headers": []}, receive, send)
+
+        end = asyncio.Event()
+        slow = asyncio.create_task(upload(300, 301, end=end))
+        while len(sizes) < 2:
+            await asyncio.sleep(0)
+        with pytest.raises(ApiError) as refused:
+            await upload(200, 200)
+        assert refused.value.status == 429 and refused.value.retry_after_s == 1
+        await upload(399)
+        end.set()
+        await slow
+        await upload(500, 500)
+        assert sizes == [300, 301, 200, 399, 0, 0, 500, 500, 0]
+
+    asyncio.run(run())
+    answer = ask("POST", "/v1/chat/completions", {"most_body_bytes": 10}, json=BODY)
+    assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_requests"
+
+
 def test_a_key_has_so_many_requests_a_minute():
     async def run() -> None:
         clock_s, waiting = [100.0], Waiting()
