@@ -277,7 +277,7 @@ def _biases(bias, expert, tile, rows):
 
 
 @triton.jit
-def _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA: tl.constexpr, COLUMNS: tl.constexpr):
+def _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA: tl.constexpr):
     """y [2 rh, 8 g, columns] -> SwiGLU of its even and odd rows, times _UP, in the rows pair_N of inner."""
     gate, up = y.permute(1, 2, 0).split()
     unit = tile * 8 + tl.arange(0, 8)
@@ -411,7 +411,7 @@ def _gate_up(
                 PLAIN,
             )
         if SPLIT == 1:
-            _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+            _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA)
         else:
             row = tile * 16 + tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :] * 2
             at = partial + pair_N[None, None, :] * (tiles * 16) + row[:, :, None]
@@ -422,7 +422,7 @@ def _gate_up(
                     part_y = at + i * pairs * tiles * 16
                     y += tl.load(part_y, mask=live_N[None, None, :], other=0.0, cache_modifier=".cg")
                 biases = _biases(bias, expert, tile, rows)
-                _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA, COLUMNS)
+                _store_inner(y, inner, biases, tile, pair_N, live_N, rows, limit, ALPHA)
 
 
 @triton.jit(do_not_specialize=["first", "held", "pairs", "by_expert"])
