@@ -26,6 +26,7 @@ from .settings import ServeSettings, Settings
 
 TINY = "tiny"
 CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
 ADAPTER = "adapter_config.json"  # of PEFT, as `export --format adapter` writes it
 MEASURE_LIMIT_S = 180.0
 NOT_WANTED = ["original/*", "metal/*"]  # the same weights again in other layouts
@@ -105,10 +106,10 @@ def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
     folder = _local_folder(model)
     if folder is None:
         if not _HUB_ID.fullmatch(model):
-            raise UserError(f"no model {model!r}", f"MODEL is a folder, a hub id, or tiny; {_nearest(model)}")
+            raise _no_model(model)
         if not need_weights and model in PUBLISHED:
             return PUBLISHED[model], None
-        folder = _from_hub(model, need_weights)
+        folder = _from_hub(model, None if need_weights else CONFIG)
     if not (folder / CONFIG).exists() and (folder / ADAPTER).exists():
         raise UserError(
             f"{folder} holds an adapter, and no model", "gptoss-launch export RUN --format mxfp4 writes one"
@@ -117,6 +118,14 @@ def resolve(model: str, *, need_weights: bool) -> tuple[Spec, Path | None]:
     if need_weights:
         check_inventory(spec, read_inventory(folder), folder, quantizes=True)
     return spec, folder
+
+
+def tokenizer_folder(model: str) -> Path:
+    """The folder of MODEL that has its tokenizer; nothing else of it is downloaded or looked at. Raises UserError."""
+    folder = _local_folder(model)
+    if folder is None and not _HUB_ID.fullmatch(model):
+        raise _no_model(model)
+    return folder or _from_hub(model, TOKENIZER)
 
 
 def _local_folder(model: str) -> Path | None:
@@ -141,8 +150,12 @@ def local_model(model: str) -> Path:
             message = f"{model} is not in the Hugging Face cache of this machine"
             raise UserError(message, "serve downloads it; without a network copy its folder here") from None
     if folder is None:
-        raise UserError(f"no model {model!r}", f"MODEL is a folder, a hub id, or tiny; {_nearest(model)}")
+        raise _no_model(model)
     return folder
+
+
+def _no_model(model: str) -> UserError:
+    return UserError(f"no model {model!r}", f"MODEL is a folder, a hub id, or tiny; {_nearest(model)}")
 
 
 def _nearest(model: str) -> str:
@@ -150,17 +163,20 @@ def _nearest(model: str) -> str:
     return did_you_mean(short.get(model.lower(), model), [TINY, *PUBLISHED])
 
 
-def _from_hub(model: str, need_weights: bool) -> Path:
-    """The folder of a hub id: from the local Hugging Face cache, else downloaded."""
+def _from_hub(model: str, file: str | None) -> Path:
+    """The folder of a hub id, with this file or, None, all of the model: from the local Hugging Face cache, else
+    downloaded."""
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(f"{model} is no folder, and downloading needs huggingface_hub", _INSTALL) from None
-    wanted: dict[str, Any] = {"ignore_patterns": NOT_WANTED} if need_weights else {"allow_patterns": [CONFIG]}
+    wanted: dict[str, Any] = {"ignore_patterns": NOT_WANTED} if file is None else {"allow_patterns": [file]}
     try:
         cached = Path(huggingface_hub.snapshot_download(model, local_files_only=True, **wanted))
-        if need_weights:
+        if file is None:
             read_inventory(cached)  # the cache may hold only part of it
+        elif not (cached / file).exists():
+            raise FileNotFoundError(file)
         return cached
     except (OSError, ValueError):  # not there, or (UserError) not whole
         pass

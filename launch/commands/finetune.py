@@ -35,7 +35,7 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
     KEY=VALUE sets what the file of --config does not, or sets it differently. `model`, `data` and `run` are needed.
     """
     from ..finetune_plan import print_plan
-    from ..resolve import resolve
+    from ..resolve import resolve, tokenizer_folder
 
     place = read_place(os.environ)
     wanted = load_finetune_settings(config, settings).with_ranks(place.size if place else None)
@@ -54,24 +54,23 @@ def command(config: str | None, dry_run: bool, preview: int | None, settings: tu
     need_trackers(wanted.trackers)
     if wanted.optimizer == "adamw8bit":
         need_module("optimizer=adamw8bit", "torchao")
-    if preview is None:
-        wanted.checked_run()
-        if wanted.machine is not None:
-            raise UserError(f"machine={wanted.machine} is for --dry-run", "leave it out")
+    if preview is not None:
+        from ..tokenizer import load_tokenizer
+
+        show(wanted, load_tokenizer(tokenizer_folder(wanted.model)), preview)
+        return 0
+    wanted.checked_run()
+    if wanted.machine is not None:
+        raise UserError(f"machine={wanted.machine} is for --dry-run", "leave it out")
     spec, folder = resolve(wanted.model, need_weights=True)
     assert folder is not None
-    if preview is None and place is None and wanted.needs_torchrun:
+    if place is None and wanted.needs_torchrun:
         # what would not fit is said here once; rank 0 prints it
         print_plan(wanted, spec, command_line(wanted, words), quiet=True)
         run = wanted.checked_run()
         check_data(wanted, run)
         make_folder(run)
         return start_ranks(wanted.world_size, words, run / STOP_FILE)
-    if preview is not None:
-        from ..tokenizer import load_tokenizer
-
-        show(wanted, load_tokenizer(folder), preview)
-        return 0
     from ..finetune_rank import finetune
 
     return finetune(wanted, spec, folder, place, command_line(wanted, words))

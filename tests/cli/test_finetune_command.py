@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gptoss_launch.launch import extras
@@ -13,6 +15,7 @@ from gptoss_launch.launch.cli import run
 from gptoss_launch.launch.finetune_rank import stop_signals
 from gptoss_launch.launch.finetune_settings import PRESETS, FinetuneSettings, load_finetune_settings, read_deepspeed
 from gptoss_launch.launch.records import Source
+from gptoss_launch.launch.resolve import tiny_folder
 from gptoss_launch.launch.settings import preset_names
 from gptoss_launch.parallel.errors import UserError
 from gptoss_launch.parallel.planning.memory import Device
@@ -308,6 +311,34 @@ def test_preview_prints_samples_with_their_mask(tmp_path: Path, capsys: pytest.C
     assert run(["finetune", "--config", "tiny", f"data={data}", "--preview", "3"]) == 2
     assert f"data {data}: nothing in it to train on" in capsys.readouterr().err
     assert out.count("tokens,") == 3 and "assistant⟦<|channel|>analysis<|message|>" in out and "<|return|>⟧" in out
+
+
+def test_preview_needs_the_tokenizer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder, and of the hub, whose cache has something else of the model: no weights are downloaded for it."""
+    folder, cache = tmp_path / "folder", tmp_path / "cache"
+    cache.mkdir()
+    asked = []
+
+    def download(model: str, **wanted: Any) -> str:
+        asked.append((model, wanted))
+        if wanted.get("local_files_only"):
+            return str(cache)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder.mkdir()
+    shutil.copy(tiny_folder() / "tokenizer.json", folder)
+    shown = []
+    for model in ("tiny", str(folder), "somebody/model"):
+        assert run(["finetune", "--config", "tiny", f"model={model}", "--preview", "2"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] and shown == shown[:1] * 3
+    only = {"allow_patterns": ["tokenizer.json"]}
+    assert asked == [("somebody/model", {"local_files_only": True} | only), ("somebody/model", only)]
+    assert run(["finetune", "--config", "tiny", "model=nobody", "--preview", "2"]) == 2
+    assert "no model 'nobody'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
