@@ -126,8 +126,8 @@ def check_cuts(spec: Spec, mesh: Mesh) -> None:
         local_slices(row, mesh, 0)
 
 
-def memories(spec: Spec, place: Place, mesh: Mesh, room: Room) -> tuple[RankMemory, ...]:
-    """What each rank of one replica holds."""
+def memories(spec: Spec, place: Place, mesh: Mesh, room: Room, prompt_graphs: bool = True) -> tuple[RankMemory, ...]:
+    """What each rank of one replica holds. prompt_graphs: as `memory.rank_memory`."""
     return tuple(
         rank_memory(
             spec,
@@ -140,6 +140,7 @@ def memories(spec: Spec, place: Place, mesh: Mesh, room: Room) -> tuple[RankMemo
             place.kernels,
             room,
             place.kept,
+            prompt_graphs,
         )
         for rank in range(mesh.ranks)
     )

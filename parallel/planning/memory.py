@@ -37,7 +37,10 @@ PROCESS: dict[Device, ProcessCost] = {
     "cpu": ProcessCost(context_bytes=0, nccl_bytes=0, host_bytes=1 << 30),
 }
 
-DECODE_GRAPHS_BYTES = 192 << 20  # those that are captured at the start: 182 MiB on an H200 for 20b
+# CUDA graphs, on an H200 for 20b: those of decodes that are captured at the start take 158 MiB; of those of steps with
+# prompts the largest 200, of which most are counted as what lives in it, and the 28 smaller ones, in its memory, 30.
+DECODE_GRAPHS_BYTES = 192 << 20
+SMALLER_GRAPHS_BYTES = 32 << 20
 SYMMETRIC_BUFFERS = 1  # of a whole step's hidden states
 FLAGGED_BYTES = 2 << 20  # besides, for messages with flags
 INSIDE_BYTES = 1 << 20  # and for those inside two products: of 4,096 values each among eight ranks
@@ -125,20 +128,22 @@ def workspace_bytes(
     kernels: Kernels,
     room: Room,
     kept: Kept = None,
+    prompt_graphs: bool = True,
 ) -> int:
-    """Most bytes that live during a step besides weights and KV.
+    """Most bytes that live during a step besides weights, KV and graphs.
 
     What is kept for each sequence, with Triton's kernels the workspace of cuBLAS, and, times the allocator's slack, the
-    larger of two steps: T tokens of prompts (`prompt_bytes`), and a token of every sequence, beside the head: logits of
-    every sequence, again in fp32 where penalties or masks change them, and a tile of the draw. Where the rest has 8
-    bits, COMPARED_BYTES besides.
+    larger of two steps: T tokens of prompts (`prompt_bytes`), unless they live in graphs, and a token of every
+    sequence, beside the head: logits of every sequence, again in fp32 where penalties or masks change them, and a tile
+    of the draw. Where the rest has 8 bits, COMPARED_BYTES besides. Before there are graphs prompts take their room.
     """
     element, here = DTYPE_BYTES[dtype], _widths(spec, mesh, rank)
     draw = here.vocab * DRAW_ELEMENT_BYTES[dtype == "fp64"]
     head = room.sequences * here.vocab * (element + WIDE_BYTES)
     head += max(draw, min(DRAW_LIMIT_BYTES, room.sequences * draw))
-    prompts = prompt_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room)
-    passing = max(prompts, room.sequences * spec.hidden * _lasting_bytes(dtype, residual_dtype) + head)
+    passing = room.sequences * spec.hidden * _lasting_bytes(dtype, residual_dtype) + head
+    if kernels != "triton" or not prompt_graphs:
+        passing = max(passing, prompt_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room))
     slack = 1.0 if kernels == "triton" else ALLOCATOR_SLACK
     cublas = CUBLAS_BYTES if kernels == "triton" else 0
     unpacked = COMPARED_BYTES if kept in ("fp8", "int8") else 0
@@ -190,14 +195,24 @@ def _lasting_bytes(dtype: DType, residual_dtype: DType) -> int:
 
 
 def graphs_bytes(
-    spec: Spec, mesh: Mesh, rank: int, dtype: DType, residual_dtype: DType, kernels: Kernels, room: Room
+    spec: Spec,
+    mesh: Mesh,
+    rank: int,
+    dtype: DType,
+    residual_dtype: DType,
+    kernels: Kernels,
+    room: Room,
+    prompt_graphs: bool = True,
 ) -> int:
-    """Of CUDA graphs of steps: those of decodes, and with prompts what the largest needs, and the hidden states that it
-    ends with. Beside the workspace, as a graph's memory is its own."""
+    """Of CUDA graphs of steps: of decodes; with prompts what the largest needs, the hidden states that it ends with,
+    something for each of the others. Beside the workspace, as a graph's memory is its own."""
     if kernels != "triton":
         return 0
+    if not prompt_graphs:
+        return DECODE_GRAPHS_BYTES
     hidden = room.step_tokens * spec.hidden * DTYPE_BYTES[dtype]
-    return DECODE_GRAPHS_BYTES + prompt_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room) + hidden
+    largest = prompt_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room) + hidden
+    return DECODE_GRAPHS_BYTES + largest + SMALLER_GRAPHS_BYTES
 
 
 def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, step_tokens: int) -> int:
@@ -225,16 +240,17 @@ def rank_memory(
     kernels: Kernels,
     room: Room,
     kept: Kept = None,
+    prompt_graphs: bool = True,
 ) -> RankMemory:
-    """All parts of rank `rank` of a replica."""
+    """All parts of rank `rank` of a replica. prompt_graphs: whether steps with prompts are CUDA graphs, if any are."""
     # and one that nobody holds, for the padding of steps
     pages = 1 + pool_pages(spec, room.kv_tokens, room.sequences, room.step_tokens, room.page_tokens)
     return RankMemory(
         rank=rank,
         weights_bytes=weights_bytes(spec, mesh, rank, dtype, kept),
         kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, room.page_tokens),
-        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room, kept),
-        graphs_bytes=graphs_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room),
+        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room, kept, prompt_graphs),
+        graphs_bytes=graphs_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room, prompt_graphs),
         communication_bytes=communication_bytes(spec, mesh, device, dtype, room.step_tokens),
         context_bytes=PROCESS[device].context_bytes,
         host_bytes=PROCESS[device].host_bytes,

@@ -15,7 +15,7 @@ from .choice import Asked
 from .estimate import LAYER_S, bandwidth, read_bytes, unpacked_bytes
 from .layouts import PAGE_TOKENS, Place, context_choices, memories
 from .machine import Speeds
-from .memory import DECODE_GRAPHS_BYTES, PROCESS, Room, stored_element_bytes
+from .memory import PROCESS, Room, stored_element_bytes
 from .placement import Routing
 from .plan import DType, Misses, RankMemory, Way
 from .shards import Mesh, table
@@ -97,17 +97,22 @@ def _besides_bytes(spec: Spec, place: Place, misses: Misses) -> int:
     return staged * expert_bytes(spec, place.dtype) + GAPS_BYTES
 
 
+def all_here(spec: Spec, place: Place, room: Room) -> RankMemory:
+    """A rank that keeps all experts on its device, and yet runs prompts as one that does not: without graphs."""
+    return memories(spec, place, Mesh(), room, prompt_graphs=False)[0]
+
+
 def without_slots_bytes(spec: Spec, place: Place, misses: Misses, row: RankMemory) -> int:
-    """On the device of a rank that keeps no experts there. row: of one that keeps all."""
+    """On the device of a rank that keeps no experts there. row: `all_here`."""
     experts = spec.layers * spec.experts * expert_bytes(spec, place.dtype)
-    graphs_bytes = row.graphs_bytes - _graphs_bytes(place, misses)
+    graphs_bytes = row.graphs_bytes - _graphs_bytes(place, misses, row)
     return row.device_bytes - graphs_bytes - experts + _besides_bytes(spec, place, misses)
 
 
-def _graphs_bytes(place: Place, misses: Misses) -> int:
-    """Of CUDA graphs of decodes, where the host is not asked in the middle of a step (`offload.fetched`); kept free
-    where that is known only later. There are none of prompts."""
-    return DECODE_GRAPHS_BYTES if misses == "copied" and place.kernels == "triton" else 0
+def _graphs_bytes(place: Place, misses: Misses, row: RankMemory) -> int:
+    """Of CUDA graphs, where the host is not asked in the middle of a step (`offload.fetched`); kept free where that is
+    known only later."""
+    return row.graphs_bytes if misses == "copied" and place.kernels == "triton" else 0
 
 
 @cache
@@ -133,7 +138,7 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         least = 1 if misses == "copied" else 0  # without a slot nothing can be copied
         least = spec.experts_per_token if asked.longest_context else least  # the longest leaves room for a token's
         for room in _rooms(spec, asked):
-            row = memories(spec, place, Mesh(), room)[0]
+            row = all_here(spec, place, room)
             base = without_slots_bytes(spec, place, misses, row)
             slots = min(spec.experts, (gpu.free_bytes - base) // (spec.layers * one))
             if slots >= least:
@@ -176,7 +181,7 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
             row,
             weights_bytes=row.weights_bytes - spec.layers * spec.experts * one + experts_here,
             workspace_bytes=row.workspace_bytes + _besides_bytes(spec, place, misses),
-            graphs_bytes=_graphs_bytes(place, misses),
+            graphs_bytes=_graphs_bytes(place, misses, row),
             host_bytes=row.host_bytes + way.host_bytes,
         )
         yield Found(way, room, memory)

@@ -22,7 +22,7 @@ from .layouts import (
 )
 from .machine import Machine, format_size
 from .memory import Room, weights_bytes
-from .offload import expert_bytes, hit_share, in_file, known, one_rank, room_for, without_slots_bytes
+from .offload import all_here, expert_bytes, hit_share, in_file, known, one_rank, room_for, without_slots_bytes
 from .pages import pool_pages
 from .placement import Order, imbalance
 from .plan import DType, Kernels, Offload, RankMemory, Way, kept
@@ -444,7 +444,7 @@ def _why_not_offloaded(spec: Spec, place: Place, asked: Asked) -> str:
     room = room_for(spec, asked)
     if _whole_fits(spec, place, asked):
         return "only where nothing fits without, and a shorter context or another layout would"
-    row = memories(spec, place, Mesh(), room_for(spec, asked, min(room.context_tokens, SMALLEST_CONTEXT_TOKENS)))[0]
+    row = all_here(spec, place, room_for(spec, asked, min(room.context_tokens, SMALLEST_CONTEXT_TOKENS)))
     needed, what = without_slots_bytes(spec, place, asked.misses or "computed", row), "all but the experts takes"
     if asked.misses == "copied":
         needed += spec.layers * expert_bytes(spec, place.dtype)
@@ -518,7 +518,7 @@ def _all_but_experts_fit(spec: Spec, place: Place, asked: Asked) -> bool:
     if not one_rank(asked) or _whole_fits(spec, place, asked):
         return False
     context = asked.context_tokens or min(SMALLEST_CONTEXT_TOKENS, spec.max_context_tokens)
-    row = memories(spec, place, Mesh(), room_for(spec, asked, context))[0]
+    row = all_here(spec, place, room_for(spec, asked, context))
     return without_slots_bytes(spec, place, asked.misses or "computed", row) <= place.gpus[0].free_bytes
 
 

@@ -2,11 +2,15 @@
 
 import pytest
 from gptoss_launch.parallel.planning.memory import (
+    DECODE_GRAPHS_BYTES,
     FLAGGED_BYTES,
     INSIDE_BYTES,
     PROCESS,
     Room,
     communication_bytes,
+    graphs_bytes,
+    prompt_bytes,
+    rank_memory,
     weights_bytes,
     workspace_bytes,
 )
@@ -38,15 +42,26 @@ def test_ranks_hold_the_whole_model_and_copies_of_the_small_rows(ranks: int, ep:
 
 @pytest.mark.parametrize("kernels", ["plain", "triton"])
 def test_workspace_grows_with_what_it_is_for_and_shrinks_with_ranks(kernels) -> None:
+    """With graphs, in which prompts live."""
+
     def workspace(mesh: Mesh, context_tokens: int, step_tokens: int, sequences: int = 8) -> int:
-        room = Room(context_tokens, sequences, context_tokens, 16, step_tokens)
-        return workspace_bytes(SPEC, mesh, 0, "bf16", "bf16", kernels, room)
+        given = SPEC, mesh, 0, "bf16", "bf16", kernels, Room(context_tokens, sequences, context_tokens, 16, step_tokens)
+        return workspace_bytes(*given) + graphs_bytes(*given)
 
     base = workspace(SINGLE, 8192, 1024)
     assert base < workspace(SINGLE, 131072, 1024)
     assert base < workspace(SINGLE, 8192, 2048)
     assert base < workspace(SINGLE, 8192, 1024, sequences=256)
     assert workspace(Mesh(8), 8192, 1024) < base
+
+
+def test_prompts_live_in_graphs_or_in_the_workspace() -> None:
+    given = SPEC, SINGLE, 0, "cuda", "bf16", "bf16", "bf16", "triton", Room(8192, 1, 8192, 64, 2048)
+    prompts = prompt_bytes(SPEC, SINGLE, 0, "bf16", "bf16", "triton", given[-1])
+    graphs, launched = rank_memory(*given), rank_memory(*given, prompt_graphs=False)
+    assert launched.graphs_bytes == DECODE_GRAPHS_BYTES
+    assert graphs.graphs_bytes > DECODE_GRAPHS_BYTES + prompts
+    assert graphs.workspace_bytes + prompts / 2 < launched.workspace_bytes < graphs.workspace_bytes + prompts
 
 
 def test_communication_is_for_several_ranks_on_gpus() -> None:
