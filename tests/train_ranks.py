@@ -8,7 +8,6 @@ OUT/<name>/. A case that goes on from another names its checkpoint.
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from gptoss_launch.parallel.training.saves import saves
 from gptoss_launch.parallel.training.trainee import Trainee, load_trainee
 from gptoss_launch.parallel.training.world import World, joined
 from small_models import SPECS, prompt
+from torchrun import torchrun
 
 SAMPLES = [
     sample(prompt(SPECS["tiny"], length, seed=length), [0, *[1.0 if place % 3 else 0.5 for place in range(1, length)]])
@@ -80,18 +80,7 @@ def run_cases(out: Path, cases: dict[str, tuple[Job, str | None]], ranks: int) -
     """Steps of each case. A case: a job, and the folder of a checkpoint to go on from."""
     listed = {name: [job.to_json(), start] for name, (job, start) in cases.items()}
     (out / "cases.json").write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [*command, __file__, str(out)],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
+    torchrun(ranks, __file__, out, timeout_s=1500)
     return {name: [Step(**step) for step in json.loads((out / f"{name}.json").read_text())] for name in cases}
 
 

@@ -5,8 +5,6 @@ Under torchrun, `test_gpu_all_reduce.py` is a rank's part.
 
 import itertools
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 import torch.distributed as dist
 from gptoss_launch.parallel.model.comm import WAYS, Group, Linked, check_equal
 from torch import Tensor
+from torchrun import torchrun
 
 HIDDEN = 2880
 COUNTS = (1, 2, 63, 127, 128, 129, HIDDEN, 5 * HIDDEN, 40 * HIDDEN + 7, 64 * HIDDEN, 131072, 2048 * HIDDEN)
@@ -24,11 +23,7 @@ REPLAYS, GRAPH_COUNTS = 1000, (HIDDEN, 7, 20 * HIDDEN + 1, HIDDEN, 45 * HIDDEN)
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 def test_all_reduces() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-9000:]
+    print(torchrun(2, __file__, timeout_s=250))
 
 
 def message(rank: int, call: int | Tensor, count: int, dtype: torch.dtype) -> Tensor:

@@ -5,12 +5,10 @@ Sums over ranks are inside the graphs, by each way that is chosen for their size
 
 import dataclasses
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import rank_work
 import torch
 from forced import answers
 from gptoss_launch.parallel.engine.engine import Engine
@@ -22,6 +20,7 @@ from gptoss_launch.parallel.planning.plan import Plan
 from gptoss_launch.parallel.planning.spec import PUBLISHED, alternating_kinds
 from small_models import TINY, plain_plan, prompt
 from thread_ranks import with_ranks
+from torchrun import torchrun
 
 STEP_TOKENS, SEQUENCES = 512, 8
 SPEC = dataclasses.replace(PUBLISHED["openai/gpt-oss-20b"], layers=2, layer_kinds=alternating_kinds(2))
@@ -37,13 +36,7 @@ def test_graphs_of_two_ranks_give_the_same_tokens(ep: int, tmp_path: Path) -> No
     plan = plain_plan(folder, "bf16", 2048, STEP_TOKENS, "cuda", SEQUENCES)
     plan = dataclasses.replace(plan, kernels="triton", kv_tokens=SEQUENCES * 2048)
     with_ranks(plan, 2, ep).save(tmp_path / "plan.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", __file__, str(tmp_path / "plan.json")]
-    path = [str(Path(rank_work.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr[-9000:]
-    assert done.stdout.splitlines()[-1] == "the same"
+    assert torchrun(2, __file__, tmp_path / "plan.json", timeout_s=250).splitlines()[-1] == "the same"
 
 
 def compared(engine: Engine, sized: tuple[range, range]) -> None:

@@ -7,13 +7,11 @@ import dataclasses
 import gc
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import oracles
 import pytest
-import rank_work
 import torch
 from forced import Forced
 from gptoss_launch.parallel.model.comm import WAYS, Linked
@@ -23,6 +21,7 @@ from gptoss_launch.parallel.planning.plan import DType, Plan
 from gptoss_launch.parallel.planning.spec import PUBLISHED, alternating_kinds
 from small_models import TINY, plain_engine, plain_plan, prompt
 from thread_ranks import with_ranks
+from torchrun import torchrun
 
 TIE = 1e-4  # margin between router logits of about 1 that fp32 rounding may overturn after 24 layers
 # (size, layers, dtype, tokens). Six layers of 120b are 76 GB in the oracle's fp32. In bf16 hardly a token of a random
@@ -84,15 +83,8 @@ def in_fp64(folder: Path, tokens: list[int]) -> torch.Tensor:
 
 def run(folder: Path, count: int, plans: list[Path]) -> list[dict]:
     """A row for each plan and way to sum, from two ranks under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", __file__, str(folder), str(count)]
-    command += map(str, plans)
-    here = Path(rank_work.__file__).parent
-    path = [str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stderr[-9000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    said = torchrun(2, __file__, folder, count, *plans, timeout_s=800)
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 def _release() -> None:

@@ -3,9 +3,6 @@
 The ranks compare every all-reduce and every router choice among themselves meanwhile (--check-ranks).
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import rank_work
 import torch
 from small_models import TINY, plain_engine, plain_plan
 from thread_ranks import with_ranks
+from torchrun import torchrun
 
 
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
@@ -22,14 +20,7 @@ def test_every_layout_over_gloo(ranks: int, tmp_path: Path) -> None:
     for plan in plans:
         files.append(tmp_path / f"{plan.digest}.json")
         plan.save(files[-1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-    command += [rank_work.__file__, str(tmp_path), *map(str, files)]
-    path = os.pathsep.join([str(Path(rank_work.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
+    torchrun(ranks, rank_work.__file__, tmp_path, *files, timeout_s=240)
     oracle, draws = rank_work.work(plain_engine(plain_plan(TINY)))
     for plan in plans:
         logits, drawn = torch.load(tmp_path / f"{plan.digest}.pt")
