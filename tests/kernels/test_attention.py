@@ -6,6 +6,7 @@ that on the CPU everything is fp16 or fp32; bf16 is for the GPU.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,18 @@ def test_published_shapes(dtype: torch.dtype, window_tokens: int | None, kv_dtyp
         check(case, dtype, 1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
+def captured(*given: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Attention as a graph, after a run that compiles it, and what it gives at each replay."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        triton_attention.attend(*given)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = triton_attention.attend(*given)
+    return graph, got
+
+
 @pytest.mark.parametrize("dtype", on_gpu)
 def test_a_graph_serves_other_sequences(dtype: torch.dtype) -> None:
     """Captured once; then positions, rows and tables change, and the same graph is right for them."""
@@ -175,13 +188,7 @@ def test_a_graph_serves_other_sequences(dtype: torch.dtype) -> None:
     q_TND, _, sinks_N, batch, pages = long
     width = pages.table_RP.shape[1]
     kv_PCSKD = torch.zeros_like(long[1])
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        triton_attention.attend(q_TND, kv_PCSKD, sinks_N, batch, pages)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = triton_attention.attend(q_TND, kv_PCSKD, sinks_N, batch, pages)
+    graph, got = captured(q_TND, kv_PCSKD, sinks_N, batch, pages)
     for other in (long, short):
         _, other_kv, _, other_batch, other_pages = other
         want = attention.attend(q_TND.double(), other_kv.double(), sinks_N, other_batch, other_pages)
@@ -221,13 +228,7 @@ def test_a_graph_serves_other_chunks(dtype: torch.dtype, window_tokens: int | No
     )
     view = PageView(torch.zeros((most, width), dtype=torch.int32, **device), batch.tokens_T, window_tokens)
     sinks_N = inputs(steps[0], dtype)[2]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        triton_attention.attend(q_TND, kv_PCSKD, sinks_N, batch, view)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = triton_attention.attend(q_TND, kv_PCSKD, sinks_N, batch, view)
+    graph, got = captured(q_TND, kv_PCSKD, sinks_N, batch, view)
     for case in steps:
         other_q, other_kv, other_sinks, other, other_view = inputs(case, dtype)
         want = attention.attend(other_q.double(), other_kv.double(), other_sinks, other, other_view)
