@@ -127,23 +127,22 @@ def workspace_bytes(
     residual_dtype: DType,
     kernels: Kernels,
     room: Room,
+    prompts: int,
     kept: Kept = None,
-    prompt_graphs: bool = True,
 ) -> int:
-    """Most bytes that live during a step besides weights, KV and graphs.
+    """Most bytes that live during a step besides weights, KV and graphs. prompts: `prompt_bytes`, 0 if they live in
+    graphs; before there are any, prompts take their room.
 
     What is kept for each sequence, with Triton's kernels the workspace of cuBLAS, and, times the allocator's slack, the
-    larger of two steps: T tokens of prompts (`prompt_bytes`), unless they live in graphs, and a token of every
-    sequence, beside the head: logits of every sequence, again in fp32 where penalties or masks change them, and a tile
-    of the draw. Where the rest has 8 bits, COMPARED_BYTES besides. Before there are graphs prompts take their room.
+    larger of two steps: one of prompts, and a token of every sequence, beside the head: logits of every sequence, again
+    in fp32 where penalties or masks change them, and a tile of the draw. Where the rest has 8 bits, COMPARED_BYTES
+    besides.
     """
     element, here = DTYPE_BYTES[dtype], _widths(spec, mesh, rank)
     draw = here.vocab * DRAW_ELEMENT_BYTES[dtype == "fp64"]
     head = room.sequences * here.vocab * (element + WIDE_BYTES)
     head += max(draw, min(DRAW_LIMIT_BYTES, room.sequences * draw))
-    passing = room.sequences * spec.hidden * _lasting_bytes(dtype, residual_dtype) + head
-    if kernels != "triton" or not prompt_graphs:
-        passing = max(passing, prompt_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room))
+    passing = max(prompts, room.sequences * spec.hidden * _lasting_bytes(dtype, residual_dtype) + head)
     slack = 1.0 if kernels == "triton" else ALLOCATOR_SLACK
     cublas = CUBLAS_BYTES if kernels == "triton" else 0
     unpacked = COMPARED_BYTES if kept in ("fp8", "int8") else 0
@@ -194,25 +193,10 @@ def _lasting_bytes(dtype: DType, residual_dtype: DType) -> int:
     return 2 * DTYPE_BYTES[residual_dtype] + HIDDEN_COPIES * DTYPE_BYTES[dtype]
 
 
-def graphs_bytes(
-    spec: Spec,
-    mesh: Mesh,
-    rank: int,
-    dtype: DType,
-    residual_dtype: DType,
-    kernels: Kernels,
-    room: Room,
-    prompt_graphs: bool = True,
-) -> int:
-    """Of CUDA graphs of steps: of decodes; with prompts what the largest needs, the hidden states that it ends with,
-    something for each of the others. Beside the workspace, as a graph's memory is its own."""
-    if kernels != "triton":
-        return 0
-    if not prompt_graphs:
-        return DECODE_GRAPHS_BYTES
-    hidden = room.step_tokens * spec.hidden * DTYPE_BYTES[dtype]
-    largest = prompt_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room) + hidden
-    return DECODE_GRAPHS_BYTES + largest + SMALLER_GRAPHS_BYTES
+def prompt_graphs_bytes(spec: Spec, dtype: DType, room: Room, prompts: int) -> int:
+    """Of CUDA graphs of steps with prompts: what lives in the largest, the hidden states that it ends with, something
+    for each of the others. Beside the workspace, as a graph's memory is its own."""
+    return prompts + room.step_tokens * spec.hidden * DTYPE_BYTES[dtype] + SMALLER_GRAPHS_BYTES
 
 
 def communication_bytes(spec: Spec, mesh: Mesh, device: Device, dtype: DType, step_tokens: int) -> int:
@@ -243,14 +227,19 @@ def rank_memory(
     prompt_graphs: bool = True,
 ) -> RankMemory:
     """All parts of rank `rank` of a replica. prompt_graphs: whether steps with prompts are CUDA graphs, if any are."""
+    given = spec, mesh, rank, dtype, residual_dtype, kernels, room
+    prompts = prompt_bytes(*given)
+    in_graphs = prompt_graphs and kernels == "triton"
+    graphs_bytes = DECODE_GRAPHS_BYTES if kernels == "triton" else 0
+    graphs_bytes += prompt_graphs_bytes(spec, dtype, room, prompts) if in_graphs else 0
     # and one that nobody holds, for the padding of steps
     pages = 1 + pool_pages(spec, room.kv_tokens, room.sequences, room.step_tokens, room.page_tokens)
     return RankMemory(
         rank=rank,
         weights_bytes=weights_bytes(spec, mesh, rank, dtype, kept),
         kv_bytes=pages * page_bytes(spec, mesh, rank, kv_dtype, room.page_tokens),
-        workspace_bytes=workspace_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room, kept, prompt_graphs),
-        graphs_bytes=graphs_bytes(spec, mesh, rank, dtype, residual_dtype, kernels, room, prompt_graphs),
+        workspace_bytes=workspace_bytes(*given, 0 if in_graphs else prompts, kept),
+        graphs_bytes=graphs_bytes,
         communication_bytes=communication_bytes(spec, mesh, device, dtype, room.step_tokens),
         context_bytes=PROCESS[device].context_bytes,
         host_bytes=PROCESS[device].host_bytes,

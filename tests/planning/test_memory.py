@@ -8,11 +8,9 @@ from gptoss_launch.parallel.planning.memory import (
     PROCESS,
     Room,
     communication_bytes,
-    graphs_bytes,
     prompt_bytes,
     rank_memory,
     weights_bytes,
-    workspace_bytes,
 )
 from gptoss_launch.parallel.planning.shards import Mesh, table
 from gptoss_launch.parallel.planning.spec import PUBLISHED
@@ -45,8 +43,9 @@ def test_workspace_grows_with_what_it_is_for_and_shrinks_with_ranks(kernels) -> 
     """With graphs, in which prompts live."""
 
     def workspace(mesh: Mesh, context_tokens: int, step_tokens: int, sequences: int = 8) -> int:
-        given = SPEC, mesh, 0, "bf16", "bf16", kernels, Room(context_tokens, sequences, context_tokens, 16, step_tokens)
-        return workspace_bytes(*given) + graphs_bytes(*given)
+        room = Room(context_tokens, sequences, context_tokens, 16, step_tokens)
+        row = rank_memory(SPEC, mesh, 0, "cuda", "bf16", "bf16", "bf16", kernels, room)
+        return row.workspace_bytes + row.graphs_bytes
 
     base = workspace(SINGLE, 8192, 1024)
     assert base < workspace(SINGLE, 131072, 1024)
