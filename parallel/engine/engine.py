@@ -29,9 +29,9 @@ from . import inputs
 from .constraint import flaw
 from .graphs import Graphs
 from .pages import Cache, Pool
-from .record import ANSWER, PROMPT, RING_STEPS, Head, Padding, Record, Sizes, encode
+from .record import ANSWER, PROMPT, RING_STEPS, Head, Padding, Record, Sizes, only_padding
 from .request import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K, Request
-from .schedule import Limits, Result, Scheduler, Step
+from .schedule import Limits, Result, Scheduler
 
 
 def sizes_of(plan: Plan) -> Sizes:
@@ -257,8 +257,7 @@ class Engine:
         """Capture the graph that `head` needs if there is none yet, on a step of the scratch row: the step is run once
         before, so that kernels are compiled, and what it leaves behind must not matter."""
         if not self.graphs.has(head):
-            padding = Padding(head.graph, head.tiles)
-            self.words.upload(encode(Step((), 0, False, (), ()), head.number, self.sizes, padding))
+            self.words.upload(only_padding(head.number, self.sizes, Padding(head.graph, head.tiles)))
             self.graphs.capture(head)
 
     def _captured(self, head: Head, draw: bool) -> tuple[Tensor, Tensor | None]:

@@ -31,8 +31,10 @@ class Graphs:
     ) -> None:
         every = rows + 1  # the scratch row's
         self._decodes = tuple(Padding(size) for size in decodes)
-        self._chunks = tuple(Padding(size, most_tiles(size, min(every, size // CHUNK_TOKENS))) for size in chunks[:-1])
-        self._chunks += tuple(Padding(size, most_tiles(size, every)) for size in chunks[-1:])
+        self._chunks = tuple(
+            Padding(size, most_tiles(size, every if size == chunks[-1] else min(every, size // CHUNK_TOKENS)))
+            for size in chunks
+        )
         self._run = run
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self._memory: Any = None  # torch's handle of one pool for all: graphs of one stream never run together

@@ -30,8 +30,7 @@ class Launched(Protocol):
 @dataclass(frozen=True)
 class Device:
     """What the loop needs of the ranks. launch: tells all ranks, this one included, and does not wait. padding: of the
-    graph that a step takes. ahead: whether a step is launched before the one before it is
-    known."""
+    graph that a step takes. ahead: whether a step is launched before the one before it is known."""
 
     launch: Callable[[Record], Launched]
     padding: Callable[[Step], Padding]

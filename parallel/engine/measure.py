@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .engine import Engine
-from .record import PLAIN, Padding, Record, encode, scratch_item
+from .record import PLAIN, Padding, Record, encode, only_padding, scratch_item
 from .request import Sampling
 from .schedule import Step
 
@@ -78,12 +78,7 @@ def scratch_step(
 def decode_step(engine: Engine, size: int) -> Record:
     """A step of `size` decodes as a graph runs it, where graphs are used."""
     padding = engine.graphs.of_decodes(size)
-    return graph_step(engine, padding) if padding.tokens == size else scratch_step(engine, 1, size)
-
-
-def graph_step(engine: Engine, padding: Padding) -> Record:
-    """All padding."""
-    return encode(Step((), 0, False, (), ()), 0, engine.sizes, padding)
+    return only_padding(0, engine.sizes, padding) if padding.tokens == size else scratch_step(engine, 1, size)
 
 
 def compile_ahead(engine: Engine, graphs: Sequence[Padding]) -> None:
@@ -94,7 +89,7 @@ def compile_ahead(engine: Engine, graphs: Sequence[Padding]) -> None:
     prompt, *draws = _largest_steps(engine)
     with compiled_together(min(COMPILE_THREADS, os.cpu_count() or 1)):
         # the kernels that take the longest are those of many decodes in a graph
-        for record in (prompt, *(graph_step(engine, padding) for padding in reversed(graphs)), *draws):
+        for record in (prompt, *(only_padding(0, engine.sizes, padding) for padding in reversed(graphs)), *draws):
             engine.rehearse(record)
 
 
@@ -119,7 +114,7 @@ def _largest_steps(engine: Engine) -> tuple[Record, ...]:
 def capture(engine: Engine, graphs: Sequence[Padding]) -> None:
     """CUDA graphs that are needed first; others are captured when they are."""
     for padding in graphs:
-        engine.launch(graph_step(engine, padding)).results(0)
+        engine.launch(only_padding(0, engine.sizes, padding)).results(0)
 
 
 def step_times(engine: Engine) -> dict[str, float]:

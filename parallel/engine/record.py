@@ -160,6 +160,11 @@ def scratch_item(sizes: Sizes, tokens: int, start: int = 0, sampling: Sampling =
     return Item(running, 0, start, tokens, draws)
 
 
+def only_padding(number: int, sizes: Sizes, padding: Padding) -> Record:
+    """The record of a step of nothing, as a graph holds it."""
+    return encode(Step((), 0, False, (), ()), number, sizes, padding)
+
+
 def encode(step: Step, number: int, sizes: Sizes, padding: Padding = Padding()) -> Record:
     """The record of `step`, padded: by decodes, or by a chunk if there is room for tiles."""
     draws, items = step.draws, step.items
