@@ -31,12 +31,19 @@ _CODES, _HALVES = tl.constexpr(TILE_COLUMNS), tl.constexpr(HALVES)
 
 @dataclass(frozen=True)
 class Shape:
-    """How a product is cut: a program makes `tiles` * 16 outputs of `rows` pairs."""
+    """How a product is cut: a program makes `tiles` * 16 outputs of `rows` pairs of an expert. For the last pairs of
+    each it takes fewer, `least_rows` or twice that and so on, as few as hold them."""
 
     rows: int
+    least_rows: int
     tiles: int
     warps: int
     stages: int
+
+    @property
+    def sizes(self) -> int:
+        """How many row counts there are, from `least_rows` to `rows`."""
+        return (self.rows // self.least_rows).bit_length()
 
 
 @triton.jit(do_not_specialize=["first", "held", "pairs"])
@@ -106,16 +113,18 @@ def _weights(half, word, TILES: tl.constexpr, PLAIN: tl.constexpr):
     return value.reshape(TILES * 16, 64)
 
 
-@triton.jit(do_not_specialize=["held"])
-def _grouped(
+@triton.jit
+def _product(
     x,
     blocks,
     scales,
     bias,
     order,
-    starts,
     out,
-    held,
+    expert,
+    begin,
+    end,
+    column_block,
     tiles,
     steps,
     rows,
@@ -124,17 +133,11 @@ def _grouped(
     ALPHA: tl.constexpr,
     GATE_UP: tl.constexpr,
     EXPERTS_PER_TOKEN: tl.constexpr,
-    EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """GATE_UP: x [T, steps * 64] reordered -> out [P, out_width], SwiGLU, sorted and reordered as x is.
-    Otherwise x [P, steps * 64] sorted and reordered -> out [P, out_width] by pair, columns as they should be."""
-    column_block, block = tl.program_id(0), tl.program_id(1)
-    expert, begin, end = _where(starts, block, held, EXPERTS, ROWS)
-    if expert >= held:
-        return
+    """Sorted pairs `begin` up to `end`, at most ROWS, of one expert by TILES * 16 outputs, as `_grouped` says."""
     place = begin + tl.arange(0, ROWS)
     live = place < end
     pair = tl.load(order + place, mask=live, other=0)
@@ -177,6 +180,69 @@ def _grouped(
         value += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)[None, :]
         at = pair.to(tl.int64)[:, None] * out_width + output[None, :]
         tl.store(out + at, value.to(out.dtype.element_ty), mask=live[:, None] & there[None, :])
+
+
+@triton.jit(do_not_specialize=["held"])
+def _grouped(
+    x,
+    blocks,
+    scales,
+    bias,
+    order,
+    starts,
+    out,
+    held,
+    tiles,
+    steps,
+    rows,
+    out_width,
+    limit,
+    ALPHA: tl.constexpr,
+    GATE_UP: tl.constexpr,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEAST_ROWS: tl.constexpr,
+    SIZES: tl.constexpr,
+    TILES: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """GATE_UP: x [T, steps * 64] reordered -> out [P, out_width], SwiGLU, sorted and reordered as x is.
+    Otherwise x [P, steps * 64] sorted and reordered -> out [P, out_width] by pair, columns as they should be.
+
+    Blocks of ROWS pairs; the last one of an expert takes as few rows as it needs, of SIZES counts from LEAST_ROWS on,
+    each twice the one before.
+    """
+    column_block, block = tl.program_id(0), tl.program_id(1)
+    expert, begin, end = _where(starts, block, held, EXPERTS, ROWS)
+    if expert >= held:
+        return
+    live = tl.minimum(end - begin, ROWS)
+    for size in tl.static_range(SIZES):
+        if (live <= LEAST_ROWS << size) & (live > (LEAST_ROWS << size >> 1) * (size > 0)):
+            _product(
+                x,
+                blocks,
+                scales,
+                bias,
+                order,
+                out,
+                expert,
+                begin,
+                end,
+                column_block,
+                tiles,
+                steps,
+                rows,
+                out_width,
+                limit,
+                ALPHA,
+                GATE_UP,
+                EXPERTS_PER_TOKEN,
+                LEAST_ROWS << size,
+                TILES,
+                PLAIN,
+            )
 
 
 @triton.jit(do_not_specialize=["first", "held"])
@@ -245,6 +311,8 @@ def grouped(
             EXPERTS_PER_TOKEN=per_token,
             EXPERTS=max(MOST_EXPERTS, triton.next_power_of_2(held)),
             ROWS=shape.rows,
+            LEAST_ROWS=shape.least_rows,
+            SIZES=shape.sizes,
             TILES=shape.tiles,
             PLAIN=not x_TH.is_cuda,
             num_warps=shape.warps,
@@ -276,8 +344,8 @@ def _shape(pairs: int, held: int) -> Shape:
 
 
 _SHAPES = (  # rows as tests/benchmarks/kernels_experts.py found them on an H200; warps: see Shape
-    (12, Shape(rows=16, tiles=16, warps=4, stages=4)),
-    (40, Shape(rows=32, tiles=8, warps=4, stages=5)),
-    (256, Shape(rows=64, tiles=8, warps=4, stages=5)),
-    (math.inf, Shape(rows=128, tiles=8, warps=4, stages=4)),  # five are 3 % faster, and more than an RTX 4090 holds
+    (12, Shape(rows=16, least_rows=16, tiles=16, warps=4, stages=4)),
+    (40, Shape(rows=32, least_rows=32, tiles=8, warps=4, stages=5)),
+    (96, Shape(rows=64, least_rows=16, tiles=8, warps=4, stages=5)),
+    (math.inf, Shape(rows=128, least_rows=32, tiles=8, warps=4, stages=4)),
 )

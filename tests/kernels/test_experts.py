@@ -178,11 +178,11 @@ def test_parts_are_summed_by_the_next_norm(tokens: int, monkeypatch: pytest.Monk
 
 
 MANY = {
-    "one block an expert, four tiles": (Case(20, 64, 64, 3), Shape(16, 4, 4, 3)),
-    "others' experts, odd K": (Case(35, 96, 96, 4, 2, 8), Shape(16, 8, 4, 3)),
-    "an expert without tokens": (Case(33, 64, 32, 3, 0, 2), Shape(16, 8, 4, 3)),
-    "wide": (Case(40, 96, 160, 2, 0, 3, 1), Shape(32, 16, 4, 3)),
-    "no expert is here": (Case(20, 64, 32, 2), Shape(16, 4, 4, 3)),
+    "one block an expert, four tiles": (Case(20, 64, 64, 3), Shape(16, 16, 4, 4, 3)),
+    "others' experts, odd K": (Case(35, 96, 96, 4, 2, 8), Shape(16, 16, 8, 4, 3)),
+    "an expert without tokens": (Case(33, 64, 32, 3, 0, 2), Shape(16, 16, 8, 4, 3)),
+    "wide": (Case(40, 96, 160, 2, 0, 3, 1), Shape(32, 32, 16, 4, 3)),
+    "no expert is here": (Case(20, 64, 32, 2), Shape(16, 16, 4, 4, 3)),
 }
 
 
@@ -195,6 +195,17 @@ def test_many_tokens(name: str) -> None:
         given.experts_TX.clamp_(max=case.first - 1)
     found, wanted = grouped(*arguments(given), shapes=(shape, shape)), expected(given)
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@NO_GPU
+def test_the_last_pairs_of_an_expert_take_as_few_rows_as_they_need() -> None:
+    """Blocks of 64, last ones of 16, 32 and 64: each size at its least and its most, alone and after a whole block."""
+    counts = torch.tensor([1, 16, 17, 32, 33, 64, 65, 80, 81, 96, 97, 128])
+    given = inputs(Case(int(counts.sum()), 64, 32, len(counts), per_token=1))
+    given.experts_TX.copy_(torch.arange(len(counts)).repeat_interleave(counts)[torch.randperm(counts.sum())][:, None])
+    shape = Shape(64, 16, 4, 4, 3)
+    found, wanted = grouped(*arguments(given), shapes=(shape, shape)), expected(given)
+    assert (found - wanted).norm(dim=1).max() <= 1e-6 * wanted.norm(dim=1).max()
 
 
 @NO_GPU
@@ -573,8 +584,9 @@ names = _grouped.arg_names
 aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*POINTERS, "out", "out_width")}
 for gate_up in (True, False):
     for _, shape in _SHAPES:
-        fixed = dict(ALPHA=1.702, GATE_UP=gate_up, EXPERTS_PER_TOKEN=4, EXPERTS=128, ROWS=shape.rows, TILES=shape.tiles)
-        constants = {(names.index(name),): value for name, value in (fixed | {"PLAIN": False}).items()}
+        fixed = dict(ALPHA=1.702, GATE_UP=gate_up, EXPERTS_PER_TOKEN=4, EXPERTS=128, PLAIN=False)
+        fixed |= dict(ROWS=shape.rows, LEAST_ROWS=shape.least_rows, SIZES=shape.sizes, TILES=shape.tiles)
+        constants = {(names.index(name),): value for name, value in fixed.items()}
         source = ASTSource(_grouped, {name: types.get(name, "constexpr") for name in names}, constants, aligned)
         how = {"num_warps": shape.warps, "num_stages": shape.stages}
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how).asm["ptx"]
