@@ -31,7 +31,7 @@ class Graphs:
     ) -> None:
         every = rows + 1  # the scratch row's
         self._decodes = tuple(Padding(size) for size in decodes)
-        self._chunks = tuple(
+        self.chunks = tuple(
             Padding(size, most_tiles(size, every if size == chunks[-1] else min(every, size // CHUNK_TOKENS)))
             for size in chunks
         )
@@ -46,7 +46,7 @@ class Graphs:
 
     def of_chunks(self, tokens: int, chunks: int) -> Padding:
         """The smallest that holds so many tokens, decodes among them, and chunks."""
-        for one in self._chunks:
+        for one in self.chunks:
             padded = one.tokens > tokens
             if one.tokens >= tokens and one.tiles >= most_tiles(one.tokens, chunks + padded):
                 return one

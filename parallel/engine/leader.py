@@ -5,12 +5,13 @@ Knows connections as keys to send to; knows no tensors and no text.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..offload.counts import Counts
-from .record import Padding, Record, Sizes, after, encode
+from .record import Padding, Record, Sizes, after, encode, only_padding
 from .request import Request, Token
 from .schedule import Matcher, Result, Running, Scheduler, Step
 from .wire import Cancel, Done, Generate, Message, Refused, Stats, Tokens
@@ -30,12 +31,14 @@ class Launched(Protocol):
 @dataclass(frozen=True)
 class Device:
     """What the loop needs of the ranks. launch: tells all ranks, this one included, and does not wait. padding: of the
-    graph that a step takes. ahead: whether a step is launched before the one before it is known."""
+    graph that a step takes. ahead: whether a step is launched before the one before it is known. unprepared: graphs
+    that are captured with their first step, unless there is time before."""
 
     launch: Callable[[Record], Launched]
     padding: Callable[[Step], Padding]
     sizes: Sizes
     ahead: bool
+    unprepared: tuple[Padding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Leader:
         self._compiling: dict[tuple[Hashable, str], Running] = {}  # of these, those whose matcher is not made yet
         self._front_ends: dict[Hashable, None] = {}
         self._under_way: tuple[Step, Launched] | None = None
+        self._unprepared = deque(device.unprepared)
         self._number = 0
         self._stats_s = float("-inf")
         self._told: dict[Hashable, Stats] = {}
@@ -101,6 +105,20 @@ class Leader:
                     self._cancel(key)
                 del self._front_ends[front_end]
                 self._told.pop(front_end, None)
+
+    @property
+    def unprepared(self) -> bool:
+        return bool(self._unprepared)
+
+    def prepare(self) -> None:
+        """The next graph, by a step of padding alone. For when nobody asks for anything."""
+        assert self.idle
+        self._number = after(self._number)
+        record = only_padding(self._number, self._device.sizes, self._unprepared.popleft())
+        try:
+            self._device.launch(record).results(0)
+        except StepError:  # a request that needs it will be told
+            self._unprepared.clear()
 
     def turn(self) -> None:
         """One step, if there is anything to do, and the tokens that have come."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PROGRESS_EVERY_S = 0.1
 IDLE_POLL_S = 5.0
+QUIET_S = 0.05  # before a graph is prepared, which takes as long, and which whoever asks meanwhile waits for
 
 
 def main() -> None:
@@ -124,7 +125,7 @@ def lead(
     times = ready.times
     leader = Leader(
         scheduler_for(engine.plan),
-        Device(launch, engine.graphs.of, engine.sizes, ahead=engine.device.type == "cuda"),
+        Device(launch, engine.graphs.of, engine.sizes, engine.device.type == "cuda", engine.graphs.chunks[:-1]),
         front_ends.send,
         lambda request: refusal(engine.plan, request),
         grammars,
@@ -134,10 +135,14 @@ def lead(
     trace.idle()
     while True:
         polled_s = time.monotonic()
-        for front_end, message in front_ends.poll(IDLE_POLL_S if leader.idle else 0):
+        longest_s = QUIET_S if leader.unprepared else IDLE_POLL_S
+        for front_end, message in front_ends.poll(longest_s if leader.idle else 0):
             leader.take(front_end, message)
-        if leader.idle and time.monotonic() - polled_s >= IDLE_POLL_S:
-            grammars.load()
+        if leader.idle and time.monotonic() - polled_s >= longest_s:
+            if leader.unprepared:
+                leader.prepare()
+            else:
+                grammars.load()
         leader.turn()
         if leader.idle:
             trace.idle()

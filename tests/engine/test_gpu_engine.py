@@ -10,7 +10,7 @@ import torch
 from forced import answers, refusals
 from gptoss_launch.parallel.engine.engine import Engine
 from gptoss_launch.parallel.engine.measure import capture, compile_ahead, warm_up
-from gptoss_launch.parallel.engine.record import Padding, Record, encode, places
+from gptoss_launch.parallel.engine.record import Padding, Record, encode, only_padding, places
 from gptoss_launch.parallel.engine.request import Request, Sampling
 from gptoss_launch.parallel.engine.schedule import Item, Running, Step
 from gptoss_launch.parallel.engine.start import chunk_sizes
@@ -112,10 +112,10 @@ def test_kernels_compiled_ahead_are_those_that_steps_take(folder: Path, monkeypa
     import triton
 
     asked = requests(4, WAYS["drawn"])
-    usual, ahead = (engine(folder, (1, 4, 8), chunks=(64, 512)) for _ in range(2))
-    first = [*(Padding(size) for size in (1, 4, 8)), ahead.graphs.of_chunks(512, 1)]
+    usual, ahead = (engine(folder, (1, 4, 8), chunks=chunk_sizes(512)) for _ in range(2))
+    first = [*(Padding(size) for size in (1, 4, 8)), *ahead.graphs.chunks]
     forget_kernels()
-    compile_ahead(ahead, first)
+    compile_ahead(ahead, [*first[:3], *ahead.graphs.chunks[::4]])  # each twice the one before
     sought: list[str] = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **facts: sought.append(fn.name)
@@ -123,6 +123,16 @@ def test_kernels_compiled_ahead_are_those_that_steps_take(folder: Path, monkeypa
     warm_up(ahead)
     capture(ahead, first)
     assert sought == []
+    assert answers(ahead, asked, ahead=True) == answers(usual, asked, ahead=True)
+
+
+def test_graphs_prepared_ahead_are_those_that_steps_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smallest first, as while nobody asks; the largest is there from the start. No token changes."""
+    asked = [Request(f"{n}", tuple(prompt(SPEC, n, seed=n)), 9, Sampling(seed=n)) for n in (20, 60, 130, 400)]
+    usual, ahead = (engine(folder, (1, 2, 4), chunks=chunk_sizes(512)) for _ in range(2))
+    for number, padding in enumerate((Padding(1), Padding(2), Padding(4), *ahead.graphs.chunks)):
+        ahead.launch(only_padding(number, ahead.sizes, padding)).results(0)
+    monkeypatch.setattr(ahead.graphs, "capture", lambda head: pytest.fail(f"{head} has no graph"))
     assert answers(ahead, asked, ahead=True) == answers(usual, asked, ahead=True)
 
 

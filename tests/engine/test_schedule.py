@@ -141,7 +141,7 @@ class Simulation:
         graphs = Graphs(*sized, sizes.rows, run=_nothing)
         self.leader = Leader(
             self.scheduler,
-            Device(self._launch, graphs.of, sizes, world.ahead),
+            Device(self._launch, graphs.of, sizes, world.ahead, graphs.chunks),
             self._send,
             self._refusal,
             self,
@@ -151,7 +151,7 @@ class Simulation:
         self.stories: dict[str, Story] = {}
         self.families = [self._tokens(world.context_tokens) for _ in range(3)]
         self.stats: Stats | None = None
-        self.waits = self.failures = 0
+        self.waits = self.failures = self.prepared = 0
 
     def matcher_of(self, request: Request) -> Matcher | None:
         matcher = matcher_of(request, VOCAB)
@@ -223,6 +223,9 @@ class Simulation:
 
     def tick(self, *, arrivals: bool = True) -> None:
         r = self.random
+        while self.leader.unprepared and self.leader.idle and self.luck.random() < 0.8:
+            self.prepared += 1
+            self.leader.prepare()
         if arrivals:
             while r.random() < self.world.busy / (1 + self.world.busy) and len(self.scheduler.waiting) < 30:
                 self.arrive()
@@ -311,7 +314,7 @@ def test_the_simulation_meets_what_it_is_for() -> None:
     counts = simulation.scheduler.counts
     assert counts.preemptions > 10 and counts.exact_draws > 20 and counts.prefix_hit_tokens > 500
     reasons = Counter(story.finish_reason for story in simulation.stories.values())
-    assert simulation.waits > 10
+    assert simulation.waits > 10 and simulation.prepared
     assert min(reasons[reason] for reason in ("stop", "length", "deadline", None)) > 5
     assert reasons["refused"] > 0
     assert simulation.stats is not None and simulation.stats.preemptions_total == counts.preemptions
