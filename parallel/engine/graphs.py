@@ -1,4 +1,4 @@
-"""CUDA graphs of steps, each captured when it is first needed.
+"""CUDA graphs of steps, each captured when it is first needed, or before, by a step of padding alone.
 
 A graph of decodes, one for each size and kind of draw, holds the whole step, the draw included where that needs nothing
 but the step's own numbers. One of chunks, with decodes or without, ends with hidden states: how many tokens are drawn

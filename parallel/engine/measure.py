@@ -112,7 +112,7 @@ def _largest_steps(engine: Engine) -> tuple[Record, ...]:
 
 
 def capture(engine: Engine, graphs: Sequence[Padding]) -> None:
-    """CUDA graphs that are needed first; others are captured when they are."""
+    """CUDA graphs that are needed first; others are captured when they are, or while the leader has nothing to do."""
     for padding in graphs:
         engine.launch(only_padding(0, engine.sizes, padding)).results(0)
 
