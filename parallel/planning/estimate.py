@@ -1,6 +1,7 @@
 """How long a decode step may take on one layout: an estimate, made to compare layouts, not to promise a speed.
 
-    step = bytes that the busiest rank reads / memory bandwidth + launches + 2 all-reduces a layer
+    step = bytes that the busiest rank reads / what of the bandwidth kernels reach
+           + what layers and sequences take besides + 2 all-reduces a layer
 
 Counts weights and KV cache, and nothing of prefill. Works through the shard table for any mesh. Knows nothing of
 whether a layout fits. The tables below are datasheets and measurements with their sources; what is not in them is
@@ -59,10 +60,27 @@ BANDWIDTH: dict[str, float] = {
 }
 READ_SHARE = 0.93  # of the datasheet that a pure read reaches: 4.45 of 4.8 TB/s, measured on an H200
 
-# What a layer's kernels take besides their bytes, in a CUDA graph: the best kernels measured one by one on an H100 add
-# up to 1.7 ms for a step of 20b at one token, 0.5 ms more than its bytes at READ_SHARE, over 24 layers. Plain torch,
-# some hundred kernels a layer that are started one by one: 69 ms for such a step in fp16 on an H200.
-LAYER_S = {"triton": 20e-6, "plain": 2.7e-3}
+
+@dataclass(frozen=True)
+class Pace:
+    """What kernels make of a memory. experts: share of READ_SHARE's bandwidth that they read experts at. layer_s: what
+    a layer takes besides its bytes; sequence_s: each sequence of it, attention's programs and the draw above all."""
+
+    experts: float
+    layer_s: float
+    sequence_s: float
+
+    def read_s(self, bytes_per_s: float, others_bytes: float, experts_bytes: float) -> float:
+        return others_bytes / bytes_per_s + experts_bytes / (bytes_per_s * self.experts)
+
+    def besides_s(self, layers: int, sequences: int) -> float:
+        return layers * (self.layer_s + sequences * self.sequence_s)
+
+
+# triton: fitted to steps of 1 to 128 sequences of 20b on one H200 and on two, 2026-11-30, from which it is off by at
+# most 7 % (tests/planning/test_estimate.py). plain: torch, some hundred kernels a layer that are started one by one,
+# 69 ms for a step of one token in fp16 on an H200; more sequences were not measured.
+PACE = {"triton": Pace(0.68, 14e-6, 0.75e-6), "plain": Pace(1.0, 2.7e-3, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -100,13 +118,13 @@ class Step:
     batch_tokens: int
     read_bytes: float
     read_s: float
-    launch_s: float
+    besides_s: float
     reduces: int
     reduce_s: float  # each
 
     @property
     def seconds(self) -> float:
-        return self.read_s + self.launch_s + self.reduces * self.reduce_s
+        return self.read_s + self.besides_s + self.reduces * self.reduce_s
 
 
 def bandwidth(gpu_name: str) -> float | None:
@@ -126,13 +144,14 @@ def decode_step(
     kept: Kept = None,
     kernels: Kernels = "triton",
 ) -> Step:
-    """The estimate for `mesh`, whose ranks each read bytes_per_s and are joined by `link`."""
-    read = read_bytes(spec, mesh, dtype, batch_tokens, context_tokens, kept)
+    """The estimate for `mesh`, whose ranks each read bytes_per_s at most and are joined by `link`."""
+    read, pace = read_bytes(spec, mesh, dtype, batch_tokens, context_tokens, kept), PACE[kernels]
+    experts = _weight_bytes(spec, mesh, dtype, batch_tokens, kept)[1]
     return Step(
         batch_tokens=batch_tokens,
         read_bytes=read,
-        read_s=read / bytes_per_s,
-        launch_s=spec.layers * LAYER_S[kernels],
+        read_s=pace.read_s(bytes_per_s, read - experts, experts),
+        besides_s=pace.besides_s(spec.layers, batch_tokens),
         reduces=2 * spec.layers if mesh.ranks > 1 else 0,
         reduce_s=all_reduce_s(link, mesh.ranks, batch_tokens * spec.hidden * DTYPE_BYTES[dtype]),
     )
@@ -169,6 +188,11 @@ def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, kept: 
     Rank 0 is the busiest of those that hold equally much, as larger parts come first. Of the embedding only the rows
     of the batch are read, which count for nothing here.
     """
+    return sum(_weight_bytes(spec, mesh, dtype, batch_tokens, kept))
+
+
+def _weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, kept: Kept) -> tuple[int, float]:
+    """Of experts the second."""
     dense, experts = 0, 0
     for row in table(spec):
         size = stored_bytes(row, mesh, 0, dtype, kept)
@@ -178,7 +202,7 @@ def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, kept: 
             dense += size
     held = _held(spec.experts, mesh.ep)[0]
     active = busiest_experts(spec.experts, spec.experts_per_token, batch_tokens, mesh.ep)
-    return dense + experts * active / held
+    return dense, experts * active / held
 
 
 def unpacked_bytes(spec: Spec, dtype: DType) -> int:

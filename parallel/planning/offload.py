@@ -12,7 +12,7 @@ from functools import cache
 from math import prod
 
 from .choice import Asked
-from .estimate import LAYER_S, bandwidth, read_bytes, unpacked_bytes
+from .estimate import PACE, bandwidth, read_bytes, unpacked_bytes
 from .layouts import PAGE_TOKENS, Place, context_choices, memories
 from .machine import Speeds
 from .memory import PROCESS, Room, stored_element_bytes
@@ -160,8 +160,9 @@ def _on_gpu(spec: Spec, place: Place, speeds: Speeds, asked: Asked) -> Iterator[
         fetched = misses == "copied" and place.kernels == "triton" and kept == "memory"
         fetched &= not ahead(spec, misses, slots, asked)
         layer_s = FETCH_S if fetched else WAIT_S + (CPU_LAYER_S if misses == "computed" else 0.0)
-        took_s = spec.layers * (LAYER_S[place.kernels] + layer_s)
-        took_s += device_read / gpu_speed if gpu_speed else 0.0
+        pace = PACE[place.kernels]
+        took_s = pace.besides_s(spec.layers, 1) + spec.layers * layer_s
+        took_s += pace.read_s(gpu_speed, dense, device_read - dense) if gpu_speed else 0.0
         assert speeds.link and speeds.host and speeds.disk
         took_s += moved["link_bytes"] / speeds.link + moved["cpu_read_bytes"] / (speeds.host * CPU_SHARE)
         took_s += disk / speeds.disk

@@ -204,7 +204,7 @@ def _ranks(place: Place, asked: Asked, choice: Choice) -> str:
 
 def _step(step: Step) -> str:
     """The estimate as a sum."""
-    terms = [f"{step.read_bytes / 1e9:.2f} GB read in {_ms(step.read_s)}", f"launches {_ms(step.launch_s)}"]
+    terms = [f"{step.read_bytes / 1e9:.2f} GB read in {_ms(step.read_s)}", f"{_ms(step.besides_s)} besides"]
     if step.reduces:
         terms.append(f"{step.reduces} all-reduces of {step.reduce_s * 1e6:.1f} us")
     return f"estimated decode step of {step.batch_tokens}: {_ms(step.seconds)} ({', '.join(terms)})"

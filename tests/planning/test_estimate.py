@@ -98,9 +98,22 @@ def test_a_step_adds_up_and_only_shrinks_where_links_allow() -> None:
     speed = bandwidth("NVIDIA H100 80GB HBM3")
     assert speed is not None
     one, two = (decode_step(spec, Mesh(ranks), "bf16", speed, "nvlink", 1, 8192) for ranks in (1, 2))
-    assert one.seconds == one.read_s + one.launch_s and one.reduces == 0
-    assert two.seconds == two.read_s + two.launch_s + 48 * two.reduce_s < one.seconds
+    assert one.seconds == one.read_s + one.besides_s and one.reduces == 0
+    assert two.seconds == two.read_s + two.besides_s + 48 * two.reduce_s < one.seconds
     assert decode_step(spec, Mesh(2), "bf16", speed, "pcie", 1, 8192).seconds > one.seconds  # 48 x 17 us
+
+
+@pytest.mark.parametrize("name", ["20b_H200", "20b_2xH200"])
+def test_steps_as_measured(name: str) -> None:
+    """Of the newest run, with as much context as in its middle."""
+    lines = max(RESULTS.glob(f"{name}_*.jsonl")).read_text("utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["bench"] == "decode" and row["engine"] == "gptoss-launch"]
+    assert {1, 8, 32} <= {row["batch"] for row in rows}
+    for row in rows:
+        speed = bandwidth(row["device"])
+        assert speed is not None and speed == row["bandwidth_bytes_s"]
+        step = decode_step(SPECS["20b"], Mesh(row["ranks"]), "bf16", speed, "nvlink", row["batch"], 1024 + 64)
+        assert step.seconds * 1e3 == pytest.approx(row["decode_ms"], rel=0.08), row["batch"]
 
 
 def test_every_machine_that_ships_has_a_bandwidth_where_it_can_run() -> None:
