@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from gptoss_launch.parallel.planning.choice import TIE
 from gptoss_launch.parallel.planning.estimate import (
     BANDWIDTH,
     all_reduce_s,
@@ -113,7 +114,7 @@ def test_steps_as_measured(name: str) -> None:
         speed = bandwidth(row["device"])
         assert speed is not None and speed == row["bandwidth_bytes_s"]
         step = decode_step(SPECS["20b"], Mesh(row["ranks"]), "bf16", speed, "nvlink", row["batch"], 1024 + 64)
-        assert step.seconds * 1e3 == pytest.approx(row["decode_ms"], rel=0.08), row["batch"]
+        assert step.seconds * 1e3 == pytest.approx(row["decode_ms"], rel=TIE - 1), row["batch"]
 
 
 def test_every_machine_that_ships_has_a_bandwidth_where_it_can_run() -> None:
