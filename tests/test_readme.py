@@ -92,4 +92,4 @@ def test_ci_finds_the_test_command() -> None:
     extract = re.search(r"^sed -n .*(?=>\")", (readme.ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert extract
     done = subprocess.run(["bash", "-c", extract[0]], cwd=readme.ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["pip install -e '.[test]'", 'pytest -m "not slow"']
+    assert done.stdout.splitlines() == ["pip install -e '.[test]'", 'pytest -m "not slow" -n 2']
