@@ -22,7 +22,17 @@ from .layouts import (
 )
 from .machine import Machine, format_size
 from .memory import Room, weights_bytes
-from .offload import all_here, expert_bytes, hit_share, in_file, known, one_rank, room_for, without_slots_bytes
+from .offload import (
+    all_here,
+    expert_bytes,
+    hit_share,
+    in_file,
+    in_memory,
+    known,
+    one_rank,
+    room_for,
+    without_slots_bytes,
+)
 from .pages import pool_pages
 from .placement import Order, imbalance
 from .plan import DType, Kernels, Offload, RankMemory, Way, kept
@@ -40,6 +50,8 @@ KERNELS_WHY: dict[Kernels, str] = {
     "cpu": "experts, and products with bf16 weights in fp32, by our C++, compiled at first use; else plain torch",
     "cpu-int8": "as cpu, but with activations rounded to 8 bits before each product of experts",
 }
+BANDWIDTH_NAMES = {"host": "host memory", "link": "link to the GPU", "disk": "disk"}
+MOST_CPU_TOK_S = 100  # the estimate counts bytes alone; a model that is read faster waits for Python
 PARTS = ("weights", "kv", "workspace", "graphs", "communication", "context")
 PART_NAMES = {"kv": "KV cache", "context": "CUDA context"}
 
@@ -63,6 +75,10 @@ def why(
     lines += [_ranks(place, asked, choice), _dp(place, asked, choice)]
     lines += [_span(spec, place, asked, choice)] if choice.layout.span > 1 else []
     lines += [_ep(spec, asked, choice)]
+    if place.kernels in ("cpu", "cpu-int8") and mesh.ranks == 1:
+        way = in_memory(spec, place, machine.speeds, context)
+        if way.tok_s < MOST_CPU_TOK_S:
+            lines += [f"one stream: {_way(way)}", _bandwidths(machine, ("host",))]
     if asked.routing is not None:
         lines.append(_placement(asked, mesh, orders))
     unused = [f"--misses {asked.misses}"] * (asked.misses is not None) + ["--look-ahead"] * bool(asked.look_ahead)
@@ -327,7 +343,7 @@ def why_offloaded(
             f"look-ahead: {offload.ahead} experts of the next layer, asked for; the estimate counts nothing saved by it"
         )
     lines += [f"instead: {way.name}: {_way(way)}" for way in offload.others]
-    lines.append(_bandwidths(machine, place))
+    lines.append(_bandwidths(machine, ("host", "disk") if place.device == "cpu" else ("host", "link", "disk")))
     if taken.slots:
         share = hit_share(spec, asked, taken.slots)
         if asked.routing is None:
@@ -364,15 +380,13 @@ def _way(way: Way) -> str:
     return f"estimated {way.tok_s:.1f} tokens/s ({moved} a token)"
 
 
-def _bandwidths(machine: Machine, place: Place) -> str:
-    names = {"host": "host memory", "link": "link to the GPU", "disk": "disk"}
-    if place.device == "cpu":
-        del names["link"]
+def _bandwidths(machine: Machine, names: Sequence[str]) -> str:
+    """names: fields of Speeds."""
     terms = []
-    for name, what in names.items():
+    for name in names:
         given = getattr(machine.speeds, name)
         value = getattr(known(machine.speeds), name)
-        terms.append(f"{what} {value / 1e9:.1f} GB/s" + ("" if given else " (assumed, not known)"))
+        terms.append(f"{BANDWIDTH_NAMES[name]} {value / 1e9:.1f} GB/s" + ("" if given else " (assumed, not known)"))
     return "bandwidths: " + ", ".join(terms)
 
 

@@ -209,6 +209,15 @@ def test_a_cpu_says_what_a_bf16_cache_has_room_for() -> None:
     assert there.context_tokens == int(found[1]) > plan.context_tokens
 
 
+def test_a_cpu_says_how_fast_it_may_be_where_memory_decides() -> None:
+    """0.8 of the machine's 40 GB/s over the bytes of a token."""
+    line = why(planned("20b", "cpu"), "one stream")
+    found = re.search(r"estimated ([\d.]+) tokens/s \(([\d.]+) GB read by the CPU a token\)", line)
+    assert found and float(found[1]) == pytest.approx(0.8 * 40 / float(found[2]), abs=0.06)
+    said = (planned("20b", "cpu", ranks=2), planned("20b", "cpu", kernels="plain"))
+    assert not any(line.startswith("one stream") for plan in said for line in plan.why)
+
+
 def test_a_layout_that_is_not_the_fastest_says_why() -> None:
     plan = planned("20b", "h200x8")
     assert (plan.dp, plan.ranks) == (2, 4)
