@@ -172,7 +172,7 @@ def start(
         first.append(largest)
     if first:
         try:
-            compile_ahead(engine, [*first, *engine.graphs.chunks[::4]])  # each twice the one before
+            compile_ahead(engine, [*first, *engine.graphs.chunks[:-1:4]])  # each twice the one before
         except Exception as error:  # of a compiler, say: the steps below take the same way, and need it
             slow_paths.append(f"kernels compiled one after the other: {type(error).__name__}: {error}")
         laps.mark("compiling")

@@ -125,7 +125,13 @@ def lead(
     times = ready.times
     leader = Leader(
         scheduler_for(engine.plan),
-        Device(launch, engine.graphs.of, engine.sizes, engine.device.type == "cuda", engine.graphs.chunks[:-1]),
+        Device(
+            launch,
+            engine.graphs.of,
+            engine.sizes,
+            ahead=engine.device.type == "cuda",
+            unprepared=engine.graphs.chunks[:-1],  # the start has captured the largest
+        ),
         front_ends.send,
         lambda request: refusal(engine.plan, request),
         grammars,

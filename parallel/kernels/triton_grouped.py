@@ -217,9 +217,9 @@ def _grouped(
     expert, begin, end = _where(starts, block, held, EXPERTS, ROWS)
     if expert >= held:
         return
-    live = tl.minimum(end - begin, ROWS)
+    count = tl.minimum(end - begin, ROWS)
     for size in tl.static_range(SIZES):
-        if (live <= LEAST_ROWS << size) & (live > (LEAST_ROWS << size >> 1) * (size > 0)):
+        if (count <= LEAST_ROWS << size) & (count > (LEAST_ROWS << size >> 1) * (size > 0)):
             _product(
                 x,
                 blocks,
@@ -343,7 +343,7 @@ def _shape(pairs: int, held: int) -> Shape:
     return next(shape for most, shape in _SHAPES if pairs <= most * held)
 
 
-_SHAPES = (  # rows as tests/benchmarks/kernels_experts.py found them on an H200; warps: see Shape
+_SHAPES = (  # as tests/benchmarks/kernels_experts.py found them on an H200
     (12, Shape(rows=16, least_rows=16, tiles=16, warps=4, stages=4)),
     (40, Shape(rows=32, least_rows=32, tiles=8, warps=4, stages=5)),
     (96, Shape(rows=64, least_rows=16, tiles=8, warps=4, stages=5)),

@@ -145,12 +145,12 @@ def decode_step(
     kernels: Kernels = "triton",
 ) -> Step:
     """The estimate for `mesh`, whose ranks each read bytes_per_s at most and are joined by `link`."""
-    read, pace = read_bytes(spec, mesh, dtype, batch_tokens, context_tokens, kept), PACE[kernels]
-    experts = _weight_bytes(spec, mesh, dtype, batch_tokens, kept)[1]
+    others, experts = _read_bytes(spec, mesh, dtype, batch_tokens, context_tokens, kept)
+    pace = PACE[kernels]
     return Step(
         batch_tokens=batch_tokens,
-        read_bytes=read,
-        read_s=pace.read_s(bytes_per_s, read - experts, experts),
+        read_bytes=others + experts,
+        read_s=pace.read_s(bytes_per_s, others, experts),
         besides_s=pace.besides_s(spec.layers, batch_tokens),
         reduces=2 * spec.layers if mesh.ranks > 1 else 0,
         reduce_s=all_reduce_s(link, mesh.ranks, batch_tokens * spec.hidden * DTYPE_BYTES[dtype]),
@@ -176,9 +176,16 @@ def read_bytes(
 ) -> float:
     """Bytes of weights and KV cache that the busiest rank reads in one step of batch_tokens sequences, judged at no
     more than DECODE_CONTEXT_TOKENS each."""
+    return sum(_read_bytes(spec, mesh, dtype, batch_tokens, context_tokens, kept))
+
+
+def _read_bytes(
+    spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, context_tokens: int, kept: Kept
+) -> tuple[int, float]:
+    """Of experts the second."""
+    dense, experts = _weight_bytes(spec, mesh, dtype, batch_tokens, kept)
     seen = min(context_tokens, DECODE_CONTEXT_TOKENS)
-    kv = kv_bytes(spec, mesh, DTYPE_BYTES[dtype], seen)
-    return weight_bytes(spec, mesh, dtype, batch_tokens, kept) + batch_tokens * kv
+    return dense + batch_tokens * kv_bytes(spec, mesh, DTYPE_BYTES[dtype], seen), experts
 
 
 def weight_bytes(spec: Spec, mesh: Mesh, dtype: DType, batch_tokens: int, kept: Kept = None) -> float:

@@ -75,10 +75,7 @@ def why(
     lines += [_ranks(place, asked, choice), _dp(place, asked, choice)]
     lines += [_span(spec, place, asked, choice)] if choice.layout.span > 1 else []
     lines += [_ep(spec, asked, choice)]
-    if place.kernels in ("cpu", "cpu-int8") and mesh.ranks == 1:
-        way = in_memory(spec, place, machine.speeds, context)
-        if way.tok_s < MOST_CPU_TOK_S:
-            lines += [f"one stream: {_way(way)}", _bandwidths(machine, ("host",))]
+    lines += _one_stream(spec, machine, place, choice.layout)
     if asked.routing is not None:
         lines.append(_placement(asked, mesh, orders))
     unused = [f"--misses {asked.misses}"] * (asked.misses is not None) + ["--look-ahead"] * bool(asked.look_ahead)
@@ -133,6 +130,14 @@ def _rest(spec: Spec, mesh: Mesh, place: Place, asked: Asked) -> list[str]:
         f"{format_size(saved)} less a rank, {how}; compared with {place.dtype} at the start, and refused where the "
         f"mean KL divergence is over {asked.rest_kl:g} nats"
     ]
+
+
+def _one_stream(spec: Spec, machine: Machine, place: Place, layout: Layout) -> list[str]:
+    """Of a rank alone on a CPU; nothing for others."""
+    if place.kernels not in ("cpu", "cpu-int8") or layout.mesh.ranks > 1:
+        return []
+    way = in_memory(spec, place, machine.speeds, layout.context_tokens)
+    return [f"one stream: {_way(way)}", _bandwidths(machine, ("host",))] if way.tok_s < MOST_CPU_TOK_S else []
 
 
 def _sequences(place: Place, asked: Asked, room: Room) -> str:
