@@ -8,6 +8,7 @@ shapes first come may do so in any run. Knows no engine: `generate` is the peer'
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def rows(given: argparse.Namespace, about: About, generate: Generate, notes: tup
             run(batch, 1)
             run(batch, 1 + given.new)
         times = [(run(batch, 1), run(batch, 1 + given.new)) for _ in range(given.repeats)]
+        pairs = ", ".join(f"{first_s:.3f} and {last_s:.3f}" for first_s, last_s in times)
+        print(f"batch {batch}, seconds to the first and the last token: {pairs}", file=sys.stderr, flush=True)
         one_s, whole_s = (min(pair[place] for pair in times) for place in (0, 1))
         step_s = (whole_s - one_s) / given.new if whole_s > one_s else None
         row = make_row(
