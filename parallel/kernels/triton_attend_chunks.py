@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batch import TILE_TOKENS, Batch, PageView
 from .triton_attend_merge import LOWEST, merge, parts, store_part
-from .triton_launch import constants
+from .triton_launch import capped, constants
 from .triton_pages import as_operand, as_stored, entry, operand, stored_factor
 
 
@@ -30,9 +30,10 @@ class Tuning:
     stages: int  # blocks of keys under way at a time
     programs: int  # wanted in all: where full tiles alone do not make as many, the keys are split, too
     least_keys: int  # of a split
+    registers: int | None = None  # the most of a lane: fewer, and more programs are there at a time
 
 
-FULL = Tuning(rows=128, block_tokens=64, warps=8, stages=5, programs=264, least_keys=1024)
+FULL = Tuning(rows=128, block_tokens=64, warps=8, stages=5, programs=264, least_keys=1024, registers=128)
 WINDOW = Tuning(rows=64, block_tokens=64, warps=4, stages=3, programs=1, least_keys=1024)
 
 
@@ -79,6 +80,7 @@ def attend_chunks(
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         ),
+        **capped(q_TND, tuning.registers),
     )
     if splits > 1:
         merge(mixed_TNSD, stats_TNS2, out_TND, batch.decodes_1, factor)

@@ -65,18 +65,27 @@ WINDOW_DECODES = [
     for block, warps, stages in ((128, 4, 1), (128, 8, 1), (64, 4, 3), (64, 2, 3))
 ]
 CHUNKS = [
-    Chunks(*numbers, 264, 1024)
-    for numbers in (
-        *((128, 64, 8, stages) for stages in (5, 7)),
-        *((64, 64, 4, stages) for stages in (3, 5)),
-        *((64, block, 4, 3) for block in (32, 128)),
-        (128, 32, 8, 5),
-        (128, 64, 4, 3),
+    Chunks(*numbers, 264, 1024, registers)
+    for *numbers, registers in (
+        (128, 64, 8, 3, None),
+        (128, 64, 8, 5, None),
+        *((128, 64, 8, stages, 128) for stages in (3, 4, 5)),
+        *((64, 64, 4, stages, 128) for stages in (3, 4)),
+        *((256, 64, 16, stages, None) for stages in (3, 5)),
+        (256, 64, 8, 4, None),
+        (128, 32, 8, 4, None),
     )
 ]
 WINDOW_CHUNKS = [
-    Chunks(*numbers, 1, 1024)
-    for numbers in ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (32, 64, 2, 3), (128, 64, 8, 3))
+    Chunks(*numbers, 1, 1024, registers)
+    for *numbers, registers in (
+        (64, 64, 4, 3, None),
+        (64, 64, 4, 3, 128),
+        (64, 64, 4, 2, 128),
+        (64, 64, 4, 2, 96),
+        (64, 32, 4, 3, None),
+        (128, 64, 8, 3, 128),
+    )
 ]
 STAYS = [triton_qkv.Stay(*how) for how in ((4, 4, 2), (4, 5, 1), (4, 7, 1), (4, 5, 2), (8, 3, 1))]
 ONES = [Rows(*how) for how in ((1, 16, 88), (1, 16, 96), (4, 16, 96), (4, 16), (1, 12, 128), (4, 12, 128), (1, 8, 80))]
