@@ -79,8 +79,8 @@ def attend_chunks(
             SPLIT=splits > 1,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
+            **capped(q_TND, tuning.registers),
         ),
-        **capped(q_TND, tuning.registers),
     )
     if splits > 1:
         merge(mixed_TNSD, stats_TNS2, out_TND, batch.decodes_1, factor)
