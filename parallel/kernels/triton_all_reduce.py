@@ -208,7 +208,8 @@ def _value(bits, like):
 
 @triton.jit
 def _buffer(address):
-    return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 16)
+    wide = address.to(tl.int64)  # an integer below 2^31 comes as int32: a host may have memory there
+    return tl.multiple_of(wide.to(tl.pointer_type(tl.int64)), 16)
 
 
 @triton.jit

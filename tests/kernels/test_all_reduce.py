@@ -4,7 +4,9 @@ As a program, `python test_all_reduce.py FOLDER RANK RANKS DTYPE`, it is one of 
 interpreter, memory that the others write.
 """
 
+import mmap
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -27,6 +29,7 @@ PROGRAMS = 3
 # the interpreter cuts sums to bf16 instead of rounding them: the messages below have sums that are bf16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CALLS = 40
+MAP_32BIT = 0x40  # of mmap(2), on x86-64: below 2^31; Python has its name from 3.13 on
 
 
 def buffer_bytes(ranks: int) -> int:
@@ -82,6 +85,26 @@ class ByHand:
             return not thread.is_alive()
 
         return over
+
+
+def low_zeros(shape: torch.Size) -> Tensor:
+    """Words in memory below 2^31."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_32BIT
+    low = torch.frombuffer(mmap.mmap(-1, shape.numel() * WORD_BYTES, flags), dtype=torch.int64).view(shape)
+    assert low.data_ptr() < 1 << 31
+    return low
+
+
+@INTERPRETED
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only there memory is to be had below 2^31")
+def test_memory_at_addresses_of_32_bits_is_written_too() -> None:
+    here = ByHand(2, torch.float32)
+    here.buffers = [low_zeros(buffer.shape) for buffer in here.buffers]
+    here.sum = FlaggedSum(tuple(buffer.data_ptr() for buffer in here.buffers), 0, buffer_bytes(2), CPU)
+    messages = [message(rank, 0, 5, torch.float32) for rank in range(2)]
+    here.send(messages[1], 1, 1)
+    assert torch.equal(here.sum(messages[0].clone()), summed(messages))
+    assert torch.equal(here.buffers[1][0, 1, 0], here.words(messages[0], 1)[0])
 
 
 @INTERPRETED
