@@ -104,16 +104,18 @@ def test_a_step_adds_up_and_only_shrinks_where_links_allow() -> None:
     assert decode_step(spec, Mesh(2), "bf16", speed, "pcie", 1, 8192).seconds > one.seconds  # 48 x 17 us
 
 
-@pytest.mark.parametrize("name", ["20b_H200", "20b_2xH200"])
-def test_steps_as_measured(name: str) -> None:
+@pytest.mark.parametrize(
+    "name, batches", [("20b_H200", {1, 8, 32}), ("20b_2xH200", {1, 8, 32}), ("120b_2xH200", {1, 8})]
+)
+def test_steps_as_measured(name: str, batches: set[int]) -> None:
     """Of the newest run, with as much context as in its middle."""
     lines = max(RESULTS.glob(f"{name}_*.jsonl")).read_text("utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["bench"] == "decode" and row["engine"] == "gptoss-launch"]
-    assert {1, 8, 32} <= {row["batch"] for row in rows}
+    assert batches <= {row["batch"] for row in rows}
     for row in rows:
         speed = bandwidth(row["device"])
         assert speed is not None and speed == row["bandwidth_bytes_s"]
-        step = decode_step(SPECS["20b"], Mesh(row["ranks"]), "bf16", speed, "nvlink", row["batch"], 1024 + 64)
+        step = decode_step(SPECS[row["model"]], Mesh(row["ranks"]), "bf16", speed, "nvlink", row["batch"], 1024 + 64)
         assert step.seconds * 1e3 == pytest.approx(row["decode_ms"], rel=TIE - 1), row["batch"]
 
 
