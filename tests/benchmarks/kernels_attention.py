@@ -311,7 +311,8 @@ def cases(only: set[str], small: bool) -> Iterator[Case]:
     if "chunk" in only:
         for context in (2048,) if small else (2048, 16384):
             yield attend_case(pages, 0, 2048, context, None, CHUNKS)
-        few = [Chunks(128, 64, 8, 5, programs, 1024) for programs in (1, 132, 264, 528)]
+        full = triton_attend_chunks.FULL
+        few = [dataclasses.replace(full, programs=programs) for programs in (1, 132, 264, 528)]
         few += [Chunks(64, 64, 4, 3, programs, 1024) for programs in (264, 528, 1056)]
         yield attend_case(pages, 0, 100, shorter(32768), None, few)
         yield attend_case(pages, 0, 2048, 4096, 128, WINDOW_CHUNKS)

@@ -4,6 +4,7 @@ As a program, `python test_all_reduce.py FOLDER RANK RANKS DTYPE`, it is one of 
 interpreter, memory that the others write.
 """
 
+import math
 import mmap
 import os
 import platform
@@ -49,12 +50,22 @@ def summed(messages: list[Tensor]) -> Tensor:
     return total.to(messages[0].dtype)
 
 
+def low_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As torch.zeros, in memory below 2^31."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_32BIT
+    low = torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags), dtype=dtype).view(shape)
+    assert low.data_ptr() < 1 << 31
+    return low
+
+
 class ByHand:
     """Rank 0 of several: its peers are whoever calls `send`."""
 
-    def __init__(self, ranks: int, dtype: torch.dtype, calls_before: int = 0) -> None:
+    def __init__(
+        self, ranks: int, dtype: torch.dtype, calls_before: int = 0, zeros: Callable[..., Tensor] = torch.zeros
+    ) -> None:
         self.dtype, self.ranks = dtype, ranks
-        self.buffers = [torch.zeros(PROGRAMS, 2, ranks, BLOCK, dtype=torch.int64) for _ in range(ranks)]
+        self.buffers = [zeros((PROGRAMS, 2, ranks, BLOCK), dtype=torch.int64) for _ in range(ranks)]
         addresses = tuple(buffer.data_ptr() for buffer in self.buffers)
         self.sum = FlaggedSum(addresses, 0, buffer_bytes(ranks), CPU)
         self.sum._counts += calls_before
@@ -87,20 +98,10 @@ class ByHand:
         return over
 
 
-def low_zeros(shape: torch.Size) -> Tensor:
-    """Words in memory below 2^31."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_32BIT
-    low = torch.frombuffer(mmap.mmap(-1, shape.numel() * WORD_BYTES, flags), dtype=torch.int64).view(shape)
-    assert low.data_ptr() < 1 << 31
-    return low
-
-
 @INTERPRETED
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only there memory is to be had below 2^31")
 def test_memory_at_addresses_of_32_bits_is_written_too() -> None:
-    here = ByHand(2, torch.float32)
-    here.buffers = [low_zeros(buffer.shape) for buffer in here.buffers]
-    here.sum = FlaggedSum(tuple(buffer.data_ptr() for buffer in here.buffers), 0, buffer_bytes(2), CPU)
+    here = ByHand(2, torch.float32, zeros=low_zeros)
     messages = [message(rank, 0, 5, torch.float32) for rank in range(2)]
     here.send(messages[1], 1, 1)
     assert torch.equal(here.sum(messages[0].clone()), summed(messages))

@@ -243,8 +243,7 @@ def without_bf16() -> Operations:
 
         return run
 
-    each = {field.name: getattr(PLAIN, field.name) for field in dataclasses.fields(Operations)}
-    return dataclasses.replace(PLAIN, **{name: watched(one) for name, one in each.items() if callable(one)})
+    return dataclasses.replace(PLAIN, **{name: watched(one) for name, one in vars(PLAIN).items() if callable(one)})
 
 
 def test_bf16_forced_to_sm_80(folder: Path, oracle: Oracle, tmp_path: Path) -> None:
